@@ -1,0 +1,38 @@
+# `make demo` trains a small language model on real text; `make test` runs the tests.
+# Both set up everything they need in .venv; only Python 3.10 or newer has to be there.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help demo test check clean
+
+help:            ## list the commands
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/'
+
+demo: $(VENV)/.train  ## train a language model on CPython's own documentation
+	$(BIN)/python train.py $(ARGS)
+
+test: $(VENV)/.dev    ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev   ## format, lint, types and tests
+	PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"lossmith needs Python 3.10 or newer; {sys.executable} is {v.major}.{v.minor}. Try: make PYTHON=python3.12 ...")'
+	@echo "setting up $(VENV) (once; a minute or two)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[train,dev]'
+	@touch $@ $(VENV)/.train
+
+clean:           ## remove the environment and the caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
