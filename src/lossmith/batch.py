@@ -1,0 +1,159 @@
+"""``TokenBatch``: which token predicts what, and how much it counts — settled once per batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.engine.checks import check_targets
+from lossmith.reduction import Denominator, Empty, Reduction, check_reduction, token_scale
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The supervised tokens of a batch, aligned with the logits and flattened to [N].
+
+    Attributes:
+        targets: [N] the id that logits[n] predict; ``ignore_index`` where nothing is learned.
+        valid: [N] bool, where there is something to learn.
+        scale: [N] what a token's value is multiplied by in the sum: its share of the loss,
+            the caller's ``token_weight`` included.
+        ignore_index: the id that marks tokens without a target.
+        shape: the shape [..., T] of the targets as they were given.
+        input_ids: [N] the ids that the logits were computed from, or None.
+        share: what a scalar of the whole batch is multiplied by: 1, or this micro-batch's
+            part of the caller's denominator.
+    """
+
+    targets: Tensor
+    valid: Tensor
+    scale: Tensor
+    ignore_index: int
+    shape: torch.Size
+    share: Tensor | float = 1.0
+    input_ids: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """How many tokens are supervised (0-dimensional; no synchronisation)."""
+        return self.valid.sum()
+
+    def rows(self, values: Tensor) -> Tensor:
+        """[N] values as [B, T]: a row a sample, all leading dimensions folded into B."""
+        return values.reshape(as_rows(self.shape))
+
+    def select(self, index: Tensor | slice) -> TokenBatch:
+        """These tokens alone, with the scale that they have in the whole batch."""
+        chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in chosen.items():
+            if isinstance(value, Tensor) and value.dim():
+                chosen[name] = value[index]
+        chosen["shape"] = chosen["targets"].shape
+        return TokenBatch(**chosen)
+
+
+def align(
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    pad_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    shift: bool = False,
+    reduction: Reduction = "mean",
+    denominator: Denominator | None = None,
+    class_weight: Tensor | None = None,
+    empty: Empty = "zero",
+    dtype: torch.dtype = torch.float32,
+) -> TokenBatch:
+    """Settle targets, masks, the causal shift and the denominator of a batch.
+
+    Args:
+        targets: [..., T] ids. With ``shift`` they are labels, unshifted as Hugging Face has
+            them: logits[t] predict targets[t + 1], and the last position has no target.
+        ignore_index: the id of positions without a target.
+        mask: [..., T] bool or integers, 0 where a target does not count; it belongs to the
+            targets and is shifted with them.
+        token_weight: [..., T] weights of the targets, shifted with them; detached.
+        input_ids: [..., T] what the logits were computed from; never shifted.
+        pad_token_id: targets that equal it do not count, unless it is also ``eos_token_id``:
+            then only the mask can tell padding from an end of sequence.
+        eos_token_id: see ``pad_token_id``.
+        shift: whether the targets are unshifted labels.
+        reduction, denominator, empty, dtype: see :func:`lossmith.reduction.token_scale`.
+        class_weight: [V] what a target counts for in the denominator.
+
+    Raises:
+        TypeError: targets are not integers, or the mask is floating point.
+        ValueError: a shape differs from the targets', or an option is unknown.
+    """
+    check_targets(targets)
+    check_reduction(reduction, empty)
+    for name, value in (("mask", mask), ("token_weight", token_weight), ("input_ids", input_ids)):
+        if value is not None and value.shape != targets.shape:
+            raise ValueError(
+                f"{name} must have the targets' shape {list(targets.shape)}; got {list(value.shape)}"
+            )
+    targets = targets.long()
+    valid = targets != ignore_index
+    if mask is not None:
+        if mask.is_floating_point():
+            raise TypeError(
+                f"mask must be bool or integer, 0 where a target does not count; got {mask.dtype}. "
+                "Pass mask.bool(), or token_weight for weights"
+            )
+        valid = valid & (mask != 0)
+    if pad_token_id is not None and pad_token_id != eos_token_id:
+        valid = valid & (targets != pad_token_id)
+    targets = targets.masked_fill(~valid, ignore_index)
+    weight = None if token_weight is None else token_weight.detach()
+    if shift:
+        targets, valid = _shifted(targets, ignore_index), _shifted(valid, False)
+        weight = None if weight is None else _shifted(weight, 0.0)
+    counts = None
+    if class_weight is not None:
+        counts = class_weight.detach().to(dtype)[targets.clamp(0, len(class_weight) - 1)]
+    rows = as_rows(targets.shape)
+    scale = token_scale(
+        valid.reshape(rows),
+        reduction,
+        denominator=denominator,
+        weight=None if counts is None else counts.reshape(rows),
+        empty=empty,
+        dtype=dtype,
+    )
+    return TokenBatch(
+        targets=targets.reshape(-1),
+        valid=valid.reshape(-1),
+        scale=scale.reshape(-1) if weight is None else scale.reshape(-1) * weight.reshape(-1).to(dtype),
+        ignore_index=ignore_index,
+        shape=targets.shape,
+        share=1.0 if denominator is None else _share(valid.reshape(rows), reduction, denominator),
+        input_ids=None if input_ids is None else input_ids.reshape(-1),
+    )
+
+
+def as_rows(shape: torch.Size) -> tuple[int, int]:
+    """[..., T] as [B, T]; a single token is one row of one."""
+    return (shape[:-1].numel() if len(shape) > 1 else 1, shape[-1] if shape else 1)
+
+
+def _shifted(values: Tensor, fill: float | bool) -> Tensor:
+    """values[t + 1] at t, ``fill`` at the end."""
+    if values.dim() == 0:
+        raise ValueError("shift=True needs targets [..., T]; got a single target without a sequence")
+    out = torch.full_like(values, fill)
+    out[..., :-1] = values[..., 1:]
+    return out
+
+
+def _share(valid: Tensor, reduction: Reduction, denominator: Denominator) -> Tensor:
+    """This micro-batch's part of the batch that ``denominator`` counts."""
+    mine = valid.any(-1).sum() if reduction == "sequence_mean" else valid.sum()
+    whole = torch.as_tensor(denominator, device=valid.device)
+    return mine / torch.where(whole == 0, 1, whole)

@@ -1,0 +1,75 @@
+"""What the engine expects of its inputs, said in the user's words before any work is done."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_targets(targets: Tensor) -> None:
+    """Class ids are integers.
+
+    Raises:
+        TypeError: targets are not an integer tensor.
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor of class ids; got {type(targets).__name__}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype.itemsize == 1:
+        raise TypeError(
+            f"targets must be integer class ids (torch.long); got {targets.dtype}. "
+            "Probabilities as targets are not supported: pass ids, and label_smoothing for soft ones"
+        )
+
+
+def check_logits(logits: Tensor, targets: Tensor) -> None:
+    """Logits [..., V] and targets [...] belong together.
+
+    Raises:
+        TypeError: logits are not a floating-point tensor, or targets not an integer one.
+        ValueError: the shapes do not match, there is no class, or there is no token.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor [..., V]; got {type(logits).__name__}")
+    check_targets(targets)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point; got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V >= 1; got {list(logits.shape)}")
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(_shape_message(logits, targets))
+    if targets.numel() == 0:
+        raise ValueError(
+            f"got an empty batch: logits {list(logits.shape)} hold no token. Skip it, or pass tokens whose "
+            "targets are ignore_index, which give a loss of 0"
+        )
+    if logits.device != targets.device:
+        raise ValueError(f"logits are on {logits.device} but targets on {targets.device}; move one of them")
+
+
+def check_candidates(candidates: Tensor, targets: Tensor) -> None:
+    """Candidate ids [..., K] of the targets [...], -1 where there is none.
+
+    Raises:
+        TypeError: the ids are not integers.
+        ValueError: the shape does not match.
+    """
+    if candidates.is_floating_point() or candidates.dtype.itemsize == 1:
+        raise TypeError(f"candidates must be integer class ids; got {candidates.dtype}")
+    if candidates.shape[:-1] != targets.shape or candidates.dim() != targets.dim() + 1:
+        raise ValueError(
+            f"candidates must be [..., K] ids for targets {list(targets.shape)}; got {list(candidates.shape)}. "
+            "Pad with -1 where a position has fewer than K"
+        )
+
+
+def _shape_message(logits: Tensor, targets: Tensor) -> str:
+    said = (
+        f"expected targets of shape {list(logits.shape[:-1])} for logits {list(logits.shape)} = [..., V]; "
+        f"got {list(targets.shape)}"
+    )
+    if logits.dim() > 2 and logits.shape[:1] + logits.shape[2:] == targets.shape:
+        return said + ". The classes seem to be in dimension 1; pass logits.movedim(1, -1)"
+    if targets.shape == logits.shape:
+        return said + ". Pass class ids, not one-hot or probabilities"
+    if logits.shape[:-1].numel() == targets.numel():
+        return said + ". The numbers of tokens agree; reshape one of them"
+    return said

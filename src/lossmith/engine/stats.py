@@ -1,0 +1,363 @@
+"""``TokenStats``: what a loss may know about a token's distribution, per token and differentiable.
+
+The engine hands over *raw* statistics, measured from the largest wrong logit; this file
+derives the named ones from them in plain PyTorch on [N] tensors, so that autograd turns
+any loss into gradients of the raw statistics, which the sweep's one backward takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from lossmith.engine.rows_torch import GROUP_OF, Needs, raw_names
+
+# A gap this wide leaves nothing of the smaller side, in any dtype; +-inf would make 0 * inf.
+_WIDE = 1e4
+
+# Computes groups of raw statistics: (of the logits over the temperature, of the logits as they are).
+Fetch = Callable[[Needs, "Needs | None"], "tuple[dict[str, Tensor], dict[str, Tensor] | None]"]
+
+
+class statistic:
+    """A property of ``TokenStats`` that is computed once.
+
+    ``functools.cached_property`` takes a lock in Python 3.11, which ``torch.compile`` cannot trace.
+    """
+
+    def __init__(self, function: Callable[[Any], Tensor]) -> None:
+        self.function = function
+        self.name = function.__name__
+
+    def __get__(self, owner: TokenStats, kind: type) -> Tensor:
+        value = owner.__dict__[self.name] = self.function(owner)
+        return value
+
+
+class RawStats:
+    """The raw statistics [N] of a batch of tokens, fetched when they are first read.
+
+    Two views of the same logits: 0, over the temperature, and 1, as they are. They are one
+    where there is no temperature. What is fetched together shares one pass.
+    """
+
+    def __init__(
+        self,
+        targets: Tensor,
+        fetch: Fetch,
+        *,
+        ignore_index: int = -100,
+        candidates: Tensor | None = None,
+        has_temperature: bool = False,
+        default_needs: Needs = Needs.CORE,
+    ) -> None:
+        self.targets = targets
+        self.ignore_index = ignore_index
+        self.candidates = candidates
+        self.has_temperature = has_temperature
+        self._fetch = fetch
+        self._default_needs = default_needs
+        self._values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+
+    def add(self, needs: Needs, needs_unscaled: Needs | None = None) -> None:
+        """Fetch what of these groups is not here yet, in one pass."""
+        missing, missing_unscaled = self._missing(0, needs), self._missing(1, needs_unscaled)
+        if missing is None and missing_unscaled is None:
+            return
+        fetched = self._fetch(missing or Needs.CORE, missing_unscaled)
+        for values, new in zip(self._values, fetched, strict=True):
+            values.update({name: v for name, v in (new or {}).items() if name not in values})
+
+    def _missing(self, view: int, needs: Needs | None) -> Needs | None:
+        names = () if needs is None else raw_names(needs)
+        groups = [GROUP_OF[name] for name in names if name not in self._values[view]]
+        return reduce(or_, groups) if groups else None
+
+    def read(self, view: int, name: str) -> Tensor:
+        """A raw statistic, flat; read unannounced, it brings the default groups along."""
+        if name not in self._values[view]:
+            needs = GROUP_OF[name] if self._values[0] else GROUP_OF[name] | self._default_needs
+            self.add(*((needs, None) if view == 0 else (Needs.CORE, needs)))
+        return self._values[view][name]
+
+    def needs_of(self, function: Callable[[TokenStats], Any]) -> tuple[Needs, Needs | None]:
+        """The groups of each view that ``function`` reads, found by running it on blank statistics."""
+        asked: list[Needs | None] = [None, None]
+
+        def blank(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
+            values = []
+            for view, group in enumerate((needs, needs_unscaled)):
+                if group is not None:
+                    asked[view] = group | (asked[view] or Needs.CORE)
+                values.append(
+                    None if group is None else {name: self._blank(name) for name in raw_names(group)}
+                )
+            return tuple(values)  # type: ignore[return-value]
+
+        record = RawStats(
+            self.targets,
+            blank,
+            ignore_index=self.ignore_index,
+            candidates=self.candidates,
+            has_temperature=self.has_temperature,
+        )
+        with torch.no_grad():
+            function(TokenStats(record))
+        return asked[0] or Needs.CORE, asked[1]
+
+    def _blank(self, name: str) -> Tensor:
+        width = () if name != "candidate_logits" or self.candidates is None else self.candidates.shape[-1:]
+        return torch.zeros((self.targets.numel(), *width), device=self.targets.device)
+
+
+class TokenStats:
+    """Statistics of every token's distribution, computed when they are first asked for.
+
+    All of them come from one pass over the vocabulary, and their gradients from one more,
+    when they are announced with :meth:`compute` (objectives do that by themselves).
+
+    At a position whose target is ``ignore_index`` they describe a token that the model
+    gets right with certainty: ``nll``, the entropies and the logits 0, ``target_prob`` 1,
+    ``correct`` False, and no gradient.
+
+    Attributes:
+        logsumexp: log sum_i exp(z_i).
+        target_logit: z_y.
+        nll: logsumexp - z_y = -log p_y, to full relative precision as p_y -> 1.
+        target_prob: p_y.
+        target_log1m_prob: log(1 - p_y), to full relative precision as p_y -> 0 or 1.
+        entropy: -sum_i p_i log p_i, in nats.
+        wrong_logsumexp: logsumexp over the wrong answers i != y.
+        wrong_entropy: entropy of the wrong answers q, p without y and renormalised.
+        num_wrong: how many wrong answers have q_i > 1e-8 (no gradient).
+        normalized_wrong_entropy: wrong_entropy / log(num_wrong), in [0, 1]; 0 where num_wrong <= 1.
+        mean_logit: mean of the finite logits.
+        total_nll: sum over the finite classes of -log p_i (times the class weights, if given).
+        num_finite: how many classes have a finite logit (no gradient).
+        top_prob: the largest probability.
+        top_wrong_logit: the largest logit among the wrong answers.
+        correct: whether the target has the largest logit (bool).
+        predicted: the id with the largest logit; the target wins ties (int64).
+        candidate_logits: [..., K] logits of the given candidate ids; -inf for id -1.
+        candidate_log1m_prob: [..., K] log(1 - p_c) of the candidates; 0 for id -1.
+
+    Example:
+        >>> import torch, lossmith
+        >>> logits = torch.tensor([[2.0, 1.0, 4.0, 0.5]], requires_grad=True)
+        >>> stats = lossmith.token_stats(logits, torch.tensor([2])).compute("nll", "wrong_entropy")
+        >>> loss = (stats.nll * (1 - stats.target_prob) ** 2).mean()
+        >>> loss.backward()
+        >>> round(stats.wrong_entropy.item(), 3)
+        0.906
+    """
+
+    def __init__(
+        self,
+        raw: RawStats,
+        *,
+        view: int = 0,
+        columns: slice = slice(None),
+        detached: bool = False,
+        shape: torch.Size | None = None,
+    ) -> None:
+        self._raw = raw
+        self._view = view
+        self._columns = columns
+        self._detached = detached
+        self._shape = raw.targets.shape if shape is None else shape
+        self._targets = raw.targets.reshape(self._shape)
+
+    def compute(self, *names: str) -> TokenStats:
+        """Compute the named statistics in one pass over the vocabulary; returns self.
+
+        Raises:
+            AttributeError: a name is not a statistic.
+        """
+        unknown = [name for name in names if name not in STATISTIC_NAMES]
+        if unknown:
+            raise AttributeError(
+                f"TokenStats has no statistic {unknown[0]!r}; it has {sorted(STATISTIC_NAMES)}"
+            )
+        return self.announce(lambda stats: [getattr(stats, name) for name in names])
+
+    def announce(self, function: Callable[[TokenStats], Any]) -> TokenStats:
+        """Compute, in one pass, what ``function`` is going to read; returns self."""
+        self._raw.add(*self._raw.needs_of(function))
+        return self
+
+    @property
+    def unscaled(self) -> TokenStats:
+        """The same statistics at temperature 1."""
+        return self._also(view=1) if self._raw.has_temperature else self
+
+    def with_candidates(self, columns: slice) -> TokenStats:
+        """The same statistics with only these columns of the candidates in view."""
+        return self._also(columns=columns)
+
+    def detach(self) -> TokenStats:
+        """The same statistics without gradients."""
+        return self._also(detached=True)
+
+    def reshape(self, shape: torch.Size) -> TokenStats:
+        """The same statistics with their tokens laid out as ``shape``."""
+        return self._also(shape=shape)
+
+    @property
+    def is_valid(self) -> Tensor:
+        """Whether a position has a target (bool)."""
+        return self._targets != self._raw.ignore_index
+
+    def _also(self, **changes: Any) -> TokenStats:
+        now = {"view": self._view, "columns": self._columns, "detached": self._detached, "shape": self._shape}
+        return TokenStats(self._raw, **(now | changes))
+
+    def _read(self, name: str) -> Tensor:
+        value = self._raw.read(self._view, name)
+        value = value.reshape((*self._shape, *value.shape[1:]))
+        if name == "candidate_logits":
+            value = value[..., self._columns]
+        return value.detach() if self._detached else value
+
+    def _constant(self, name: str) -> Tensor:
+        return self._read(name).detach()
+
+    # -- derived, measured from the largest wrong logit ------------------------------------
+
+    @statistic
+    def _gap(self) -> Tensor:
+        return self._read("target_logit") - self._constant("reference")
+
+    @statistic
+    def _delta(self) -> Tensor:
+        """z_y - W: the log-odds of the target."""
+        return self._gap - self._read("wrong_log_sum")
+
+    @statistic
+    def _centered_logsumexp(self) -> Tensor:
+        return _logaddexp(self._read("wrong_log_sum"), self._gap)
+
+    # -- the public statistics ------------------------------------------------------------
+
+    @statistic
+    def target_logit(self) -> Tensor:
+        return self._read("target_logit")
+
+    @statistic
+    def logsumexp(self) -> Tensor:
+        return self._constant("reference") + self._centered_logsumexp
+
+    @statistic
+    def wrong_logsumexp(self) -> Tensor:
+        wrong = self._constant("reference") + self._read("wrong_log_sum")
+        return torch.where(self.is_valid, wrong, 0.0)
+
+    @statistic
+    def nll(self) -> Tensor:
+        return _softplus(-self._delta)
+
+    @statistic
+    def target_prob(self) -> Tensor:
+        return torch.sigmoid(self._delta)
+
+    @statistic
+    def target_log1m_prob(self) -> Tensor:
+        return -_softplus(self._delta)
+
+    @statistic
+    def wrong_entropy(self) -> Tensor:
+        return self._read("wrong_entropy")
+
+    @statistic
+    def entropy(self) -> Tensor:
+        delta = self._delta.clamp(-_WIDE, _WIDE)
+        p, rest = torch.sigmoid(delta), torch.sigmoid(-delta)
+        return p * _softplus(-delta) + rest * _softplus(delta) + rest * self.wrong_entropy
+
+    @statistic
+    def num_wrong(self) -> Tensor:
+        return self._constant("num_wrong").long()
+
+    @statistic
+    def normalized_wrong_entropy(self) -> Tensor:
+        counted = self._constant("num_wrong")
+        most = torch.where(counted > 1, counted, 2.0).log()
+        return torch.where(counted > 1, (self.wrong_entropy / most).clamp(0.0, 1.0), 0.0)
+
+    @statistic
+    def num_finite(self) -> Tensor:
+        return self._constant("num_finite").long()
+
+    @statistic
+    def mean_logit(self) -> Tensor:
+        return self._constant("reference") + self._read("centered_sum") / self._constant("sum_weight").clamp(
+            min=torch.finfo(torch.float32).tiny
+        )
+
+    @statistic
+    def total_nll(self) -> Tensor:
+        return self._constant("sum_weight") * self._centered_logsumexp - self._read("centered_sum")
+
+    @statistic
+    def top_wrong_logit(self) -> Tensor:
+        return self._read("top_wrong_logit")
+
+    @statistic
+    def top_prob(self) -> Tensor:
+        wrong = (self.top_wrong_logit - self._constant("reference") - self._centered_logsumexp).exp()
+        return torch.where(self._target_wins, self.target_prob, wrong)
+
+    @statistic
+    def _target_wins(self) -> Tensor:
+        no_wrong = self._constant("wrong_log_sum") == float("-inf")
+        return (self._gap.detach() >= 0) | no_wrong
+
+    @statistic
+    def correct(self) -> Tensor:
+        return self._target_wins & self.is_valid
+
+    @statistic
+    def predicted(self) -> Tensor:
+        return torch.where(self._target_wins, self._targets, self._constant("top_wrong_id"))
+
+    @statistic
+    def candidate_logits(self) -> Tensor:
+        return self._read("candidate_logits")
+
+    @statistic
+    def candidate_log1m_prob(self) -> Tensor:
+        ids = self._raw.candidates
+        if ids is None:
+            raise ValueError("candidate_log1m_prob needs candidates; pass candidates=[..., K] token ids")
+        ids = ids.reshape(*self._shape, -1)[..., self._columns]
+        total = self._centered_logsumexp.unsqueeze(-1)
+        log_p = self.candidate_logits - self._constant("reference").unsqueeze(-1) - total
+        # Only the most likely class can be near 1, and for that one the rest is summed without it.
+        is_target = ids == self._targets.unsqueeze(-1)
+        is_top = ids == self._constant("top_wrong_id").unsqueeze(-1)
+        is_top = is_top & (ids >= 0)
+        small = torch.where(is_target | is_top, float("-inf"), log_p)
+        without_top = _logaddexp(self._read("rest_log_sum"), self._gap).unsqueeze(-1) - total
+        log1m = torch.where(is_top, without_top, torch.log1p(-small.exp()))
+        return torch.where(is_target, self.target_log1m_prob.unsqueeze(-1), log1m)
+
+
+STATISTIC_NAMES = frozenset(
+    name for name, member in vars(TokenStats).items() if isinstance(member, statistic) and name[0] != "_"
+)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) to the last digit; PyTorch's default switches to x at 20, 2e-9 off."""
+    return softplus(x, threshold=50.0)
+
+
+def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)) whose gradient is 0, not NaN, where both are -inf."""
+    neither = (a == float("-inf")) & (b == float("-inf"))
+    return torch.where(neither, float("-inf"), torch.logaddexp(torch.where(neither, 0.0, a), b))

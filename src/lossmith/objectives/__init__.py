@@ -1,0 +1,1 @@
+"""What a training step calls: modules that return the loss."""

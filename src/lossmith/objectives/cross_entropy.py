@@ -1,0 +1,111 @@
+"""``CrossEntropyLoss``: the cross-entropy family as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lossmith.batch import TokenBatch
+from lossmith.engine.stats import TokenStats
+from lossmith.objective import Objective, Term
+from lossmith.options import strict_options
+from lossmith.reduction import Empty, Reduction
+from lossmith.terms.confidence import confidence_penalty as negative_entropy
+from lossmith.terms.cross_entropy import SmoothingMode, check_smoothing, smoothed_cross_entropy
+from lossmith.terms.focal import focal
+from lossmith.terms.z_loss import z_loss as squared_logsumexp
+
+
+class CrossEntropyLoss(Objective):
+    """Cross-entropy with everything people add to it; the module of :func:`lossmith.cross_entropy`.
+
+        (1 - p_y)^focal_gamma * smoothed cross-entropy  +  z_loss * logsumexp^2  -  confidence_penalty * H(p)
+
+    Args:
+        label_smoothing, smoothing_mode, special_tokens, class_weight, temperature, softcap, z_loss,
+            focal_gamma, confidence_penalty: see :func:`lossmith.cross_entropy`.
+        reduction, ignore_index, shift, empty: see :class:`lossmith.Objective`.
+
+    Raises:
+        TypeError: an unknown option; the message names the nearest.
+        ValueError: an option out of range.
+
+    Example:
+        >>> import torch, lossmith
+        >>> criterion = lossmith.CrossEntropyLoss(label_smoothing=0.1, z_loss=1e-4)
+        >>> logits = torch.zeros(2, 3, 5, requires_grad=True)
+        >>> round(criterion(logits, torch.ones(2, 3, dtype=torch.long)).item(), 4)
+        1.6097
+    """
+
+    @strict_options
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        smoothing_mode: SmoothingMode = "uniform",
+        special_tokens: Sequence[int] = (),
+        class_weight: Tensor | None = None,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        focal_gamma: float = 0.0,
+        confidence_penalty: float = 0.0,
+        shift: bool = False,
+        empty: Empty = "zero",
+    ) -> None:
+        super().__init__(
+            reduction=reduction,
+            ignore_index=ignore_index,
+            shift=shift,
+            empty=empty,
+            temperature=temperature,
+            softcap=softcap,
+            class_weight=class_weight,
+        )
+        check_smoothing(label_smoothing, smoothing_mode, special_tokens)
+        if not focal_gamma >= 0:
+            raise ValueError(f"focal_gamma must be >= 0; got {focal_gamma}")
+        self.label_smoothing = label_smoothing
+        self.smoothing_mode: SmoothingMode = smoothing_mode
+        self.special_tokens = tuple(special_tokens)
+        self.z_loss = z_loss
+        self.focal_gamma = focal_gamma
+        self.confidence_penalty = confidence_penalty
+
+    def terms(self) -> list[Term]:
+        weight = None if self.class_weight is None else self._target_weight
+        return [
+            Term("cross_entropy", self._cross_entropy),
+            Term("z_loss", lambda stats, _: squared_logsumexp(stats), self.z_loss, weight),
+            Term(
+                "confidence_penalty",
+                lambda stats, _: negative_entropy(stats),
+                self.confidence_penalty,
+                weight,
+            ),
+        ]
+
+    def _cross_entropy(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        loss = smoothed_cross_entropy(
+            stats,
+            batch.targets,
+            label_smoothing=self.label_smoothing,
+            smoothing_mode=self.smoothing_mode,
+            special_tokens=self.special_tokens,
+            class_weight=self.class_weight,
+        )
+        return focal(stats, loss, gamma=self.focal_gamma) if self.focal_gamma else loss
+
+    def _target_weight(self, _: TokenStats, batch: TokenBatch) -> Tensor:
+        """Class weights weigh a token as a whole, so that scaling them all changes nothing."""
+        assert self.class_weight is not None
+        return self.class_weight[batch.targets.clamp(0, len(self.class_weight) - 1)]
+
+    def extra_repr(self) -> str:
+        shown = ("label_smoothing", "temperature", "softcap", "z_loss", "focal_gamma", "confidence_penalty")
+        changed = [f"{n}={getattr(self, n)}" for n in shown if getattr(self, n) not in (None, 0.0, 1.0)]
+        return ", ".join([f"reduction={self.reduction!r}", *changed])

@@ -1,0 +1,88 @@
+"""``Perplexity``: over a corpus, where a mean of batch means is not it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lossmith.functional import cross_entropy
+
+
+class Perplexity:
+    """Token-weighted perplexity of a corpus, batch by batch.
+
+        exp( sum over all supervised tokens of nll / their number ),   unsmoothed, at temperature 1
+
+    The sums stay on the logits' device, in fp64 where it has that, until :meth:`compute`.
+
+    Args:
+        ignore_index: the target id of tokens without one.
+        softcap: see :func:`lossmith.cross_entropy`.
+        shift: whether targets are unshifted labels.
+
+    Example:
+        >>> import torch, lossmith
+        >>> ppl = lossmith.Perplexity()
+        >>> for n in (3, 5):
+        ...     ppl.update(torch.zeros(n, 10), torch.ones(n, dtype=torch.long))
+        >>> round(ppl.compute(), 4), ppl.num_tokens
+        (10.0, 8)
+    """
+
+    def __init__(
+        self, *, ignore_index: int = -100, softcap: float | None = None, shift: bool = False
+    ) -> None:
+        self.ignore_index = ignore_index
+        self.softcap = softcap
+        self.shift = shift
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything seen so far."""
+        self._nll: Tensor | float = 0.0
+        self._count: Tensor | int = 0
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, targets: Tensor, *, mask: Tensor | None = None) -> None:
+        """Add the tokens of ``logits`` [..., V] at ``targets`` [...]; no synchronisation."""
+        values, stats = cross_entropy(
+            logits,
+            targets,
+            reduction="none",
+            ignore_index=self.ignore_index,
+            softcap=self.softcap,
+            shift=self.shift,
+            mask=mask,
+            return_stats=True,
+        )
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        self.add(values.sum(dtype=wide), stats.is_valid.sum())
+
+    def add(self, nll_sum: Tensor | float, num_tokens: Tensor | int) -> None:
+        """Add tokens whose NLL is already summed, such as another rank's."""
+        self._nll = self._nll + nll_sum
+        self._count = self._count + num_tokens
+
+    @property
+    def nll_sum(self) -> float:
+        """The summed NLL of the tokens seen, in nats."""
+        return float(self._nll)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many supervised tokens were seen."""
+        return int(self._count)
+
+    def compute(self) -> float:
+        """The perplexity; NaN before any token was seen.
+
+        A mean NLL beyond what a float's exponential holds gives inf.
+        """
+        if self.num_tokens == 0:
+            return math.nan
+        try:
+            return math.exp(self.nll_sum / self.num_tokens)
+        except OverflowError:
+            return math.inf
