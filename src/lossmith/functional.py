@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from lossmith.engine.checks import check_candidates, check_logits
-from lossmith.engine.rows_torch import Needs
+from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
 from lossmith.objective import SweepOptions
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
@@ -71,14 +71,14 @@ def token_stats(
 
 @overload
 def cross_entropy(
-    logits: Tensor, targets: Tensor, *, return_stats: Literal[True], **options: object
+    logits: Tensor, targets: Tensor, *, return_stats: Literal[True], **options: Any
 ) -> tuple[Tensor, TokenStats]: ...
 @overload
 def cross_entropy(
-    logits: Tensor, targets: Tensor, *, return_stats: Literal[False] = False, **options: object
+    logits: Tensor, targets: Tensor, *, return_stats: Literal[False] = False, **options: Any
 ) -> Tensor: ...
 @strict_options
-def cross_entropy(
+def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (the overloads differ in return_stats alone)
     logits: Tensor,
     targets: Tensor,
     *,

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.batch import TokenBatch, align
+from lossmith.engine.blocks import accumulation_dtype
 from lossmith.engine.checks import check_logits
-from lossmith.engine.rows_torch import Needs
+from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
-from lossmith.engine.sweep import accumulation_dtype, logits_stats
+from lossmith.engine.sweep import logits_stats
 from lossmith.reduction import Denominator, Empty, Reduction, check_reduction
 
 PerToken = Callable[[TokenStats, TokenBatch], Tensor]

@@ -56,8 +56,8 @@ def check_candidates(candidates: Tensor, targets: Tensor) -> None:
         raise TypeError(f"candidates must be integer class ids; got {candidates.dtype}")
     if candidates.shape[:-1] != targets.shape or candidates.dim() != targets.dim() + 1:
         raise ValueError(
-            f"candidates must be [..., K] ids for targets {list(targets.shape)}; got {list(candidates.shape)}. "
-            "Pad with -1 where a position has fewer than K"
+            f"candidates must be [..., K] ids for targets {list(targets.shape)}; got "
+            f"{list(candidates.shape)}. Pad with -1 where a position has fewer than K"
         )
 
 

@@ -13,10 +13,11 @@ traffic to memory is reading the logits once (and writing their gradient once).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntFlag
 
 import torch
 from torch import Tensor
+
+from lossmith.engine.raw import Needs, closed
 
 # Stands in for -inf: exp() of it is exactly 0 and so is 0 times it, where 0 * -inf is NaN.
 MASKED = -1e30
@@ -24,42 +25,6 @@ MASKED = -1e30
 UNDERFLOW = -1e4
 # A wrong answer counts (``num_wrong``) when its share of the wrong mass exceeds this.
 WRONG_EPS = 1e-8
-
-
-class Needs(IntFlag):
-    """Groups of statistics that are computed together; ``CORE`` always is."""
-
-    CORE = 0
-    ENTROPY = 1  # wrong_entropy
-    SUM = 2  # centered_sum, sum_weight, num_finite
-    TOP = 4  # top_wrong_logit, top_wrong_id
-    COUNT = 8  # num_wrong
-    CANDIDATES = 16  # candidate_logits, rest_log_sum (and TOP, whose id tells them apart)
-
-
-CORE_NAMES = ("reference", "target_logit", "wrong_log_sum")
-GROUP_NAMES: dict[Needs, tuple[str, ...]] = {
-    Needs.ENTROPY: ("wrong_entropy",),
-    Needs.SUM: ("centered_sum", "sum_weight", "num_finite"),
-    Needs.TOP: ("top_wrong_logit", "top_wrong_id"),
-    Needs.COUNT: ("num_wrong",),
-    Needs.CANDIDATES: ("candidate_logits", "rest_log_sum"),
-}
-GROUP_OF = {name: group for group, names in GROUP_NAMES.items() for name in names} | dict.fromkeys(
-    CORE_NAMES, Needs.CORE
-)
-
-
-def closed(needs: Needs) -> Needs:
-    """The groups that computing ``needs`` takes."""
-    return needs | Needs.TOP if needs & Needs.CANDIDATES else needs
-
-
-def raw_names(needs: Needs) -> tuple[str, ...]:
-    """Names of the raw statistics of these groups, in the engine's order."""
-    return CORE_NAMES + tuple(
-        n for group, names in GROUP_NAMES.items() if group & closed(needs) for n in names
-    )
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from lossmith.engine.rows_torch import GROUP_OF, Needs, raw_names
+from lossmith.engine.raw import GROUP_OF, Needs, raw_names
 
 # A gap this wide leaves nothing of the smaller side, in any dtype; +-inf would make 0 * inf.
 _WIDE = 1e4

@@ -1,23 +1,26 @@
-"""Logits to raw statistics and back: one pass over memory each way, block by block.
+"""Logits to raw statistics and back: one pass over memory each way.
 
 Two custom operators, so that autograd, autocast and ``torch.compile(fullgraph=True)``
-see one opaque step: ``lossmith::row_stats`` and its backward ``lossmith::row_grad``.
+see one opaque step: ``lossmith::row_stats`` and its backward ``lossmith::row_grad``. The
+arithmetic is ``rows_native``'s where that takes the rows, and ``rows_torch``'s elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lossmith.engine.rows_torch import Needs, Scratch, raw_names, row_grad, row_stats
+from lossmith.engine import rows_native
+from lossmith.engine.blocks import Blocks, accumulation_dtype, grad_in_blocks, stats_in_blocks
+from lossmith.engine.raw import Needs, View, ignored_fill, raw_dtype, raw_names
 from lossmith.engine.stats import RawStats, TokenStats
 
 # Elements in a block: on a CPU two fp32 buffers of it stay in the last-level cache; elsewhere
 # launches are what a small block would cost, and this bounds the extra memory.
-BLOCK_ELEMENTS = {"cpu": 2**19}
+BLOCK_ELEMENTS = {"cpu": 2**20}
 BLOCK_ELEMENTS_ELSEWHERE = 2**26
 
 # What the backward reads; the rest it can do without.
@@ -81,30 +84,19 @@ def row_stats_op(
     needs: int,
     needs_unscaled: int,
 ) -> list[Tensor]:
-    rows = _Rows(logits, targets, ignore_index)
-    rows.check_targets()
+    blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
+    blocks.check_targets()
+    ids = None if candidates is None else candidates.reshape(-1, candidates.shape[-1])
     outputs = _allocate(logits, targets, candidates, needs, needs_unscaled)
-    scaled_outputs, unscaled_outputs = _by_view(outputs, needs, needs_unscaled)
-    views = [(temperature, Needs(needs), scaled_outputs)]
-    if unscaled_outputs:
-        views.append((None, Needs(needs_unscaled), unscaled_outputs))
-    scratch = rows.scratch()
-    loaded = rows.buffer() if softcap is not None else None
-    scaled = rows.buffer() if temperature is not None else None
-    for block in rows.blocks():
-        z = _load(rows.take(block), rows.compute_dtype, softcap, loaded)
-        target = rows.targets[block].unsqueeze(1)
-        ids = None if candidates is None else candidates.reshape(-1, candidates.shape[-1])[block]
-        for divisor, groups, outs in views:
-            view = _divided(z, divisor, scaled)
-            raw = row_stats(view, target, ids, class_weight, groups, scratch.first(len(view)))
-            for name, out in outs.items():
-                out[block] = raw[name] if out.dim() == 2 else raw[name].squeeze(1)
-    if rows.ignored is not None:
-        for _, _, outs in views:
-            for name, out in outs.items():
-                ignored = rows.ignored.unsqueeze(1) if out.dim() == 2 else rows.ignored
-                out.masked_fill_(ignored, _fill(name))
+    scaled, unscaled = _by_view(outputs, needs, needs_unscaled)
+    views = [View(temperature, Needs(needs), scaled)]
+    if unscaled:
+        views.append(View(None, Needs(needs_unscaled), unscaled))
+    if rows_native.takes(blocks.logits, softcap):
+        flat = targets.reshape(-1)
+        rows_native.sweep(blocks.logits, flat, ids, class_weight, ignore_index, views)
+    else:
+        stats_in_blocks(blocks, ids, class_weight, softcap, views)
     return outputs
 
 
@@ -123,44 +115,27 @@ def row_grad_op(
     grads: list[Tensor | None],
 ) -> Tensor:
     """Gradient of the logits from those of the raw statistics, listed as ``row_stats`` returns them."""
-    rows = _Rows(logits, targets, ignore_index)
-    result = rows.empty_gradient()
-    saved = _by_view(raw, needs, needs_unscaled)
+    blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
+    ids = None if candidates is None else candidates.reshape(-1, candidates.shape[-1])
+    groups = (Needs(needs), Needs(max(needs_unscaled, 0)))
+    known = _by_view(raw, needs, needs_unscaled)
     upstream = _by_view(grads, needs, needs_unscaled)
-    views = []
-    for divisor, values, given in zip((temperature, None), saved, upstream, strict=True):
-        given = {name: g for name, g in given.items() if g is not None}
-        if given:
-            views.append((divisor, {name: v for name, v in values.items() if v is not None}, given))
-    in_place = rows.writes_in_place and softcap is None
-    scratch = rows.scratch()
-    gradient = None if in_place else rows.buffer()
-    loaded = rows.buffer() if softcap is not None else None
-    scaled = rows.buffer() if temperature is not None else None
-    second = rows.buffer() if len(views) > 1 else None
-    for block in rows.blocks():
-        z = _load(rows.take(block), rows.compute_dtype, softcap, loaded)
-        n = len(z)
-        target = rows.targets[block].unsqueeze(1)
-        ids = None if candidates is None else candidates.reshape(-1, candidates.shape[-1])[block]
-        out = result[block] if gradient is None else gradient[:n]
-        for k, (divisor, values, given) in enumerate(views):
-            into = out if k == 0 else second[:n]  # type: ignore[index]
-            at_block = {name: _column(value[block]) for name, value in values.items()}
-            grads_at_block = {name: _column(g[block]) for name, g in given.items()}
-            if divisor is not None:
-                grads_at_block = {name: g / divisor for name, g in grads_at_block.items()}
-            view = _divided(z, divisor, scaled)
-            row_grad(view, into, scratch.a[:n], target, ids, class_weight, at_block, grads_at_block)
-            if k > 0:
-                out.add_(into)
-        if softcap is not None:  # d softcap(z) / dz = 1 - (softcap(z) / c)^2
-            out.mul_(torch.mul(z, 1 / softcap, out=scratch.a[:n]).square_().neg_().add_(1.0))
-        if gradient is not None:
-            rows.put(result, block, out)
-    if rows.ignored is not None:
-        result.masked_fill_(rows.ignored.unsqueeze(1), 0.0)
+    views = [
+        View(divisor, group, _present(values), _present(given))
+        for divisor, group, values, given in zip((temperature, None), groups, known, upstream, strict=True)
+        if _present(given)
+    ]
+    if rows_native.takes(blocks.logits, softcap):
+        result = blocks.empty_gradient(zero=False)
+        flat = targets.reshape(-1)
+        rows_native.sweep(blocks.logits, flat, ids, class_weight, ignore_index, views, result)
+    else:
+        result = grad_in_blocks(blocks, ids, class_weight, softcap, views)
     return result.view(logits.shape)
+
+
+def _present(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -198,95 +173,8 @@ def _(logits, *_unused):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-class _Rows:
-    """The rows of ``logits`` [..., V] that a sweep visits, and how it reads and writes them."""
-
-    def __init__(self, logits: Tensor, targets: Tensor, ignore_index: int) -> None:
-        self.num_classes = logits.shape[-1]
-        self.num_rows = targets.numel()
-        self.logits = logits
-        self.lead = logits.shape[:-1]
-        self.is_flat = True
-        try:
-            self.logits = logits.view(-1, self.num_classes)
-        except RuntimeError:  # a view that cannot be flattened: rows are picked, not copied whole
-            self.is_flat = False
-        self.device, self.dtype = logits.device, logits.dtype
-        self.compute_dtype = accumulation_dtype(logits.dtype)
-        targets = targets.reshape(-1)
-        is_ignored = targets == ignore_index
-        self.targets = targets.masked_fill(is_ignored, 0)
-        limit = BLOCK_ELEMENTS.get(self.device.type, BLOCK_ELEMENTS_ELSEWHERE)
-        self.block_rows = max(1, min(self.num_rows, limit // self.num_classes))
-        # On a CPU ignored rows are left out; on an accelerator their number is not known to
-        # the host without waiting for it, so they are computed and then masked.
-        self.ignored: Tensor | None = None
-        self.visited: Tensor | None = None
-        if self.device.type == "cpu":
-            visited = (~is_ignored).nonzero().squeeze(1)
-            if visited.numel() < self.num_rows or not self.is_flat:
-                self.visited = visited
-        else:
-            self.ignored = is_ignored
-            if not self.is_flat:
-                self.visited = torch.arange(self.num_rows, device=self.device)
-
-    @property
-    def writes_in_place(self) -> bool:
-        """Whether a block of the gradient is contiguous memory of the dtype computed in."""
-        return self.visited is None and self.dtype == self.compute_dtype
-
-    def blocks(self) -> Iterator[Any]:
-        if self.visited is not None:
-            if self.visited.numel():
-                yield from self.visited.split(self.block_rows)
-            return
-        for start in range(0, self.num_rows, self.block_rows):
-            yield slice(start, min(start + self.block_rows, self.num_rows))
-
-    def take(self, block: slice | Tensor) -> Tensor:
-        if isinstance(block, slice) or self.is_flat:
-            return self.logits[block]
-        return self.logits[torch.unravel_index(block, self.lead)]
-
-    def put(self, result: Tensor, block: slice | Tensor, values: Tensor) -> None:
-        if isinstance(block, slice):
-            result[block] = values
-        else:
-            result.index_copy_(0, block, values.to(result.dtype))
-
-    def empty_gradient(self) -> Tensor:
-        make = torch.empty if self.visited is None else torch.zeros
-        return make((self.num_rows, self.num_classes), dtype=self.dtype, device=self.device)
-
-    def buffer(self) -> Tensor:
-        return torch.empty((self.block_rows, self.num_classes), dtype=self.compute_dtype, device=self.device)
-
-    def scratch(self) -> Scratch:
-        return Scratch(self.buffer(), self.buffer())
-
-    def check_targets(self) -> None:
-        outside = (self.targets < 0) | (self.targets >= self.num_classes)
-        if self.device.type != "cpu":  # the host must not wait for the answer
-            torch._assert_async(~outside.any(), f"a target is outside [0, {self.num_classes})")
-            return
-        where = outside.nonzero()
-        if where.shape[0]:
-            raise ValueError(_outside_message(self.targets, int(where[0, 0]), self.lead, self.num_classes))
-
-
-def _outside_message(targets: Tensor, row: int, lead: torch.Size, num_classes: int) -> str:
-    position = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), lead)) if lead else ()
-    return (
-        f"targets must be class ids in [0, {num_classes}) or ignore_index; got {int(targets[row])} at "
-        f"position {position}. Set positions without a target to ignore_index, and check that the logits' "
-        "last dimension is the vocabulary"
-    )
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that statistics are computed and returned in: at least fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _block_elements(logits: Tensor) -> int:
+    return BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS_ELSEWHERE)
 
 
 def _allocate(
@@ -299,32 +187,6 @@ def _allocate(
             if name == "candidate_logits":
                 assert candidates is not None
                 shape.append(candidates.shape[-1])
-            dtype = torch.int64 if name == "top_wrong_id" else accumulation_dtype(logits.dtype)
-            outputs.append(torch.full(shape, _fill(name), dtype=dtype, device=logits.device))
+            dtype = raw_dtype(name, accumulation_dtype(logits.dtype))
+            outputs.append(torch.full(shape, ignored_fill(name), dtype=dtype, device=logits.device))
     return outputs
-
-
-def _fill(name: str) -> float | int:
-    """What an ignored row has: a token that the model gets right with certainty."""
-    if name == "top_wrong_id":
-        return -1
-    return float("-inf") if name in ("wrong_log_sum", "rest_log_sum", "candidate_logits") else 0.0
-
-
-def _load(z: Tensor, dtype: torch.dtype, softcap: float | None, buffer: Tensor | None) -> Tensor:
-    """A block in the dtype computed in; the logits themselves where nothing has to change."""
-    if softcap is None:
-        return z if z.dtype == dtype else z.to(dtype)
-    assert buffer is not None
-    return torch.mul(z.to(dtype), 1 / softcap, out=buffer[: len(z)]).tanh_().mul_(softcap)
-
-
-def _divided(z: Tensor, divisor: Tensor | None, buffer: Tensor | None) -> Tensor:
-    if divisor is None:
-        return z
-    assert buffer is not None
-    return torch.div(z, divisor, out=buffer[: len(z)])
-
-
-def _column(value: Tensor) -> Tensor:
-    return value if value.dim() == 2 else value.unsqueeze(1)

@@ -1,0 +1,205 @@
+"""``rows_torch`` over a batch: which rows are visited, how many at a time, how they are read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lossmith.engine.memory import fresh
+from lossmith.engine.raw import View, ignored_fill
+from lossmith.engine.rows_torch import Scratch, row_grad, row_stats
+
+Block = slice | Tensor
+
+# Picking rows by index costs a copy of them; this share of ignored rows pays for it.
+WORTH_LEAVING_OUT = 1 / 8
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that statistics are computed and returned in: at least fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Blocks:
+    """The rows of ``logits`` [..., V] that a sweep visits, and how it reads and writes them."""
+
+    def __init__(self, logits: Tensor, targets: Tensor, ignore_index: int, block_elements: int) -> None:
+        self.num_classes = logits.shape[-1]
+        self.num_rows = targets.numel()
+        self.logits = logits
+        self.lead = logits.shape[:-1]
+        self.is_flat = True
+        try:
+            self.logits = logits.view(-1, self.num_classes)
+        except RuntimeError:  # a view that cannot be flattened: rows are picked, not copied whole
+            self.is_flat = False
+        self.device, self.dtype = logits.device, logits.dtype
+        self.compute_dtype = accumulation_dtype(logits.dtype)
+        targets = targets.reshape(-1)
+        is_ignored = targets == ignore_index
+        self.targets = targets.masked_fill(is_ignored, 0)
+        self.block_rows = max(1, min(self.num_rows, block_elements // self.num_classes))
+        # Few ignored rows are computed and then cleared; many are left out, on a CPU: an
+        # accelerator would have to tell the host how many there are.
+        self.visited: Tensor | None = None
+        self.ignored: Tensor | None = None
+        if self.device.type != "cpu":
+            self.visited = None if self.is_flat else torch.arange(self.num_rows, device=self.device)
+            self.ignored = is_ignored
+            return
+        visited = (~is_ignored).nonzero().squeeze(1)
+        num_ignored = self.num_rows - visited.numel()
+        if not self.is_flat or num_ignored > self.num_rows * WORTH_LEAVING_OUT:
+            self.visited = visited
+        elif num_ignored:
+            self.ignored = is_ignored.nonzero().squeeze(1)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the logits have the dtype computed in."""
+        return self.dtype == self.compute_dtype
+
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether a block of the gradient is contiguous memory of the dtype computed in."""
+        return self.visited is None and self.is_exact
+
+    def all(self) -> Iterator[Block]:
+        if self.visited is not None:
+            if self.visited.numel():
+                yield from self.visited.split(self.block_rows)
+            return
+        for start in range(0, self.num_rows, self.block_rows):
+            yield slice(start, min(start + self.block_rows, self.num_rows))
+
+    def take(self, block: Block) -> Tensor:
+        if isinstance(block, slice) or self.is_flat:
+            return self.logits[block]
+        return self.logits[torch.unravel_index(block, self.lead)]
+
+    def put(self, result: Tensor, block: Block, values: Tensor) -> None:
+        if isinstance(block, slice):
+            result[block] = values
+        else:
+            result.index_copy_(0, block, values.to(result.dtype))
+
+    def clear(self, values: Tensor, fill: float | int) -> None:
+        """What ignored rows that were computed all the same have: NaN in them must not stay."""
+        if self.ignored is not None:
+            values[self.ignored] = fill
+
+    def empty_gradient(self, *, zero: bool) -> Tensor:
+        shape = (self.num_rows, self.num_classes)
+        return fresh(shape, dtype=self.dtype, device=self.device, zero=zero)
+
+    def buffer(self) -> Tensor:
+        return torch.empty((self.block_rows, self.num_classes), dtype=self.compute_dtype, device=self.device)
+
+    def check_targets(self) -> None:
+        outside = (self.targets < 0) | (self.targets >= self.num_classes)
+        if self.device.type != "cpu":  # the host must not wait for the answer
+            torch._assert_async(~outside.any(), f"a target is outside [0, {self.num_classes})")  # pyright: ignore
+            return
+        where = outside.nonzero()
+        if where.shape[0]:
+            raise ValueError(_outside_message(self.targets, int(where[0, 0]), self.lead, self.num_classes))
+
+
+def stats_in_blocks(
+    blocks: Blocks,
+    candidates: Tensor | None,
+    class_weight: Tensor | None,
+    softcap: float | None,
+    views: Sequence[View],
+) -> None:
+    """Fill in the raw statistics of every view."""
+    scratch = Scratch(blocks.buffer(), blocks.buffer())
+    reader = _Reader(blocks, softcap, views)
+    for block in blocks.all():
+        z = reader.load(block)
+        target = blocks.targets[block].unsqueeze(1)
+        ids = None if candidates is None else candidates[block]
+        for view in views:
+            scaled = reader.over(view.temperature, z)
+            raw = row_stats(scaled, target, ids, class_weight, view.needs, scratch.first(len(z)))
+            for name, out in view.raw.items():
+                out[block] = raw[name] if out.dim() == 2 else raw[name].squeeze(1)
+    for view in views:
+        for name, out in view.raw.items():
+            blocks.clear(out, ignored_fill(name))
+
+
+def grad_in_blocks(
+    blocks: Blocks,
+    candidates: Tensor | None,
+    class_weight: Tensor | None,
+    softcap: float | None,
+    views: Sequence[View],
+) -> Tensor:
+    """The gradient of the logits [N, V], from those of every view's raw statistics."""
+    result = blocks.empty_gradient(zero=blocks.visited is not None)
+    scratch = blocks.buffer()
+    gradient = None if blocks.writes_in_place and softcap is None else blocks.buffer()
+    second = blocks.buffer() if len(views) > 1 else scratch
+    reader = _Reader(blocks, softcap, views)
+    for block in blocks.all():
+        z = reader.load(block)
+        n = len(z)
+        target = blocks.targets[block].unsqueeze(1)
+        ids = None if candidates is None else candidates[block]
+        out = result[block] if gradient is None else gradient[:n]
+        for k, view in enumerate(views):
+            into = out if k == 0 else second[:n]
+            raw = {name: _column(value[block]) for name, value in view.raw.items()}
+            grads = {name: _column(g[block]) for name, g in view.grads.items()}
+            if view.temperature is not None:
+                grads = {name: g / view.temperature for name, g in grads.items()}
+            scaled = reader.over(view.temperature, z)
+            row_grad(scaled, into, scratch[:n], target, ids, class_weight, raw, grads)
+            if k > 0:
+                out.add_(into)
+        if softcap is not None:  # d softcap(z) / dz = 1 - (softcap(z) / c)^2
+            out.mul_(torch.mul(z, 1 / softcap, out=scratch[:n]).square_().neg_().add_(1.0))
+        if gradient is not None:
+            blocks.put(result, block, out)
+    blocks.clear(result, 0.0)
+    return result
+
+
+class _Reader:
+    """Blocks as they are computed on: in the accumulation dtype, capped, over a temperature."""
+
+    def __init__(self, blocks: Blocks, softcap: float | None, views: Sequence[View]) -> None:
+        self.blocks, self.softcap = blocks, softcap
+        changes = softcap is not None or not blocks.is_exact
+        self._loaded = blocks.buffer() if changes else None
+        self._scaled = blocks.buffer() if any(v.temperature is not None for v in views) else None
+
+    def load(self, block: Block) -> Tensor:
+        """The logits themselves where nothing has to change."""
+        z = self.blocks.take(block)
+        if self._loaded is None:
+            return z
+        loaded = self._loaded[: len(z)].copy_(z)
+        return loaded if self.softcap is None else loaded.mul_(1 / self.softcap).tanh_().mul_(self.softcap)
+
+    def over(self, temperature: Tensor | None, z: Tensor) -> Tensor:
+        if temperature is None:
+            return z
+        assert self._scaled is not None
+        return torch.div(z, temperature, out=self._scaled[: len(z)])
+
+
+def _column(value: Tensor) -> Tensor:
+    return value if value.dim() == 2 else value.unsqueeze(1)
+
+
+def _outside_message(targets: Tensor, row: int, lead: torch.Size, num_classes: int) -> str:
+    position = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), lead)) if lead else ()
+    return (
+        f"targets must be class ids in [0, {num_classes}) or ignore_index; got {int(targets[row])} at "
+        f"position {position}. Set positions without a target to ignore_index, and check that the logits' "
+        "last dimension is the vocabulary"
+    )

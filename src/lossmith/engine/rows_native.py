@@ -1,0 +1,198 @@
+"""The arithmetic on rows, compiled: ``rows_native.cpp`` built once on this machine, and called.
+
+Where PyTorch makes a dozen parallel passes over a block of rows, this makes one over the
+batch. It takes fp32 and bf16 rows on a CPU; ``rows_torch`` takes everything, and takes over
+where there is no C++ compiler. ``LOSSMITH_NATIVE=0`` turns it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lossmith.engine.raw import View, closed
+
+_log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("rows_native.cpp")
+_FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+_OUTPUTS = (
+    "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight", "num_finite",
+    "top_wrong_logit", "top_wrong_id", "num_wrong", "candidate_logits", "rest_log_sum",
+)  # fmt: skip
+_GRADS = (
+    "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "top_wrong_logit", "candidate_logits",
+    "rest_log_sum",
+)  # fmt: skip
+
+
+class _View(ctypes.Structure):
+    _fields_ = [
+        ("temperature", ctypes.c_void_p),
+        ("needs", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in _OUTPUTS),
+        *(("g_" + name, ctypes.c_void_p) for name in _GRADS),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("is_bf16", ctypes.c_int64),
+        ("num_rows", ctypes.c_int64),
+        ("num_classes", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("targets", ctypes.c_void_p),
+        ("ignore_index", ctypes.c_int64),
+        ("candidates", ctypes.c_void_p),
+        ("num_candidates", ctypes.c_int64),
+        ("class_weight", ctypes.c_void_p),
+        ("views", ctypes.POINTER(_View)),
+        ("num_views", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
+        ("gradient", ctypes.c_void_p),
+    ]
+
+
+def takes(logits: Tensor, softcap: float | None) -> bool:
+    """Whether these rows [N, V] are computed here."""
+    return (
+        logits.device.type == "cpu"
+        and logits.dtype in (torch.float32, torch.bfloat16)
+        and softcap is None
+        and logits.dim() == 2
+        and logits.stride(1) == 1
+        and library() is not None
+    )
+
+
+def sweep(
+    logits: Tensor,
+    targets: Tensor,
+    candidates: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    views: Sequence[View],
+    gradient: Tensor | None = None,
+) -> None:
+    """Fill in the raw statistics of each view or, with ``gradient`` [N, V], the gradient of the logits.
+
+    Args:
+        logits: [N, V], fp32 or bf16, rows contiguous.
+        targets: [N] int64 ids in range, or ``ignore_index``: those rows are not read, their
+            statistics not touched and their gradient 0.
+        candidates: [N, K] int64 ids, -1 where there is none.
+        class_weight: [V] fp32.
+        views: what is asked of the rows; all fp32, ids int64.
+    """
+    compiled = library()
+    assert compiled is not None
+    structs = (_View * len(views))()
+    alive = [logits, targets, candidates, class_weight, gradient]
+    for struct, view in zip(structs, views, strict=True):
+        struct.needs = int(closed(view.needs))
+        upstream = {"g_" + name: g for name, g in view.grads.items()}
+        named = {"temperature": view.temperature, **view.raw, **upstream}
+        for name, value in named.items():
+            if value is not None:
+                value = value.contiguous()
+                alive.append(value)
+                setattr(struct, name, value.data_ptr())
+    batch = _Batch(
+        logits=logits.data_ptr(),
+        is_bf16=logits.dtype == torch.bfloat16,
+        num_rows=logits.shape[0],
+        num_classes=logits.shape[1],
+        row_stride=logits.stride(0),
+        targets=targets.data_ptr(),
+        ignore_index=ignore_index,
+        candidates=_pointer(candidates),
+        num_candidates=0 if candidates is None else candidates.shape[-1],
+        class_weight=_pointer(class_weight),
+        views=structs,
+        num_views=len(views),
+        num_threads=torch.get_num_threads(),
+        gradient=_pointer(gradient),
+    )
+    compiled.lossmith_sweep(ctypes.byref(batch))
+    del alive
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, built on first use and kept; None where it cannot be built."""
+    if os.environ.get("LOSSMITH_NATIVE", "1") == "0" or sys.platform == "win32":
+        return None
+    compiler = _compiler()
+    if compiler is None:
+        _log.info("no C++ compiler found; rows are computed with PyTorch operations, about 3x slower")
+        return None
+    try:
+        return ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.info("the row kernels could not be built (%s); rows are computed with PyTorch operations", error)
+        return None
+
+
+def _compiler() -> list[str] | None:
+    chosen = os.environ.get("CXX")
+    if chosen:
+        return shlex.split(chosen)
+    found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    return None if found is None else [found]
+
+
+def _build(compiler: list[str]) -> Path:
+    """Compile the source unless this machine's build of it is there; another CPU builds its own."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    key = hashlib.sha256(
+        b"\0".join([_SOURCE.read_bytes(), version, shlex.join(_FLAGS).encode(), _processor()])
+    )
+    directory = _cache_directory()
+    target = directory / f"rows-{key.hexdigest()[:16]}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            fresh = Path(scratch) / target.name
+            command = [*compiler, *_FLAGS, "-o", str(fresh), str(_SOURCE)]
+            subprocess.run(command, capture_output=True, check=True, timeout=300)
+            fresh.replace(target)  # atomic: another process may be building the same
+    return target
+
+
+def _processor() -> bytes:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    kinds = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+    return "\n".join([platform.machine(), *kinds[:2]]).encode()
+
+
+def _cache_directory() -> Path:
+    """Where builds are kept: the user's cache, or a directory of this process if that is read-only."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    directory = Path(home) / "lossmith"
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(directory, os.W_OK):
+            return directory
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="lossmith-"))
