@@ -10,7 +10,7 @@ are ways to fill it in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from lossmith.engine.checks import check_logits
 from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep import logits_stats
+from lossmith.metrics import Metrics
 from lossmith.reduction import Denominator, Empty, Reduction, check_reduction
 
 PerToken = Callable[[TokenStats, TokenBatch], Tensor]
@@ -110,36 +111,6 @@ class SweepOptions:
                 f"class_weight must be [V] = [{logits.shape[-1]}]; got {list(self.class_weight.shape)}"
             )
         return self.class_weight.detach().to(accumulation_dtype(logits.dtype))
-
-
-class Metrics(Mapping[str, float]):
-    """Named numbers that stay on their device until they are read.
-
-    Reading one is one synchronisation; :meth:`to_dict` reads all with one.
-    """
-
-    def __init__(self, sources: Mapping[str, Tensor | Callable[[], Tensor]]) -> None:
-        self._sources = dict(sources)
-
-    def _tensor(self, name: str) -> Tensor:
-        source = self._sources[name]
-        return (source if isinstance(source, Tensor) else source()).detach()
-
-    def __getitem__(self, name: str) -> float:
-        return float(self._tensor(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def to_dict(self) -> dict[str, float]:
-        """All of them as floats, with one synchronisation."""
-        if not self._sources:
-            return {}
-        tensors = [self._tensor(name).double().reshape(()) for name in self._sources]
-        return dict(zip(self._sources, torch.stack(tensors).tolist(), strict=True))
 
 
 @dataclass(frozen=True)

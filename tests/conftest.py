@@ -1,0 +1,59 @@
+"""One thread, since tests are small and others want the cores; the same examples on every run."""
+
+import collections
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch.utils._python_dispatch import TorchDispatchMode
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "lossmith",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("lossmith")
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """Every test draws the same numbers, whatever ran before it."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def set_block_rows(monkeypatch: pytest.MonkeyPatch):
+    """Make the engine work on this many rows of ``num_classes`` at a time."""
+
+    def set_to(num_rows: int, num_classes: int) -> None:
+        monkeypatch.setitem(sweep.BLOCK_ELEMENTS, "cpu", num_rows * num_classes)
+
+    from lossmith.engine import sweep
+
+    return set_to
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the operators that reach the dispatcher, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """How often the logits were swept forward and backward."""
+        return self.counts["lossmith::row_stats"], self.counts["lossmith::row_grad"]
+
+
+@pytest.fixture
+def count_ops() -> CountOps:
+    """``with count_ops as ops: ...; ops.passes``"""
+    return CountOps()

@@ -1,0 +1,117 @@
+"""The compiled row kernels: equal to rows_torch, built with care, done without where they must be."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+
+import lossmith
+from lossmith.engine import rows_native
+from lossmith.engine.stats import STATISTIC_NAMES
+
+NAMES = sorted(STATISTIC_NAMES)
+
+
+@pytest.fixture
+def fresh_library():
+    """Let the test decide whether and where the library is built."""
+    rows_native.library.cache_clear()
+    yield
+    rows_native.library.cache_clear()
+
+
+def everything(monkeypatch, native, num_classes, dtype, temperature):
+    """All statistics of a batch with nasty rows, and the gradient of a random mix of them."""
+    generator = torch.Generator().manual_seed(num_classes)
+    logits = (torch.randn(5, 7, num_classes, generator=generator) * 3).to(dtype)
+    targets = torch.randint(num_classes, (5, 7), generator=generator)
+    candidates = torch.randint(-1, num_classes, (5, 7, 4), generator=generator)
+    candidates[..., 0] = logits.argmax(-1)
+    if num_classes > 5:
+        logits[0, 0, 3] = float("-inf")
+        logits[1, 1, :2] = float("-inf")
+        logits[3, :, 4] += 60
+    logits[2, 2], targets[2, 2] = float("nan"), -100
+    targets[0, :3] = -100
+    logits.requires_grad_()
+    with monkeypatch.context() as patch:
+        if not native:
+            patch.setattr(rows_native, "takes", lambda *_: False)
+        assert rows_native.takes(logits.flatten(0, 1), None) is native
+        stats = lossmith.token_stats(logits, targets, candidates=candidates, temperature=temperature)
+        values = {name: getattr(stats.compute(*NAMES), name) for name in NAMES}
+        values |= {
+            f"unscaled {name}": getattr(stats.unscaled, name) for name in ("nll", "logsumexp", "entropy")
+        }
+        mixed = torch.zeros(())
+        for value in values.values():
+            if value.requires_grad:
+                weight = torch.rand(value.shape, generator=generator)
+                mixed = mixed + torch.where(value.isfinite(), value * weight, 0.0).sum()
+        mixed.backward()
+    return values, logits.grad
+
+
+@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 15, 16, 17, 33, 1000, 5003])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_native_rows_equal_torch_rows(monkeypatch, num_classes, dtype, temperature):
+    ours, our_grad = everything(monkeypatch, True, num_classes, dtype, temperature)
+    theirs, their_grad = everything(monkeypatch, False, num_classes, dtype, temperature)
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=2e-5, atol=2e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    exact = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 1e-5}
+    torch.testing.assert_close(our_grad, their_grad, **exact)
+    assert not our_grad[2, 2].any()
+
+
+@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+def test_threads_change_nothing():
+    logits = torch.randn(300, 1001, requires_grad=True)
+    targets = torch.randint(1001, (300,))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            loss = lossmith.cross_entropy(logits, targets, label_smoothing=0.1, z_loss=1e-3)
+            results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in itertools.pairwise(results):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+def test_row_strides_are_read_where_they_are():
+    wide = torch.randn(6, 40)
+    part = wide[:, 3:36].detach().requires_grad_()
+    targets = torch.randint(33, (6,))
+    assert rows_native.takes(part, None)
+    loss = lossmith.cross_entropy(part, targets)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(part, targets))
+
+
+@pytest.mark.parametrize("variable", [("LOSSMITH_NATIVE", "0"), ("CXX", "/nowhere/c++"), ("CXX", "false")])
+def test_without_a_compiler_pytorch_takes_over(monkeypatch, fresh_library, variable, tmp_path, caplog):
+    monkeypatch.setenv(*variable)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    logits, targets = torch.randn(4, 9), torch.randint(9, (4,))
+    with caplog.at_level(logging.INFO, logger="lossmith"):
+        loss = lossmith.cross_entropy(logits, targets)
+    assert rows_native.library() is None
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, targets))
+    if variable[0] == "CXX":
+        assert "could not be built" in caplog.text
+
+
+@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+def test_a_read_only_cache_is_no_obstacle(monkeypatch, fresh_library, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert rows_native.library() is not None

@@ -1,0 +1,217 @@
+"""One denominator: the reduction table, batches without tokens, padding, micro-batches."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lossmith
+import reference
+from lossmith.reduction import token_scale
+
+IGNORE, B, T, V = -100, 4, 6, 5
+REDUCTIONS = ["mean", "token_mean", "sequence_mean", "sum", "none"]
+FULL = {"label_smoothing": 0.1, "z_loss": 0.01, "focal_gamma": 1.0, "confidence_penalty": 0.1}
+OPTIONS = [
+    {},
+    FULL,
+    FULL | {"class_weight": torch.linspace(0.5, 2.0, V)},
+    {"temperature": 0.5, "softcap": 6.0},
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(B, T, V, generator=rng)).to(dtype)
+    targets = torch.randint(V, (B, T), generator=rng)
+    targets[torch.rand(B, T, generator=rng) < 0.3] = IGNORE
+    targets[2] = IGNORE  # a sample without a token
+    return logits, targets
+
+
+def loss_and_gradient(logits: Tensor, targets: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    loss = lossmith.cross_entropy(logits, targets, **options)
+    loss.sum().backward()
+    return loss.detach(), logits.grad
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
+def test_the_table_by_hand():
+    valid = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    mean = torch.where(valid, 1 / 6, 0.0)
+    by_sample = torch.tensor([[0.25, 0.25, 0, 0], [0, 0, 0, 0], [0.125] * 4])
+    table = {
+        "mean": mean,
+        "token_mean": mean,
+        "sequence_mean": by_sample,
+        "sum": valid.float(),
+        "none": valid.float(),
+    }
+    for reduction, expected in table.items():
+        torch.testing.assert_close(token_scale(valid, reduction), expected)
+    torch.testing.assert_close(token_scale(valid, "mean", denominator=12), mean / 2)
+    torch.testing.assert_close(
+        token_scale(valid, "sequence_mean", denominator=torch.tensor(4)), by_sample / 2
+    )
+    torch.testing.assert_close(token_scale(valid, "sum", denominator=10.0), valid / 10)
+
+
+def test_the_worked_sequence_mean():
+    """Losses [1.5, 1.2, 2.0] per sample have the mean 1.5667, however long the samples are."""
+    valid = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
+    losses = torch.tensor([1.5, 1.2, 2.0]).unsqueeze(-1)
+    assert (losses * token_scale(valid, "sequence_mean")).sum().item() == pytest.approx(4.7 / 3)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reductions_of_the_per_token_values(reduction):
+    logits, targets = batch(torch.float64)
+    values = lossmith.cross_entropy(logits, targets, reduction="none")
+    assert values.shape == targets.shape
+    assert torch.equal(
+        values[targets == IGNORE], torch.zeros(int((targets == IGNORE).sum()), dtype=torch.float64)
+    )
+    valid = targets != IGNORE
+    expected = reference.reduce(values, valid, valid.double(), reduction, None, "zero")
+    torch.testing.assert_close(lossmith.cross_entropy(logits, targets, reduction=reduction), expected)
+
+
+# -- nothing to learn from -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "full", "weighted", "read"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_an_all_ignored_batch_is_a_connected_zero(reduction, options, dtype):
+    logits, targets = batch(dtype)
+    logits[0] = float("nan")
+    for denominator in (None, 0, 17, torch.tensor(0)):
+        loss, gradient = loss_and_gradient(
+            logits, torch.full_like(targets, IGNORE), reduction=reduction, denominator=denominator, **options
+        )
+        assert torch.equal(loss, torch.zeros_like(loss))
+        assert torch.equal(gradient, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "token_mean", "sequence_mean"])
+def test_empty_nan_is_pytorchs_answer(reduction):
+    logits, targets = batch()
+    nothing = torch.full_like(targets, IGNORE)
+    assert lossmith.cross_entropy(logits, nothing, reduction=reduction, empty="nan").isnan()
+    some = lossmith.cross_entropy(logits, targets, reduction=reduction, empty="nan")
+    assert torch.equal(some, lossmith.cross_entropy(logits, targets, reduction=reduction))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_empty_nan_leaves_what_is_not_divided(reduction):
+    logits, targets = batch()
+    loss = lossmith.cross_entropy(logits, torch.full_like(targets, IGNORE), reduction=reduction, empty="nan")
+    assert torch.equal(loss, torch.zeros_like(loss))
+
+
+def test_masked_out_and_shifted_away_are_also_nothing():
+    logits, targets = batch()
+    for options in (
+        {"mask": torch.zeros(B, T, dtype=torch.bool)},
+        {"mask": torch.arange(T).expand(B, T) < 1, "shift": True},
+    ):
+        loss, gradient = loss_and_gradient(logits, targets, **options)
+        assert loss.item() == 0
+        assert torch.equal(gradient, torch.zeros_like(logits))
+
+
+def test_class_weights_that_are_all_zero_give_zero_not_nan():
+    logits, targets = batch()
+    loss, gradient = loss_and_gradient(logits, targets, class_weight=torch.zeros(V))
+    assert loss.item() == 0
+    assert torch.equal(gradient, torch.zeros_like(logits))
+
+
+def test_an_all_ignored_batch_is_connected_to_the_model():
+    weight = torch.randn(V, 3, requires_grad=True)
+    lossmith.cross_entropy(torch.randn(2, 3) @ weight.T, torch.tensor([IGNORE, IGNORE])).backward()
+    assert torch.equal(weight.grad, torch.zeros(V, 3))
+
+
+# -- ignored rows change nothing -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "full", "weighted", "read"])
+@pytest.mark.parametrize("reduction", ["mean", "sequence_mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_appending_ignored_positions_and_samples_changes_nothing(dtype, reduction, options):
+    logits, targets = batch(dtype)
+    wider = torch.cat([logits, torch.full((B, 3, V), float("nan"), dtype=dtype)], 1)
+    wider = torch.cat([wider, torch.randn(2, T + 3, V).to(dtype)])
+    more = torch.nn.functional.pad(targets, (0, 3, 0, 2), value=IGNORE)
+    loss, gradient = loss_and_gradient(logits, targets, reduction=reduction, **options)
+    padded_loss, padded = loss_and_gradient(wider, more, reduction=reduction, **options)
+    torch.testing.assert_close(padded_loss, loss, rtol=5e-7, atol=0)  # sums have another order
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(padded[:B, :T], gradient, rtol=4 * eps, atol=eps / 4)
+    assert not padded[B:].any()
+    assert not padded[:, T:].any()
+
+
+# -- micro-batches ---------------------------------------------------------------------------------
+
+
+def split(logits: Tensor, targets: Tensor, cuts: list[int]) -> list[tuple[Tensor, Tensor, slice]]:
+    edges = [0, *sorted(set(cuts)), B]
+    parts = [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
+    return [(logits[part], targets[part], part) for part in parts]
+
+
+@given(
+    cuts=st.lists(st.integers(1, B - 1), max_size=3),
+    reduction=st.sampled_from(["mean", "sequence_mean", "sum"]),
+    options=st.sampled_from(OPTIONS),
+    as_tensor=st.booleans(),
+)
+def test_micro_batches_add_up_to_the_batch(cuts, reduction, options, as_tensor):
+    logits, targets = batch(torch.float64)
+    weight = torch.linspace(0.5, 1.5, B * T).reshape(B, T)
+    whole, gradient = loss_and_gradient(logits, targets, reduction=reduction, token_weight=weight, **options)
+    valid = targets != IGNORE
+    denominator = {"mean": valid.sum(), "sequence_mean": valid.any(-1).sum(), "sum": torch.tensor(1)}[
+        reduction
+    ]
+    if "class_weight" in options and reduction == "mean":
+        denominator = options["class_weight"].double()[targets[valid]].sum()
+    if not as_tensor:
+        denominator = denominator.item()
+    total = 0.0
+    for some_logits, some_targets, part in split(logits, targets, cuts):
+        loss, some_gradient = loss_and_gradient(
+            some_logits,
+            some_targets,
+            reduction=reduction,
+            denominator=denominator,
+            token_weight=weight[part],
+            **options,
+        )
+        total = total + loss
+        torch.testing.assert_close(some_gradient, gradient[part])
+    torch.testing.assert_close(total, whole)
+
+
+def test_a_denominator_is_divided_by_once():
+    logits, targets = batch(torch.float64)
+    total = lossmith.cross_entropy(logits, targets, reduction="sum")
+    for denominator in (5, 0.5, torch.tensor(5), torch.tensor(123.0)):
+        loss = lossmith.cross_entropy(logits, targets, denominator=denominator)
+        torch.testing.assert_close(loss, total / denominator)
+
+
+def test_a_fp32_count_of_tokens_is_exact_for_half_precision_logits():
+    """4001 tokens do not exist in bf16: neither the count nor the sum may be kept in it."""
+    logits = torch.zeros(4001, 3, dtype=torch.bfloat16)
+    loss = lossmith.cross_entropy(logits, torch.zeros(4001, dtype=torch.long))
+    assert loss.item() == pytest.approx(torch.tensor(3.0).log().item(), rel=1e-6)
