@@ -1,11 +1,14 @@
 """One thread, since tests are small and others want the cores; the same examples on every run."""
 
 import collections
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lossmith.engine import rows_native, sweep
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -24,14 +27,22 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture(params=["compiled", "pytorch"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test on the compiled rows and on PyTorch's: what a user has must not depend on a compiler."""
+    if request.param == "pytorch":
+        monkeypatch.setattr(rows_native, "takes", lambda *_: False)
+    elif rows_native.library() is None:
+        pytest.skip("no C++ compiler here")
+    return request.param
+
+
 @pytest.fixture
-def set_block_rows(monkeypatch: pytest.MonkeyPatch):
-    """Make the engine work on this many rows of ``num_classes`` at a time."""
+def set_block_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Make PyTorch's rows be computed this many of ``num_classes`` at a time."""
 
     def set_to(num_rows: int, num_classes: int) -> None:
         monkeypatch.setitem(sweep.BLOCK_ELEMENTS, "cpu", num_rows * num_classes)
-
-    from lossmith.engine import sweep
 
     return set_to
 

@@ -54,9 +54,7 @@ def test_flattened_on_one_side_only(enter):
 def test_targets_out_of_range_are_named_with_their_position(enter, value):
     targets = TARGETS.clone()
     targets[1, 2] = value
-    with pytest.raises(
-        ValueError, match=rf"class ids in \[0, 5\) or ignore_index; got {value} at position \(1, 2\)"
-    ):
+    with pytest.raises(ValueError, match=rf"class ids in \[0, 5\) or .*; got {value} at position \(1, 2\)"):
         enter(LOGITS, targets)
 
 
@@ -129,8 +127,8 @@ OUT_OF_RANGE = [
     ("temperature", -1.0, r"temperature must be > 0; got -1"),
     ("temperature", float("nan"), r"temperature must be > 0; got nan"),
     ("softcap", 0.0, r"softcap must be > 0, or None for none; got 0"),
-    ("focal_gamma", -1.0, r"focal_gamma must be >= 0; got -1"),
-    ("focal_gamma", float("nan"), r"focal_gamma must be >= 0; got nan"),
+    ("focal_gamma", -1.0, r"focal_gamma must be .*>= 0; got -1"),
+    ("focal_gamma", float("nan"), r"focal_gamma must be .*>= 0; got nan"),
     ("z_loss", float("nan"), r"z_loss must be .*; got nan"),
     ("confidence_penalty", float("inf"), r"confidence_penalty must be .*; got inf"),
     ("reduction", "average", r"reduction must be one of 'mean', .*'none'; got 'average'"),
@@ -224,13 +222,12 @@ def test_candidates():
         lossmith.token_stats(LOGITS, TARGETS, candidates=TARGETS)
     with pytest.raises(TypeError, match=r"candidates must be integer class ids; got torch\.float32"):
         lossmith.token_stats(LOGITS, TARGETS, candidates=torch.ones(2, 3, 1))
-    with pytest.raises(ValueError, match="needs candidates"):
-        _ = lossmith.token_stats(LOGITS, TARGETS).candidate_log1m_prob
 
 
-def test_candidate_logits_without_candidates():
-    with pytest.raises(ValueError, match="candidates"):
-        _ = lossmith.token_stats(LOGITS, TARGETS).candidate_logits
+@pytest.mark.parametrize("name", ["candidate_logits", "candidate_log1m_prob"])
+def test_statistics_of_candidates_that_were_not_given(name):
+    with pytest.raises(ValueError, match=r"candidates=\[\.\.\., K\]"):
+        getattr(lossmith.token_stats(LOGITS, TARGETS), name)
 
 
 @pytest.mark.parametrize("value", [5, -2])

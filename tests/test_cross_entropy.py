@@ -12,6 +12,8 @@ from torch.nn import functional
 import lossmith
 import reference
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 IGNORE, INF = -100, float("inf")
 B, T, V = 3, 5, 7
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

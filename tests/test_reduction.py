@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lossmith
 import reference
-from lossmith.reduction import token_scale
+from lossmith.batch import align
 
 IGNORE, B, T, V = -100, 4, 6, 5
 REDUCTIONS = ["mean", "token_mean", "sequence_mean", "sum", "none"]
@@ -43,6 +43,11 @@ def loss_and_gradient(logits: Tensor, targets: Tensor, **options: object) -> tup
 # -- the table ---------------------------------------------------------------------------------
 
 
+def scale(valid: Tensor, reduction: str, **options: object) -> Tensor:
+    batch = align(torch.where(valid, 1, IGNORE), reduction=reduction, **options)
+    return batch.rows(batch.scale)
+
+
 def test_the_table_by_hand():
     valid = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
     mean = torch.where(valid, 1 / 6, 0.0)
@@ -55,19 +60,17 @@ def test_the_table_by_hand():
         "none": valid.float(),
     }
     for reduction, expected in table.items():
-        torch.testing.assert_close(token_scale(valid, reduction), expected)
-    torch.testing.assert_close(token_scale(valid, "mean", denominator=12), mean / 2)
-    torch.testing.assert_close(
-        token_scale(valid, "sequence_mean", denominator=torch.tensor(4)), by_sample / 2
-    )
-    torch.testing.assert_close(token_scale(valid, "sum", denominator=10.0), valid / 10)
+        torch.testing.assert_close(scale(valid, reduction), expected)
+    torch.testing.assert_close(scale(valid, "mean", denominator=12), mean / 2)
+    torch.testing.assert_close(scale(valid, "sequence_mean", denominator=torch.tensor(4)), by_sample / 2)
+    torch.testing.assert_close(scale(valid, "sum", denominator=10.0), valid / 10)
 
 
-def test_the_worked_sequence_mean():
-    """Losses [1.5, 1.2, 2.0] per sample have the mean 1.5667, however long the samples are."""
+def test_a_sequence_mean_does_not_depend_on_the_lengths():
+    """Samples that lose [1.5, 1.2, 2.0] per token have the mean 4.7 / 3."""
     valid = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
     losses = torch.tensor([1.5, 1.2, 2.0]).unsqueeze(-1)
-    assert (losses * token_scale(valid, "sequence_mean")).sum().item() == pytest.approx(4.7 / 3)
+    assert (losses * scale(valid, "sequence_mean")).sum().item() == pytest.approx(4.7 / 3)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.engine.checks import check_targets
-from lossmith.reduction import Denominator, Empty, Reduction, check_reduction, token_scale
+from lossmith.engine.checks import check_ids, check_targets
+from lossmith.reduction import Denominator, Empty, Reduction, check_reduction, scalar_share, token_scale
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def align(
     input_ids: Tensor | None = None,
     pad_token_id: int | None = None,
     eos_token_id: int | None = None,
+    num_classes: int | None = None,
     shift: bool = False,
     reduction: Reduction = "mean",
     denominator: Denominator | None = None,
@@ -84,17 +85,22 @@ def align(
         pad_token_id: targets that equal it do not count, unless it is also ``eos_token_id``:
             then only the mask can tell padding from an end of sequence.
         eos_token_id: see ``pad_token_id``.
+        num_classes: V, to check the targets where the caller would look for them.
         shift: whether the targets are unshifted labels.
         reduction, denominator, empty, dtype: see :func:`lossmith.reduction.token_scale`.
         class_weight: [V] what a target counts for in the denominator.
 
     Raises:
         TypeError: targets are not integers, or the mask is floating point.
-        ValueError: a shape differs from the targets', or an option is unknown.
+        ValueError: a shape differs from the targets', a target is out of range, or an option unknown.
     """
     check_targets(targets)
     check_reduction(reduction, empty)
     for name, value in (("mask", mask), ("token_weight", token_weight), ("input_ids", input_ids)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor of shape {list(targets.shape)}; got {type(value).__name__}"
+            )
         if value is not None and value.shape != targets.shape:
             raise ValueError(
                 f"{name} must have the targets' shape {list(targets.shape)}; got {list(value.shape)}"
@@ -111,6 +117,9 @@ def align(
     if pad_token_id is not None and pad_token_id != eos_token_id:
         valid = valid & (targets != pad_token_id)
     targets = targets.masked_fill(~valid, ignore_index)
+    if num_classes is not None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        # before they move
+        check_ids("targets", targets, num_classes, exempt=ignore_index, exempt_name="ignore_index")
     weight = None if token_weight is None else token_weight.detach()
     if shift:
         targets, valid = _shifted(targets, ignore_index), _shifted(valid, False)
@@ -119,11 +128,12 @@ def align(
     if class_weight is not None:
         counts = class_weight.detach().to(dtype)[targets.clamp(0, len(class_weight) - 1)]
     rows = as_rows(targets.shape)
+    row_counts = None if counts is None else counts.reshape(rows)
     scale = token_scale(
         valid.reshape(rows),
         reduction,
         denominator=denominator,
-        weight=None if counts is None else counts.reshape(rows),
+        weight=row_counts,
         empty=empty,
         dtype=dtype,
     )
@@ -133,7 +143,9 @@ def align(
         scale=scale.reshape(-1) if weight is None else scale.reshape(-1) * weight.reshape(-1).to(dtype),
         ignore_index=ignore_index,
         shape=targets.shape,
-        share=1.0 if denominator is None else _share(valid.reshape(rows), reduction, denominator),
+        share=scalar_share(
+            valid.reshape(rows), reduction, denominator=denominator, weight=row_counts, dtype=dtype
+        ),
         input_ids=None if input_ids is None else input_ids.reshape(-1),
     )
 
@@ -150,10 +162,3 @@ def _shifted(values: Tensor, fill: float | bool) -> Tensor:
     out = torch.full_like(values, fill)
     out[..., :-1] = values[..., 1:]
     return out
-
-
-def _share(valid: Tensor, reduction: Reduction, denominator: Denominator) -> Tensor:
-    """This micro-batch's part of the batch that ``denominator`` counts."""
-    mine = valid.any(-1).sum() if reduction == "sequence_mean" else valid.sum()
-    whole = torch.as_tensor(denominator, device=valid.device)
-    return mine / torch.where(whole == 0, 1, whole)

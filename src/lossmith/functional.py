@@ -59,7 +59,7 @@ def token_stats(
         (0.825, True)
     """
     check_logits(logits, targets)
-    default = Needs.ENTROPY | Needs.SUM | Needs.TOP
+    default = Needs.ENTROPY | Needs.SUM | Needs.TOP | Needs.COUNT
     if candidates is not None:
         check_candidates(candidates, targets)
         candidates = candidates.long()
@@ -229,6 +229,13 @@ def ranking_loss(
     check_reduction(reduction)
     if not margin >= 0:
         raise ValueError(f"margin must be >= 0; got {margin}")
+    try:
+        torch.broadcast_shapes(positive.shape, negative.shape)
+    except RuntimeError:
+        raise ValueError(
+            "positive and negative must be scores of the same pairs, up to broadcasting; got shapes "
+            f"{list(positive.shape)} and {list(negative.shape)}"
+        ) from None
     values = ranking(positive, negative, margin=margin)
     valid = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool().expand_as(values)
     scale = token_scale(valid, reduction, denominator=denominator, dtype=values.dtype)

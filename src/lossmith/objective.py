@@ -57,6 +57,11 @@ class Term:
     def values(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         """[N] coefficient * weight * loss of each token, before the batch's scale."""
         values = self.loss(stats, batch)
+        if values.shape != batch.targets.shape:
+            raise ValueError(
+                f"term {self.name!r} must return a value per token, {list(batch.targets.shape)}, and leave "
+                f"averaging to the objective; got {list(values.shape)}"
+            )
         if self.weight is not None:
             weight = self.weight(stats.detach(), batch).detach()
             # an infinite loss of weight 0 is 0
@@ -156,6 +161,10 @@ def evaluate(
         per_token: return [..., T] values (the reduction ``none``) rather than their sum.
     """
     terms = [term for term in terms if not term.is_off]
+    names = [term.name for term in terms] + list(scalars or ())
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the parts of an objective need distinct names; {twice!r} is there twice")
     candidates, columns = _gather_candidates(terms, batch)
     stats = stats_of(candidates)
     views = [stats if c is None else stats.with_candidates(c) for c in columns]
@@ -290,6 +299,7 @@ class Objective(nn.Module):
             mask=mask,
             token_weight=token_weight,
             input_ids=input_ids,
+            num_classes=logits.shape[-1],
             shift=self.shift,
             reduction=self.reduction,
             denominator=denominator,

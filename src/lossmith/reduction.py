@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -20,6 +21,26 @@ def check_reduction(reduction: str, empty: str = "zero") -> None:
     for name, value, known in (("reduction", reduction, Reduction), ("empty", empty, Empty)):
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}; got {value!r}")
+
+
+def check_denominator(denominator: Denominator | None) -> None:
+    """
+    Raises:
+        TypeError: not a number nor a scalar tensor.
+        ValueError: a number that counts nothing; tensors are not looked into.
+    """
+    if denominator is None:
+        return
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"denominator must be one number; got a tensor {list(denominator.shape)}")
+    elif isinstance(denominator, bool) or not isinstance(denominator, (int, float)):
+        raise TypeError(f"denominator must be a number or a scalar tensor; got {type(denominator).__name__}")
+    elif not 0 <= denominator < math.inf:
+        raise ValueError(
+            f"denominator must be a number of tokens or samples, >= 0; got {denominator}. "
+            "Leave it out to divide by this batch's own"
+        )
 
 
 def token_scale(
@@ -51,16 +72,46 @@ def token_scale(
     Returns:
         [B, T] factors; 0 at tokens that are not supervised.
     """
-    count = valid.to(dtype) if weight is None else torch.where(valid, weight, 0.0).to(dtype)
+    check_denominator(denominator)
+    count = _counts(valid, weight, dtype)
     factor = valid.to(dtype)
     if reduction == "sequence_mean":
         per_row = count.sum(-1, keepdim=True)
         factor = factor / torch.where(per_row == 0, 1.0, per_row)
-        own = (per_row > 0).sum().to(dtype)
-    else:
-        own = count.sum()
-    if denominator is None:
-        divisor = own if reduction in ("mean", "token_mean", "sequence_mean") else torch.ones_like(own)
-    else:
-        divisor = torch.as_tensor(denominator, dtype=dtype, device=valid.device)
+    if denominator is None and reduction in ("sum", "none"):
+        return factor
+    own = _own_denominator(count, reduction)
+    divisor = own if denominator is None else _as_scalar(denominator, own)
     return factor / torch.where(divisor == 0, 1.0 if empty == "zero" else torch.nan, divisor)
+
+
+def scalar_share(
+    valid: Tensor,
+    reduction: Reduction,
+    *,
+    denominator: Denominator | None = None,
+    weight: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | float:
+    """What a scalar of the whole batch is multiplied by: its part of the caller's denominator, or 1.
+
+    Args:
+        valid, reduction, denominator, weight, dtype: as for :func:`token_scale`.
+    """
+    if denominator is None:
+        return 1.0
+    own = _own_denominator(_counts(valid, weight, dtype), reduction)
+    whole = _as_scalar(denominator, own)
+    return own / torch.where(whole == 0, 1.0, whole)
+
+
+def _counts(valid: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return valid.to(dtype) if weight is None else torch.where(valid, weight, 0.0).to(dtype)
+
+
+def _own_denominator(count: Tensor, reduction: Reduction) -> Tensor:
+    return (count.sum(-1) > 0).sum().to(count.dtype) if reduction == "sequence_mean" else count.sum()
+
+
+def _as_scalar(denominator: Denominator, like: Tensor) -> Tensor:
+    return torch.as_tensor(denominator, device=like.device).to(like.dtype).reshape(())

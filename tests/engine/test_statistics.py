@@ -13,6 +13,8 @@ import reference
 from lossmith.engine.stats import STATISTIC_NAMES
 from reference import COUNTED, DIFFERENTIABLE, IGNORE, Case
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 READINGS = {
     "plain": {},

@@ -39,6 +39,8 @@ def value_and_gradient(logits: Tensor, targets: Tensor, **options: object) -> tu
     return value.detach(), gradient
 
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 # -- gradients, blocks ----------------------------------------------------------------------
 
 
@@ -87,7 +89,7 @@ def test_over_a_hundred_blocks_the_loss_is_the_truth(dtype, rng, set_block_rows)
 
 # -- shapes and layouts ---------------------------------------------------------------------
 
-SHAPES = [(252, 507), (1, 1), (3, 2), (1, 9), (4, 1, 6), (1, 5, 6), (2, 3, 5), (2, 1, 3, 4), (9,)]
+SHAPES = [(252, 507), (8, 5003), (1, 1), (3, 2), (1, 9), (4, 1, 6), (1, 5, 6), (2, 3, 5), (2, 1, 3, 4), (9,)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -145,6 +147,63 @@ def test_shifted_views_of_the_logits_need_no_copy_by_the_caller(rng):
     other_value, other_gradient = value_and_gradient(sliced.contiguous(), targets.contiguous())
     torch.testing.assert_close(other_value, value)
     torch.testing.assert_close(other_gradient, gradient)
+
+
+# The same numbers in memory that is strided, repeated or of another dtype.
+IN_OTHER_MEMORY = {
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "an offset": lambda x: torch.cat([x, x], -1)[..., x.shape[-1] :],
+}
+
+
+@pytest.mark.parametrize("memory", IN_OTHER_MEMORY)
+@pytest.mark.parametrize("name", ["targets", "candidates", "class_weight", "mask", "token_weight"])
+@pytest.mark.parametrize("shape", [(6,), (3, 4)], ids=str)
+def test_the_layout_of_everything_else_does_not_matter(shape, name, memory, rng):
+    logits, targets = batch(rng, *shape, 8)
+    inputs = {
+        "targets": targets,
+        "candidates": torch.randint(8, (*shape, 3), generator=rng),
+        "class_weight": torch.rand(8, generator=rng),
+        "mask": torch.rand(shape, generator=rng) < 0.8,
+        "token_weight": torch.rand(shape, generator=rng),
+    }
+    moved = inputs | {name: IN_OTHER_MEMORY[memory](inputs[name])}
+    assert torch.equal(moved[name], inputs[name])
+    found = []
+    for given in (inputs, moved):
+        z = logits.clone().requires_grad_()
+        stats = lossmith.token_stats(z, given["targets"], candidates=given["candidates"])
+        options = {key: given[key] for key in ("class_weight", "mask", "token_weight")}
+        loss = lossmith.cross_entropy(z, given["targets"], label_smoothing=0.1, **options)
+        value = loss + stats.candidate_log1m_prob.sum() + stats.nll.sum()
+        found.append((value.detach(), *torch.autograd.grad(value, z)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+
+
+def test_expanded_targets_candidates_and_weights(rng):
+    logits, _ = batch(rng, 6, 8)
+    once, ids, weight = torch.tensor(3), torch.tensor([1, 2]), torch.tensor(0.5)
+    found = []
+    for copied in (False, True):
+        given = [once.expand(6), ids.expand(6, 2), weight.expand(8)]
+        targets, candidates, class_weight = (x.contiguous() if copied else x for x in given)
+        z = logits.clone().requires_grad_()
+        stats = lossmith.token_stats(z, targets, candidates=candidates)
+        loss = lossmith.cross_entropy(z, targets, class_weight=class_weight, label_smoothing=0.1)
+        value = loss + stats.candidate_log1m_prob.sum() + stats.entropy.sum()
+        found.append((value.detach(), *torch.autograd.grad(value, z)))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize("logits_dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_temperature_of_any_dtype(dtype, logits_dtype, rng):
+    logits, targets = batch(rng, 6, 8, dtype=logits_dtype)
+    by_tensor = value_and_gradient(logits, targets, temperature=torch.tensor(2, dtype=dtype))
+    for a, b in zip(by_tensor, value_and_gradient(logits, targets, temperature=2.0), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16], ids=str)

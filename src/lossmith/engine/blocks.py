@@ -97,15 +97,6 @@ class Blocks:
     def buffer(self) -> Tensor:
         return torch.empty((self.block_rows, self.num_classes), dtype=self.compute_dtype, device=self.device)
 
-    def check_targets(self) -> None:
-        outside = (self.targets < 0) | (self.targets >= self.num_classes)
-        if self.device.type != "cpu":  # the host must not wait for the answer
-            torch._assert_async(~outside.any(), f"a target is outside [0, {self.num_classes})")  # pyright: ignore
-            return
-        where = outside.nonzero()
-        if where.shape[0]:
-            raise ValueError(_outside_message(self.targets, int(where[0, 0]), self.lead, self.num_classes))
-
 
 def stats_in_blocks(
     blocks: Blocks,
@@ -194,12 +185,3 @@ class _Reader:
 
 def _column(value: Tensor) -> Tensor:
     return value if value.dim() == 2 else value.unsqueeze(1)
-
-
-def _outside_message(targets: Tensor, row: int, lead: torch.Size, num_classes: int) -> str:
-    position = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), lead)) if lead else ()
-    return (
-        f"targets must be class ids in [0, {num_classes}) or ignore_index; got {int(targets[row])} at "
-        f"position {position}. Set positions without a target to ignore_index, and check that the logits' "
-        "last dimension is the vocabulary"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -73,3 +74,24 @@ def _shape_message(logits: Tensor, targets: Tensor) -> str:
     if logits.shape[:-1].numel() == targets.numel():
         return said + ". The numbers of tokens agree; reshape one of them"
     return said
+
+
+def check_ids(name: str, ids: Tensor, num_classes: int, *, exempt: int, exempt_name: str) -> None:
+    """Ids are classes, or the exempt one. An accelerator answers later, so that the host need not wait.
+
+    Raises:
+        ValueError: an id is out of range; the message has the first one and its position.
+    """
+    outside = ((ids < 0) | (ids >= num_classes)) & (ids != exempt)
+    if ids.device.type != "cpu":
+        message = f"one of the {name} is outside [0, {num_classes})"
+        torch._assert_async(~outside.any(), message)  # pyright: ignore[reportPrivateImportUsage]
+        return
+    where = outside.nonzero()
+    if where.shape[0]:
+        position = tuple(int(i) for i in where[0])
+        raise ValueError(
+            f"{name} must be class ids in [0, {num_classes}) or {exempt_name}; got {int(ids[position])} at "
+            f"position {position}. Set positions that have none to {exempt}, and check that the logits' last "
+            "dimension is the vocabulary"
+        )

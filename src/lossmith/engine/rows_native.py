@@ -101,38 +101,40 @@ def sweep(
     compiled = library()
     assert compiled is not None
     structs = (_View * len(views))()
-    alive = [logits, targets, candidates, class_weight, gradient]
+    alive: list[Tensor] = []  # what the pointers below point to
     for struct, view in zip(structs, views, strict=True):
         struct.needs = int(closed(view.needs))
         upstream = {"g_" + name: g for name, g in view.grads.items()}
-        named = {"temperature": view.temperature, **view.raw, **upstream}
+        temperature = None if view.temperature is None else view.temperature.float()
+        named = {"temperature": temperature, **view.raw, **upstream}
         for name, value in named.items():
             if value is not None:
-                value = value.contiguous()
-                alive.append(value)
-                setattr(struct, name, value.data_ptr())
+                setattr(struct, name, _pointer(value, alive))
     batch = _Batch(
         logits=logits.data_ptr(),
         is_bf16=logits.dtype == torch.bfloat16,
         num_rows=logits.shape[0],
         num_classes=logits.shape[1],
         row_stride=logits.stride(0),
-        targets=targets.data_ptr(),
+        targets=_pointer(targets, alive),
         ignore_index=ignore_index,
-        candidates=_pointer(candidates),
+        candidates=_pointer(candidates, alive),
         num_candidates=0 if candidates is None else candidates.shape[-1],
-        class_weight=_pointer(class_weight),
+        class_weight=_pointer(class_weight, alive),
         views=structs,
         num_views=len(views),
         num_threads=torch.get_num_threads(),
-        gradient=_pointer(gradient),
+        gradient=_pointer(gradient, alive),
     )
     compiled.lossmith_sweep(ctypes.byref(batch))
-    del alive
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _pointer(tensor: Tensor | None, alive: list[Tensor]) -> int | None:
+    """Where the tensor's elements lie in a row; what has to be copied for that is kept in ``alive``."""
+    if tensor is None:
+        return None
+    alive.append(tensor.contiguous())
+    return alive[-1].data_ptr()
 
 
 @functools.cache

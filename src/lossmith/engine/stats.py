@@ -7,6 +7,7 @@ any loss into gradients of the raw statistics, which the sweep's one backward ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import reduce
 from operator import or_
@@ -231,7 +232,8 @@ class TokenStats:
 
     @statistic
     def _gap(self) -> Tensor:
-        return self._read("target_logit") - self._constant("reference")
+        gap = self._read("target_logit") - self._constant("reference")
+        return gap.masked_fill(gap == float("inf"), float("nan"))  # a broken logit is no certainty
 
     @statistic
     def _delta(self) -> Tensor:
@@ -263,7 +265,7 @@ class TokenStats:
 
     @statistic
     def target_prob(self) -> Tensor:
-        return torch.sigmoid(self._delta)
+        return (-self.nll).exp()  # a sigmoid's own gradient, p (1 - p), loses 1 - p as p -> 1
 
     @statistic
     def target_log1m_prob(self) -> Tensor:
@@ -276,8 +278,8 @@ class TokenStats:
     @statistic
     def entropy(self) -> Tensor:
         delta = self._delta.clamp(-_WIDE, _WIDE)
-        p, rest = torch.sigmoid(delta), torch.sigmoid(-delta)
-        return p * _softplus(-delta) + rest * _softplus(delta) + rest * self.wrong_entropy
+        nll, nll_of_wrong = _softplus(-delta), _softplus(delta)
+        return (-nll).exp() * nll + (-nll_of_wrong).exp() * (nll_of_wrong + self.wrong_entropy)
 
     @statistic
     def num_wrong(self) -> Tensor:
@@ -327,24 +329,28 @@ class TokenStats:
 
     @statistic
     def candidate_logits(self) -> Tensor:
+        self._candidate_ids()
         return self._read("candidate_logits")
 
     @statistic
     def candidate_log1m_prob(self) -> Tensor:
-        ids = self._raw.candidates
-        if ids is None:
-            raise ValueError("candidate_log1m_prob needs candidates; pass candidates=[..., K] token ids")
-        ids = ids.reshape(*self._shape, -1)[..., self._columns]
+        ids = self._candidate_ids()
         total = self._centered_logsumexp.unsqueeze(-1)
         log_p = self.candidate_logits - self._constant("reference").unsqueeze(-1) - total
-        # Only the most likely class can be near 1, and for that one the rest is summed without it.
+        # Above 1/2 log(1 - p) is the rest, summed without the class, less the sum of all. Only the
+        # most likely class can be there: the target or the top wrong answer.
         is_target = ids == self._targets.unsqueeze(-1)
-        is_top = ids == self._constant("top_wrong_id").unsqueeze(-1)
-        is_top = is_top & (ids >= 0)
-        small = torch.where(is_target | is_top, float("-inf"), log_p)
+        is_large = (log_p > -math.log(2)) & ~is_target
+        small = torch.where(is_target | is_large, float("-inf"), log_p)
         without_top = _logaddexp(self._read("rest_log_sum"), self._gap).unsqueeze(-1) - total
-        log1m = torch.where(is_top, without_top, torch.log1p(-small.exp()))
+        log1m = torch.where(is_large, without_top, torch.log1p(-small.exp()))
         return torch.where(is_target, self.target_log1m_prob.unsqueeze(-1), log1m)
+
+    def _candidate_ids(self) -> Tensor:
+        ids = self._raw.candidates
+        if ids is None:
+            raise ValueError("there are no candidates to give statistics of; pass candidates=[..., K] ids")
+        return ids.reshape(*self._shape, ids.shape[-1])[..., self._columns]
 
 
 STATISTIC_NAMES = frozenset(

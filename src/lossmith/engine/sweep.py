@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lossmith.engine import rows_native
 from lossmith.engine.blocks import Blocks, accumulation_dtype, grad_in_blocks, stats_in_blocks
+from lossmith.engine.checks import check_ids
 from lossmith.engine.raw import Needs, View, ignored_fill, raw_dtype, raw_names
 from lossmith.engine.stats import RawStats, TokenStats
 
@@ -85,8 +86,16 @@ def row_stats_op(
     needs_unscaled: int,
 ) -> list[Tensor]:
     blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
-    blocks.check_targets()
-    ids = None if candidates is None else candidates.reshape(-1, candidates.shape[-1])
+    check_ids(
+        "targets",
+        targets.reshape(logits.shape[:-1]),
+        blocks.num_classes,
+        exempt=ignore_index,
+        exempt_name="ignore_index",
+    )
+    ids = None if candidates is None else candidates.reshape(targets.numel(), candidates.shape[-1])
+    if candidates is not None:
+        check_ids("candidates", candidates, blocks.num_classes, exempt=-1, exempt_name="-1")
     outputs = _allocate(logits, targets, candidates, needs, needs_unscaled)
     scaled, unscaled = _by_view(outputs, needs, needs_unscaled)
     views = [View(temperature, Needs(needs), scaled)]
@@ -116,7 +125,7 @@ def row_grad_op(
 ) -> Tensor:
     """Gradient of the logits from those of the raw statistics, listed as ``row_stats`` returns them."""
     blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
-    ids = None if candidates is None else candidates.reshape(-1, candidates.shape[-1])
+    ids = None if candidates is None else candidates.reshape(targets.numel(), candidates.shape[-1])
     groups = (Needs(needs), Needs(max(needs_unscaled, 0)))
     known = _by_view(raw, needs, needs_unscaled)
     upstream = _by_view(grads, needs, needs_unscaled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -67,8 +68,11 @@ class CrossEntropyLoss(Objective):
             class_weight=class_weight,
         )
         check_smoothing(label_smoothing, smoothing_mode, special_tokens)
-        if not focal_gamma >= 0:
+        if not 0 <= focal_gamma < math.inf:
             raise ValueError(f"focal_gamma must be >= 0; got {focal_gamma}")
+        for name, value in (("z_loss", z_loss), ("confidence_penalty", confidence_penalty)):
+            if not abs(value) < math.inf:
+                raise ValueError(f"{name} must be a finite coefficient; got {value}")
         self.label_smoothing = label_smoothing
         self.smoothing_mode: SmoothingMode = smoothing_mode
         self.special_tokens = tuple(special_tokens)

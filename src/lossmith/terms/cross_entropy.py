@@ -51,7 +51,7 @@ def smoothed_cross_entropy(
     eps: float | Tensor = label_smoothing
     if special_tokens:
         special = torch.tensor(list(special_tokens), device=targets.device)
-        eps = torch.where(torch.isin(targets, special), 0.0, label_smoothing)
+        eps = label_smoothing * (~torch.isin(targets, special)).to(own.dtype)
     return (1 - eps) * own + eps * total / classes.clamp(min=1)
 
 
