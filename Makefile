@@ -2,6 +2,8 @@
 # Both set up everything they need in .venv; only Python 3.10 or newer has to be there.
 PYTHON ?= python3
 VENV   ?= .venv
+# Idle threads sleep rather than spin, which is what makes a shared machine slow.
+export OMP_WAIT_POLICY ?= PASSIVE
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 

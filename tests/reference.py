@@ -19,7 +19,7 @@ WRONG_EPS = 1e-8
 # What a position without a target has: a token that the model gets right with certainty.
 AT_IGNORED = {
     "target_prob": 1.0,
-    "target_log1m_prob": float("-inf"),
+    "target_log1m_prob": 0.0,
     "top_prob": 1.0,
     "predicted": IGNORE,
     "correct": False,

@@ -11,9 +11,27 @@ from typing import Any, TypeVar
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+# What other libraries call the same thing.
+SYNONYMS = {
+    "input": "logits",
+    "target": "targets",
+    "labels": "targets",
+    "weight": "class_weight",
+    "weights": "token_weight",
+    "attention_mask": "mask",
+    "num_items_in_batch": "denominator",
+    "z_loss_coefficient": "z_loss",
+    "lse_square_scale": "z_loss",
+    "gamma": "focal_gamma",
+}
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that ``name`` was probably meant to be."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    known = list(known)
+    if SYNONYMS.get(name) in known:
+        return SYNONYMS[name]
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return found[0] if found else None
 
 

@@ -41,11 +41,17 @@ def closed(needs: Needs) -> Needs:
     return needs | Needs.TOP if needs & Needs.CANDIDATES else needs
 
 
-def raw_names(needs: Needs) -> tuple[str, ...]:
+def _names_of(needs: Needs) -> tuple[str, ...]:
+    groups = closed(needs)
+    return CORE_NAMES + tuple(n for group, names in GROUP_NAMES.items() if group & groups for n in names)
+
+
+_NAMES = [_names_of(Needs(bits)) for bits in range(2 ** len(GROUP_NAMES))]
+
+
+def raw_names(needs: Needs | int) -> tuple[str, ...]:
     """Names of the raw statistics of these groups, in the engine's order."""
-    return CORE_NAMES + tuple(
-        n for group, names in GROUP_NAMES.items() if group & closed(needs) for n in names
-    )
+    return _NAMES[int(needs)]
 
 
 def raw_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

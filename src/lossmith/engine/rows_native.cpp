@@ -332,12 +332,17 @@ void run(const Batch& b, std::atomic<int64_t>& next, int64_t step) {
 }  // namespace
 
 extern "C" void lossmith_sweep(const Batch* batch) {
-    const int64_t elements = batch->num_rows * batch->num_classes;
+    const int64_t worth = 1 + (batch->num_rows * batch->num_classes >> 16);
+    const int num_threads = (int)(batch->num_threads < worth ? batch->num_threads : worth);
     const int64_t step = 1 + (1 << 16) / batch->num_classes;
     std::atomic<int64_t> next{0};
+#ifdef _OPENMP  // PyTorch's own threads: others would wait for a core while those spin
+#pragma omp parallel num_threads(num_threads)
+    run(*batch, next, step);
+#else
     std::vector<std::thread> threads;
-    for (int64_t k = 1; k < batch->num_threads && k <= elements >> 16; ++k)
-        threads.emplace_back([&] { run(*batch, next, step); });
+    for (int k = 1; k < num_threads; ++k) threads.emplace_back([&] { run(*batch, next, step); });
     run(*batch, next, step);
     for (auto& t : threads) t.join();
+#endif
 }

@@ -28,7 +28,10 @@ from lossmith.engine.raw import View, closed
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("rows_native.cpp")
-_FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-pthread"]
+# OpenMP is compiled against but not linked: its symbols are then found in the runtime that
+# PyTorch has loaded. Where they are not, that build does not load, and the next one brings threads.
+_VARIANTS = (["-fopenmp"], [])
 _OUTPUTS = (
     "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight", "num_finite",
     "top_wrong_logit", "top_wrong_id", "num_wrong", "candidate_logits", "rest_log_sum",
@@ -146,11 +149,14 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         _log.info("no C++ compiler found; rows are computed with PyTorch operations, about 3x slower")
         return None
-    try:
-        return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.info("the row kernels could not be built (%s); rows are computed with PyTorch operations", error)
-        return None
+    failures: list[Exception] = []
+    for variant in _VARIANTS:
+        try:
+            return ctypes.CDLL(str(_build(compiler, [*_FLAGS, *variant])))
+        except (OSError, subprocess.SubprocessError) as error:  # noqa: PERF203
+            failures.append(error)
+    _log.info("row kernels could not be built; rows are computed with PyTorch operations: %s", failures)
+    return None
 
 
 def _compiler() -> list[str] | None:
@@ -161,20 +167,21 @@ def _compiler() -> list[str] | None:
     return None if found is None else [found]
 
 
-def _build(compiler: list[str]) -> Path:
+def _build(compiler: list[str], flags: list[str]) -> Path:
     """Compile the source unless this machine's build of it is there; another CPU builds its own."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    key = hashlib.sha256(
-        b"\0".join([_SOURCE.read_bytes(), version, shlex.join(_FLAGS).encode(), _processor()])
-    )
+    made_of = [_SOURCE.read_bytes(), version, shlex.join(flags).encode(), _processor()]
     directory = _cache_directory()
-    target = directory / f"rows-{key.hexdigest()[:16]}.so"
+    target = directory / f"rows-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            fresh = Path(scratch) / target.name
-            command = [*compiler, *_FLAGS, "-o", str(fresh), str(_SOURCE)]
-            subprocess.run(command, capture_output=True, check=True, timeout=300)
-            fresh.replace(target)  # atomic: another process may be building the same
+            compiled, linked = Path(scratch) / "rows.o", Path(scratch) / target.name
+            for command in (
+                [*compiler, *flags, "-c", str(_SOURCE), "-o", str(compiled)],
+                [*compiler, "-shared", "-pthread", str(compiled), "-o", str(linked)],
+            ):
+                subprocess.run(command, capture_output=True, check=True, timeout=300)
+            linked.replace(target)  # atomic: another process may be building the same
     return target
 
 

@@ -269,7 +269,7 @@ class TokenStats:
 
     @statistic
     def target_log1m_prob(self) -> Tensor:
-        return -_softplus(self._delta)
+        return torch.where(self.is_valid, -_softplus(self._delta), 0.0)
 
     @statistic
     def wrong_entropy(self) -> Tensor:

@@ -67,8 +67,8 @@ def logits_stats(
 
 def _by_view(values: Sequence[Any], needs: int, needs_unscaled: int) -> tuple[dict, dict]:
     """Values listed in the operators' order, as {name: value} for each view that is asked for."""
-    names = raw_names(Needs(needs))
-    unscaled_names = raw_names(Needs(needs_unscaled)) if needs_unscaled >= 0 else ()
+    names = raw_names(needs)
+    unscaled_names = raw_names(needs_unscaled) if needs_unscaled >= 0 else ()
     scaled = dict(zip(names, values[: len(names)], strict=True))
     return scaled, dict(zip(unscaled_names, values[len(names) :], strict=True))
 
@@ -191,7 +191,7 @@ def _allocate(
 ) -> list[Tensor]:
     outputs = []
     for group in (needs, needs_unscaled):
-        for name in raw_names(Needs(group)) if group >= 0 else ():
+        for name in raw_names(group) if group >= 0 else ():
             shape = [targets.numel()]
             if name == "candidate_logits":
                 assert candidates is not None
