@@ -1,0 +1,156 @@
+"""Text: where it comes from and which part of it is held out.
+
+The held-out text is always the last tenth, by position, so that it never changes with a seed. A
+dataset that brings its own validation text keeps it.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lossmith.training.errors import UserError
+
+HELD_OUT_SHARE = 0.1
+COMMONPLACE = 40  # characters; a shorter paragraph ("Note:", say) recurs without being a quotation
+TRAIN_NAMES = ("train",)
+HELD_OUT_NAMES = ("val", "valid", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on and documents to be judged by."""
+
+    name: str
+    train: list[str]
+    held_out: list[str]
+
+
+def load_corpus(dataset: str) -> Corpus:
+    """Read the text that `--dataset` names.
+
+    Args:
+        dataset: `pydoc`, a path, the name of a folder under `data/`, or a name on the Hugging Face hub.
+
+    Raises:
+        UserError: nothing of that name was found (the message lists what was tried), or no text in it.
+    """
+    if dataset == "pydoc":
+        return split_corpus("Python's own documentation (pydoc)", python_documentation())
+    if not dataset.strip():
+        raise UserError("dataset is empty; expected `pydoc`, a text file, a folder, or a name. See --help.")
+    for path in (Path(dataset).expanduser(), Path("data") / dataset):
+        if path.is_file():
+            return split_corpus(str(path), [read_text(path)])
+        if path.is_dir():
+            return read_folder(path)
+    return read_from_hub(dataset)
+
+
+def split_corpus(name: str, documents: list[str]) -> Corpus:
+    """Hold out the last tenth of the characters, cut at the next line break."""
+    documents = [document for document in documents if document.strip()]
+    total = sum(map(len, documents))
+    if not total:
+        raise UserError(f"dataset {name} holds no text; expected at least a few thousand characters.")
+    position, index = total - round(total * HELD_OUT_SHARE), 0
+    while position > len(documents[index]):
+        position -= len(documents[index])
+        index += 1
+    document = documents[index]
+    line_break = document.find("\n", position)
+    cut = position if line_break < 0 else line_break + 1
+    train = [*documents[:index], document[:cut]]
+    held_out = [document[cut:], *documents[index + 1 :]]
+    return Corpus(name, *[[part for part in side if part.strip()] for side in (train, held_out)])
+
+
+# ── sources ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def python_documentation() -> list[str]:
+    """CPython's own reference text, which every Python carries, each paragraph once.
+
+    The topics quote one another: a fifth of the text is a repetition. Left in, a twelfth of the held-out
+    text would be word for word in the training text.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    documents = []
+    for _, text in sorted(topics.items()):
+        fresh = []
+        for paragraph in re.split(r"\n[ \t]*\n", text.strip("\n")):
+            words = " ".join(paragraph.split())
+            if words not in seen or len(words) <= COMMONPLACE:
+                fresh.append(paragraph)
+            seen.add(words)
+        if fresh:
+            documents.append("\n\n".join(fresh) + "\n")
+    return documents
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that has to be text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"dataset {path} is not UTF-8 text (byte {error.start} cannot be read). "
+            "Convert it, for example with `iconv -t utf-8`."
+        ) from None
+    except OSError as error:
+        raise UserError(f"dataset {path} cannot be read: {error.strerror}. Check its permissions.") from None
+
+
+def read_folder(folder: Path) -> Corpus:
+    """Every text file under a folder, by name; `train.*` and `val.*` are taken at their word."""
+    texts: dict[Path, str] = {}
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden:
+            try:
+                texts[path] = read_text(path)
+            except UserError:
+                continue  # a picture or an archive among the texts
+    texts = {path: text for path, text in texts.items() if "\0" not in text and text.strip()}
+    if not texts:
+        raise UserError(
+            f"dataset {folder} holds no UTF-8 text file; expected .txt files or the like "
+            "(nanoGPT's train.bin holds tokens of another vocabulary, not text)."
+        )
+    train = [text for path, text in texts.items() if path.parent == folder and path.stem in TRAIN_NAMES]
+    held_out = [text for path, text in texts.items() if path.parent == folder and path.stem in HELD_OUT_NAMES]
+    if train and held_out:
+        return Corpus(str(folder), train, held_out)
+    return split_corpus(str(folder), list(texts.values()))
+
+
+def read_from_hub(name: str) -> Corpus:
+    """A dataset of the Hugging Face hub, if its library is installed."""
+    tried = f"a file or folder {name}, a folder {Path('data') / name}"
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise UserError(
+            f"dataset {name!r} was not found. Tried: {tried}, and the Hugging Face hub, for which the "
+            "`datasets` package is missing. Check the path, or `pip install datasets`."
+        ) from None
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # the hub's errors are many; the user needs the sentence
+        raise UserError(
+            f"dataset {name!r} was not found. Tried: {tried}, and the Hugging Face hub, which said: {error}"
+        ) from None
+    texts = {}
+    for split, rows in loaded.items():
+        if "text" not in rows.column_names:
+            raise UserError(
+                f"dataset {name!r} has columns {', '.join(rows.column_names)}; expected one named 'text'. "
+                "Write that column to a text file and pass its path."
+            )
+        texts[str(split)] = [text for text in rows["text"] if text.strip()]
+    train = next((texts[split] for split in TRAIN_NAMES if split in texts), None)
+    held_out = next((texts[split] for split in HELD_OUT_NAMES if split in texts), None)
+    if train and held_out:
+        return Corpus(name, train, held_out)
+    return split_corpus(name, train or [text for rows in texts.values() for text in rows])

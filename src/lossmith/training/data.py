@@ -1,0 +1,143 @@
+"""Text to tokens, tokens to blocks.
+
+Training blocks start anywhere (nanoGPT's way) and each is a function of the seed and its number alone,
+so a resumed run sees exactly the blocks it would have seen. Evaluation walks the held-out text in
+windows that predict every token once.
+"""
+
+import random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from lossmith.training.corpus import Corpus
+from lossmith.training.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+IGNORED = -100
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the training split alone; any text at all is then encodable.
+
+    Raises:
+        UserError: the text does not hold `vocab_size` different pieces.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus.train, trainer)
+    if bpe.get_vocab_size() < vocab_size:
+        raise UserError(
+            f"vocab_size={vocab_size} is too large for {corpus.name}: its training text gives only "
+            f"{bpe.get_vocab_size()} pieces. Pass --vocab_size={bpe.get_vocab_size()} or less, or more text."
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,  # no padding token: a model's embedding row for one gets no gradient
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
+    """All documents as one row of token ids [N], each document after an end-of-text token.
+
+    The first token stands for "nothing came before", so every token of the text itself is predicted.
+    """
+    start = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    assert isinstance(start, int)
+    bpe = tokenizer.backend_tokenizer
+    ids = [token for row in bpe.encode_batch(documents) for token in (start, *row.ids)]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """UTF-8 bytes that each token of the vocabulary stands for, [V]; none for end-of-text."""
+    # A byte-level vocabulary spells each byte as one character, so the spelling's length counts bytes.
+    vocabulary = tokenizer.get_vocab()
+    sizes = torch.zeros(len(vocabulary), dtype=torch.long)
+    for piece, token in vocabulary.items():
+        sizes[token] = 0 if piece == END_OF_TEXT else len(piece)
+    return sizes
+
+
+class RandomBlocks(Dataset):
+    """Blocks at random offsets of the training tokens, as many as the run will draw.
+
+    Args:
+        tokens: the training text, [N].
+        block_size: tokens in a block.
+        num_blocks: how many the run draws; only the length depends on it.
+        seed: block `i` depends on the seed and `i`, on nothing else.
+
+    Raises:
+        UserError: the text is shorter than one block.
+    """
+
+    def __init__(self, tokens: torch.Tensor, block_size: int, num_blocks: int, seed: int):
+        if len(tokens) <= block_size:
+            raise UserError(
+                f"the training text has {len(tokens):,} tokens but block_size={block_size}; expected more "
+                f"tokens than one block holds. Pass --block_size={max(2, len(tokens) // 4)} or more text."
+            )
+        self.tokens = tokens
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        # Seeding with a text hashes it, so that neighbouring numbers give unrelated offsets.
+        start = random.Random(f"{self.seed}:{index}").randrange(len(self.tokens) - self.block_size + 1)
+        return as_example(self.tokens[start : start + self.block_size])
+
+
+class Windows(Dataset):
+    """The held-out tokens [N] cut so that each token but the first is predicted exactly once.
+
+    Neighbouring windows share one token: the last that one predicts is the first the next one is given.
+
+    Raises:
+        UserError: there is nothing to predict.
+    """
+
+    def __init__(self, tokens: torch.Tensor, block_size: int):
+        if len(tokens) < 2:
+            raise UserError(
+                f"the held-out text has {len(tokens)} tokens; expected at least 2. Use a larger dataset."
+            )
+        self.tokens = tokens
+        self.block_size = block_size
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // (self.block_size - 1))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = index * (self.block_size - 1)
+        example = as_example(self.tokens[start : start + self.block_size])
+        short = self.block_size - len(example["input_ids"])
+        # Padding comes last, so under a causal model nothing that counts can see it.
+        return {
+            "input_ids": torch.nn.functional.pad(example["input_ids"], (0, short), value=0),
+            "labels": torch.nn.functional.pad(example["labels"], (0, short), value=IGNORED),
+        }
+
+
+def as_example(block: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inputs and labels of a block [T]; the shift by one is the loss's duty."""
+    labels = block.clone()
+    # Nothing predicts the first token. Saying so keeps the Trainer's count of targets right whether or
+    # not its version knows that this model's loss shifts.
+    labels[0] = IGNORED
+    return {"input_ids": block, "labels": labels}

@@ -1,0 +1,157 @@
+"""Every key of the trainer: its name, type, default, range and meaning.
+
+The names are nanoGPT's wherever nanoGPT has one. A group of keys is a dataclass; `TrainConfig` is all
+of them side by side, so that `--n_layer=6` needs no prefix.
+"""
+
+import math
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from lossmith.training.errors import UserError
+
+
+def key(default: Any, meaning: str, **limits: Any) -> Any:
+    """Declare one key.
+
+    Args:
+        default: the value when nobody sets it.
+        meaning: one line for `--help` and the documentation.
+        limits: `low` and `high` (both allowed), `above` and `below` (not allowed themselves), or
+            `choices`, a tuple of the allowed values.
+    """
+    return field(default=default, metadata={"meaning": meaning, **limits})
+
+
+@dataclass
+class DataKeys:
+    """What is read and how it becomes tokens."""
+
+    dataset: str = key(
+        "pydoc",
+        "`pydoc` (the text of Python's own documentation), a text file, a folder of text files, the name "
+        "of a folder under `data/`, or a name on the Hugging Face hub (needs `datasets`)",
+    )
+    vocab_size: int = key(2048, "pieces of the byte-level BPE trained on the training split", low=257)
+    block_size: int = key(128, "tokens the model sees at once", low=2)
+
+
+@dataclass
+class ModelKeys:
+    """The Llama-style model."""
+
+    n_layer: int = key(4, "layers", low=1)
+    n_head: int = key(4, "attention heads; divides `n_embd`", low=1)
+    n_embd: int = key(128, "width", low=2)
+    dropout: float = key(0.0, "dropout of the attention weights", low=0.0, below=1.0)
+
+
+@dataclass
+class LossKeys:
+    """The training objective. Evaluation always reports the plain negative log-likelihood."""
+
+    label_smoothing: float = key(0.0, "share of the target that is given to other tokens", low=0.0, below=1.0)
+    smoothing_mode: str = key(
+        "uniform",
+        "who shares it, every token or only the wrong ones",
+        choices=("uniform", "exclude_target"),
+    )
+    z_loss: float = key(0.0, "weight of the squared log-sum-exp", low=0.0)
+    focal_gamma: float = key(0.0, "exponent of the focal loss; 0 is plain cross-entropy", low=0.0)
+    confidence_penalty: float = key(0.0, "weight of the negative entropy", low=0.0)
+    temperature: float = key(1.0, "divides the logits inside the loss", above=0.0)
+
+
+@dataclass
+class OptimizerKeys:
+    """AdamW, warmed up, then a cosine down to `min_lr`."""
+
+    max_iters: int = key(800, "optimizer steps in all", low=1)
+    batch_size: int = key(8, "blocks per micro-batch", low=1)
+    gradient_accumulation_steps: int = key(1, "micro-batches per optimizer step", low=1)
+    learning_rate: float = key(2e-3, "highest learning rate", above=0.0)
+    min_lr: float = key(2e-4, "learning rate at the last step", low=0.0)
+    warmup_iters: int = key(60, "steps of linear warm-up", low=0)
+    # Strong, because the default run sees its small text nine times over.
+    weight_decay: float = key(2.0, "weight decay of the matrices", low=0.0)
+    beta1: float = key(0.9, "AdamW's decay of the mean", low=0.0, below=1.0)
+    beta2: float = key(0.99, "AdamW's decay of the square", low=0.0, below=1.0)
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0 turns clipping off", low=0.0)
+
+
+@dataclass
+class RunKeys:
+    """Where, how long, how often."""
+
+    out_dir: str = key("out", "folder for checkpoints, the configuration and the log")
+    resume: bool = key(False, "continue the run in `out_dir` from its last checkpoint")
+    eval_only: bool = key(False, "evaluate the last checkpoint in `out_dir` and stop")
+    eval_interval: int = key(200, "steps between evaluations, with a checkpoint after each", low=1)
+    eval_iters: int = key(
+        20, "batches per evaluation, spread over the held-out text; 0 for all; the last is always all", low=0
+    )
+    log_interval: int = key(10, "steps between lines of `log.jsonl`", low=1)
+    sample_tokens: int = key(120, "length of the text generated at the end; 0 for none", low=0)
+    device: str = key("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = key(
+        "auto",
+        "precision of the arithmetic; the weights stay float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    compile: bool = key(False, "compile the model with `torch.compile`")
+    seed: int = key(1337, "seed of the weights, the order of the data and the sample", low=0, high=2**32 - 1)
+    wandb_log: bool = key(False, "log to Weights & Biases (needs the extra `track`)")
+    wandb_project: str = key("lossmith", "its project")
+
+
+@dataclass
+class TrainConfig(RunKeys, OptimizerKeys, LossKeys, ModelKeys, DataKeys):
+    """Everything `lossmith train` can be told."""
+
+    def check(self) -> None:
+        """Raise UserError for a value out of its range or values that do not go together."""
+        for spec in fields(self):
+            check_range(spec, getattr(self, spec.name))
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise UserError(
+                f"n_embd={self.n_embd} over n_head={self.n_head} is {self.n_embd / self.n_head:g} per head; "
+                "expected an even whole number, since rotary positions turn pairs of coordinates. "
+                f"Try --n_embd={self.n_head * 2 * max(1, round(self.n_embd / self.n_head / 2))}."
+            )
+        if self.min_lr > self.learning_rate:
+            raise UserError(
+                f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}; expected the lowest "
+                f"learning rate to be no higher than the highest. Try --min_lr={self.learning_rate / 10:g}."
+            )
+        if self.resume and self.eval_only:
+            raise UserError("resume and eval_only are both on; pass the one you mean.")
+
+
+def sections() -> list[tuple[str, list[Field]]]:
+    """The keys by group, in the order they are documented: (what the group is, its fields)."""
+    groups = (DataKeys, ModelKeys, LossKeys, OptimizerKeys, RunKeys)
+    return [((group.__doc__ or "").split(".")[0], list(fields(group))) for group in groups]
+
+
+def describe(spec: Field) -> str:
+    """What a key means, with the values it can take where they are few."""
+    choices = spec.metadata.get("choices")
+    return spec.metadata["meaning"] + (f": {', '.join(choices)}" if choices else "")
+
+
+def check_range(spec: Field, value: Any) -> None:
+    """Raise UserError, naming the key, when `value` is outside the limits declared for `spec`."""
+    limits = spec.metadata
+    choices = limits.get("choices")
+    if choices and value not in choices:
+        raise UserError(f"{spec.name}={value!r}; expected one of {', '.join(choices)}.")
+    bounds = [
+        (f">= {limits['low']:g}", lambda: value >= limits["low"]) if "low" in limits else None,
+        (f"> {limits['above']:g}", lambda: value > limits["above"]) if "above" in limits else None,
+        (f"<= {limits['high']:g}", lambda: value <= limits["high"]) if "high" in limits else None,
+        (f"< {limits['below']:g}", lambda: value < limits["below"]) if "below" in limits else None,
+    ]
+    stated = [bound for bound in bounds if bound is not None]
+    if stated and not (math.isfinite(value) and all(holds() for _, holds in stated)):
+        wanted = " and ".join(text for text, _ in stated)
+        raise UserError(f"{spec.name}={value!r} is out of range; expected {spec.name} {wanted}.")

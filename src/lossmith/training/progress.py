@@ -1,0 +1,165 @@
+"""What a run shows and what it writes down while it goes."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from transformers import TrainerCallback
+
+
+def say(console: Console, text: str | Text = "", style: str | None = None) -> None:
+    """Print a line as it is: no markup, no colouring of numbers, no breaking where a pipe has no width."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class Stopwatch(TrainerCallback):
+    """Tokens per second of training, leaving out evaluations and checkpoints."""
+
+    def __init__(self, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        self.lap_step = 0
+        self.lap_start = 0.0
+        self.step_end = 0.0
+        self.paused = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.lap_step, self.lap_start = state.global_step, time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.paused:
+            self.lap_start += time.perf_counter() - self.step_end
+            self.paused = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_end = time.perf_counter()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.paused = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.paused = True
+
+    def lap(self, step: int) -> float:
+        """Tokens per second since the last lap; starts the next one."""
+        now = time.perf_counter()
+        rate = (step - self.lap_step) * self.tokens_per_step / max(now - self.lap_start, 1e-9)
+        self.lap_step, self.lap_start = step, now
+        return rate
+
+
+class LogFile(TrainerCallback):
+    """One JSON line per logged step.
+
+    Args:
+        path: where. Rows of later steps than the one a resumed run starts from are dropped, since it
+            takes those steps again.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        row = log_row(state.global_step, logs or {})
+        if row and state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def log_row(step: int, logs: dict[str, Any]) -> dict[str, Any] | None:
+    """One row of `log.jsonl`, or None for what is no step: the Trainer's closing summary."""
+    if "loss" not in logs and "eval_loss" not in logs:
+        return None
+    row: dict[str, Any] = {"step": step}
+    for name, value in logs.items():
+        if name == "epoch":
+            continue  # blocks are drawn at random, so there are none
+        name = {"eval_loss": "val_loss", "eval_tokens": "val_tokens"}.get(name, name.removeprefix("eval_"))
+        # JSON has no NaN and no infinity; a reader of the file would fail on them.
+        row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return row
+
+
+class Display(TrainerCallback):
+    """A progress bar on a terminal, plain lines in a file or a pipe."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bar: Progress | None = None
+        self.task_id: Any = None
+        self.done = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.console.is_terminal:
+            return
+        bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[measures]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            expand=True,
+        )
+        self.task_id = bar.add_task("", total=state.max_steps, completed=state.global_step, measures="")
+        bar.start()
+        self.bar = bar
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task_id, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        row = log_row(state.global_step, logs or {})
+        if row is None:
+            return
+        if "val_loss" in row and self.done:
+            return  # the closing evaluation has a line of its own
+        if "val_loss" in row:
+            say(self.console, f"{step_of(state)}  {describe_evaluation(row)}", "bold")
+        elif self.bar is not None:
+            self.bar.update(self.task_id, measures=describe_step(row))
+        else:
+            say(self.console, f"{step_of(state)}  {describe_step(row)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.done = True
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the terminal; harmless when there is none."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def step_of(state: Any) -> str:
+    """How far a run is, in a width that does not jump: `step  40/400`."""
+    return f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+
+
+def describe_step(row: dict[str, Any]) -> str:
+    """One logged training step in words."""
+    loss = math.nan if row["loss"] is None else row["loss"]
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return f"loss {loss:.3f}  perplexity {perplexity:,.1f}  {row['tokens_per_second']:,.0f} tokens/s"
+
+
+def describe_evaluation(row: dict[str, Any]) -> str:
+    """One evaluation in words."""
+    loss = math.nan if row["val_loss"] is None else row["val_loss"]
+    perplexity = math.inf if row["perplexity"] is None else row["perplexity"]
+    return (
+        f"validation loss {loss:.3f}  perplexity {perplexity:,.1f}  {row['bits_per_byte']:.3f} bits per byte"
+    )

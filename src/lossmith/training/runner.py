@@ -1,0 +1,228 @@
+"""A run, from its configuration to a trained model: read it top to bottom."""
+
+import contextlib
+import logging
+import math
+import shlex
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+
+from lossmith.training import rundir
+from lossmith.training.config import save_config
+from lossmith.training.corpus import Corpus, load_corpus
+from lossmith.training.data import train_tokenizer
+from lossmith.training.errors import UserError
+from lossmith.training.interrupt import StopOnSignal
+from lossmith.training.keys import LossKeys, TrainConfig
+from lossmith.training.progress import Display, LogFile, describe_evaluation, log_row, say
+from lossmith.training.tasks import LanguageModel, Task
+from lossmith.training.trainer import TaskTrainer, training_arguments
+
+# A fresh model's loss further than this (in nats) from a uniform guess points at a mistake.
+FAR_OFF = 0.5
+
+
+def run(config: TrainConfig, console: Console, command: str = "python train.py") -> int:
+    """Train, or evaluate, as the configuration says.
+
+    Args:
+        config: a checked configuration.
+        console: where to show it.
+        command: how the user started this, for the line that says how to resume.
+
+    Returns:
+        The exit code: 0, or 128 plus the signal's number for a run that a signal ended.
+
+    Raises:
+        UserError: something that was asked for is not there; nothing has been trained yet, except where
+            the loss stopped being a number.
+    """
+    with quiet_libraries():
+        return evaluate_saved(config, console) if config.eval_only else train(config, console, command)
+
+
+def train(config: TrainConfig, console: Console, command: str) -> int:
+    """A training run, new or resumed."""
+    out_dir = Path(config.out_dir)
+
+    # 1. Everything that can be refused is refused before any work.
+    rundir.require_writable(out_dir)
+    args = training_arguments(config)
+    first_step, checkpoint = rundir.last_checkpoint(out_dir) if config.resume else (0, None)
+    if first_step >= config.max_iters:
+        raise UserError(
+            f"nothing left to train: the checkpoint is at step {first_step}, max_iters={config.max_iters}. "
+            f"Pass --max_iters={first_step * 2} to go on, or --eval_only to evaluate it."
+        )
+
+    # 2. Text, tokens, model.
+    corpus = load_corpus(config.dataset)
+    tokenizer = saved_tokenizer(checkpoint) if checkpoint else train_tokenizer(corpus, config.vocab_size)
+    transformers.set_seed(config.seed)
+    task = make_task(config, corpus, tokenizer, args)
+    model = task.make_model()
+    model.to(args.device)  # pyright: ignore[reportArgumentType]
+    if args.process_index == 0:
+        show_summary(config, console, corpus, task, model, args)
+        if checkpoint:
+            say(console, f"Resuming from {checkpoint}.\n")
+        else:
+            show_first_loss(console, task, model, config)
+
+    # 3. The loop.
+    if args.process_index == 0:
+        prepare_folder(config, console)
+    stop, display = StopOnSignal(console), Display(console)
+    trainer = TaskTrainer(task, model, config, args, [LogFile(out_dir / rundir.LOG_FILE), display, stop])
+    with stop, contextlib.closing(display):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    # 4. What came of it.
+    step = trainer.state.global_step
+    if stop.received and step < config.max_iters:
+        say(console, f"Stopped after step {step} of {config.max_iters}; checkpoint saved. To go on:")
+        say(console, f"  {command} --out_dir={shlex.quote(config.out_dir)} --resume", "bold")
+        return 128 + stop.received
+    measures = trainer.evaluate(everything=True)
+    show_results(console, out_dir, measures, task.sample(model))
+    return 0
+
+
+def evaluate_saved(config: TrainConfig, console: Console) -> int:
+    """Evaluate the last checkpoint of a run over all of the held-out text."""
+    step, checkpoint = rundir.last_checkpoint(Path(config.out_dir))
+    args = training_arguments(config)
+    corpus = load_corpus(config.dataset)
+    task = make_task(config, corpus, saved_tokenizer(checkpoint), args)
+    model = task.load_model(checkpoint)
+    model.to(args.device)  # pyright: ignore[reportArgumentType]
+    trainer = TaskTrainer(task, model, config, args, [])
+    measures = trainer.evaluate(everything=True)
+    say(console, f"{checkpoint} (step {step}) on the held-out text of {corpus.name}:")
+    say(console, describe_evaluation(log_row(step, measures) or {}), "bold")
+    return 0
+
+
+def make_task(
+    config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, args: TrainingArguments
+) -> Task:
+    """What this run trains."""
+    num_blocks = config.max_iters * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return LanguageModel(config, corpus, tokenizer, num_blocks)
+
+
+def saved_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that a checkpoint's model was trained with."""
+    return PreTrainedTokenizerFast.from_pretrained(checkpoint)
+
+
+def prepare_folder(config: TrainConfig, console: Console) -> None:
+    """Leave in `out_dir` nothing of an earlier run, and this run's configuration."""
+    if not config.resume:
+        aside = rundir.set_aside_previous_run(Path(config.out_dir))
+        if aside:
+            say(console, f"The earlier run in {config.out_dir} is now in {aside}.\n")
+    save_config(config)
+
+
+# ── what is shown ─────────────────────────────────────────────────────────────────────────────────
+
+
+def show_summary(
+    config: TrainConfig,
+    console: Console,
+    corpus: Corpus,
+    task: Task,
+    model: PreTrainedModel,
+    args: TrainingArguments,
+) -> None:
+    """What is about to be trained, on what, with what."""
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
+    rows = {
+        "text": f"{corpus.name}: {task.num_train_tokens:,} tokens to train on, "
+        f"{task.num_held_out_tokens:,} held out",
+        "vocabulary": f"{config.vocab_size:,} pieces",
+        "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}: "
+        f"{model.num_parameters():,} parameters",
+        "objective": describe_objective(config),
+        "training": f"{config.max_iters:,} steps of {tokens_per_step * args.world_size:,} tokens, "
+        f"{args.device.type}, {precision}{', compiled' if config.compile else ''}",
+    }
+    for name, value in rows.items():
+        say(console, Text.assemble((f"{name:<12}", "cyan"), value))
+    console.print()
+    if config.warmup_iters >= config.max_iters:
+        say(
+            console,
+            f"warning: warmup_iters={config.warmup_iters} is no less than max_iters={config.max_iters}, so "
+            "the learning rate never reaches its height. Lower --warmup_iters.\n",
+            "yellow",
+        )
+
+
+def describe_objective(config: TrainConfig) -> str:
+    """The loss and those of its options that are on."""
+    off = LossKeys()
+    options = {
+        name: getattr(config, name) for name in vars(off) if getattr(config, name) != getattr(off, name)
+    }
+    return ", ".join(["cross-entropy", *(f"{name} {value:g}" for name, value in options.items())])
+
+
+def show_first_loss(console: Console, task: Task, model: PreTrainedModel, config: TrainConfig) -> None:
+    """Compare the untrained model's loss with what knowing nothing costs."""
+    some = range(min(config.batch_size, len(task.held_out)))  # pyright: ignore[reportArgumentType]
+    first = task.evaluate(model, DataLoader(Subset(task.held_out, some), batch_size=len(some)))["loss"]
+    expected, name = task.expected_initial_loss()
+    say(console, f"The initial loss is {first:.3f}; a uniform guess costs {name} = {expected:.3f}.\n")
+    if not math.isfinite(first) or abs(first - expected) > FAR_OFF:
+        say(
+            console,
+            f"warning: these are more than {FAR_OFF} apart. An untrained model should guess uniformly; "
+            "look at the initialisation and at the loss.\n",
+            "yellow",
+        )
+
+
+def show_results(console: Console, out_dir: Path, measures: dict[str, float], sample: str | None) -> None:
+    """The final measures, a sample, and where everything is."""
+    if sample is not None:
+        say(console)
+        console.print(Panel(Text(sample.strip("\n")), title="sample", title_align="left", border_style="dim"))
+    row = log_row(0, measures) or {}
+    step, checkpoint = rundir.last_checkpoint(out_dir)
+    say(console, f"\nAll held-out text, after step {step}: {describe_evaluation(row)}", "bold")
+    say(
+        console,
+        f"Saved {checkpoint} (model, tokenizer), {out_dir / rundir.LOG_FILE}, {out_dir / rundir.CONFIG_FILE}",
+    )
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own notes off the user's screen; errors still come through."""
+    before: Any = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    accelerate_logger = logging.getLogger("accelerate")
+    accelerate_level = accelerate_logger.level
+    accelerate_logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for module in ("transformers", "accelerate", "torch"):
+            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
+        try:
+            yield
+        finally:
+            transformers.logging.set_verbosity(before)
+            transformers.logging.enable_progress_bar()
+            accelerate_logger.setLevel(accelerate_level)

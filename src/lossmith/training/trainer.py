@@ -1,0 +1,187 @@
+"""Hugging Face's Trainer, told what a task is.
+
+The loop, the optimizer, accumulation, mixed precision, checkpoints and resuming are the library's.
+Ours are the order of the blocks, the evaluation (the Trainer averages the means of batches, which
+weighs tokens unevenly) and what is logged.
+"""
+
+import importlib.util
+import math
+import os
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, SequentialSampler, Subset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer_callback import PrinterCallback
+
+from lossmith.training.errors import UserError
+from lossmith.training.keys import TrainConfig
+from lossmith.training.progress import Stopwatch
+from lossmith.training.tasks import Task
+
+CHECKPOINTS_KEPT = 2
+
+
+class TaskTrainer(Trainer):
+    """The Trainer for one task.
+
+    Args:
+        task: what is trained; its model carries the loss inside its forward.
+        model: the task's model.
+        config: the run's configuration.
+        args: `training_arguments(config)`.
+        callbacks: what watches the run.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: PreTrainedModel,
+        config: TrainConfig,
+        args: TrainingArguments,
+        callbacks: list[TrainerCallback],
+    ):
+        self.task = task
+        self.config = config
+        tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.stopwatch = Stopwatch(tokens_per_step * config.block_size)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=default_data_collator,
+            train_dataset=task.train_blocks,
+            eval_dataset=task.held_out,
+            processing_class=task.tokenizer,
+            callbacks=[self.stopwatch, *callbacks],
+        )
+        self.remove_callback(PrinterCallback)  # prints bare dictionaries
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        # The blocks are random already, each by its number; taken in order they can be resumed.
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # pyright: ignore[reportArgumentType]
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        *,
+        everything: bool = False,
+    ) -> dict[str, float]:
+        """The task's measures over `eval_iters` batches spread over the held-out data, or over all of it."""
+        held_out = self.task.held_out
+        chosen = range(len(held_out))  # pyright: ignore[reportArgumentType]
+        if self.config.eval_iters and not everything:
+            chosen = chosen[:: math.ceil(len(chosen) / (self.config.eval_iters * self.args.eval_batch_size))]
+        # Every rank takes its share and the sums are added, so nothing is counted twice, as it would be
+        # where a distributed sampler fills up the last batch.
+        share = chosen[self.args.process_index :: self.args.world_size]
+        batches = DataLoader(Subset(held_out, share), batch_size=self.args.eval_batch_size)
+        with self.accelerator.autocast():
+            measures = self.task.evaluate(self.model, batches, self._add_over_ranks)  # pyright: ignore[reportArgumentType]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measures.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _add_over_ranks(self, sums: list[float]) -> list[float]:
+        if self.args.world_size == 1:
+            return sums
+        mine = torch.tensor(sums, dtype=torch.float64, device=self.args.device)
+        return self.accelerator.reduce(mine, reduction="sum").tolist()  # pyright: ignore
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the speed to what is logged, and stop a run whose loss is no number any more."""
+        if "loss" in logs:
+            logs["tokens_per_second"] = self.stopwatch.lap(self.state.global_step)
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"the loss became {logs['loss']} by step {self.state.global_step}, so training stopped. "
+                "Lower --learning_rate or keep --grad_clip on, and --resume from the last checkpoint."
+            )
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """Our keys as the Trainer's arguments.
+
+    Raises:
+        UserError: the device, the precision or the logger asked for is not there.
+    """
+    device, dtype = choose_device(config), choose_dtype(config)
+    if config.wandb_log and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb_log=True needs the wandb package; `pip install 'lossmith[track]'`.")
+    if config.wandb_log:
+        os.environ["WANDB_PROJECT"] = config.wandb_project  # the only way the Trainer takes it
+    args = TrainingArguments(
+        output_dir=config.out_dir,
+        max_steps=config.max_iters,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": config.min_lr},
+        warmup_steps=config.warmup_iters,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.grad_clip,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        use_cpu=device == "cpu",
+        torch_compile=config.compile,
+        seed=config.seed,
+        logging_steps=config.log_interval,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is no number has to be seen, not averaged away
+        eval_strategy="steps",
+        eval_steps=config.eval_interval,
+        save_strategy="steps",
+        save_steps=config.eval_interval,
+        save_total_limit=CHECKPOINTS_KEPT,
+        report_to=["wandb"] if config.wandb_log else [],
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=device == "cuda",
+        remove_unused_columns=False,
+    )
+    # With several GPUs in one process the Trainer would replicate the model over all of them
+    # (DataParallel); several GPUs are torchrun's business.
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+    return args
+
+
+def choose_device(config: TrainConfig) -> str:
+    """The device a run uses: the one asked for, which has to be there, or the best there is."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if config.device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if there[name])
+    if not there[config.device]:
+        usable = ", ".join(name for name in there if there[name])
+        raise UserError(
+            f"device={config.device} is not available to this PyTorch ({torch.__version__}); "
+            f"available: {usable}. Pass --device=auto to take the best of them."
+        )
+    if config.device == "mps" and there["cuda"]:
+        raise UserError(
+            "device=mps but this machine has CUDA, which the Trainer prefers. Pass --device=cuda."
+        )
+    return config.device
+
+
+def choose_dtype(config: TrainConfig) -> str:
+    """The precision of a run: the one asked for, or bfloat16 on a GPU that has it and float32 elsewhere."""
+    device = choose_device(config)
+    if config.dtype == "auto":
+        return "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if config.dtype == "float16" and device != "cuda":
+        raise UserError(
+            f"dtype=float16 needs a CUDA device for its loss scaling; this run is on {device}. "
+            "Pass --dtype=bfloat16 or --dtype=float32."
+        )
+    return config.dtype

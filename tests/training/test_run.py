@@ -1,0 +1,260 @@
+"""Whole runs, small: train, look at what is there, stop, resume, evaluate."""
+
+import io
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("transformers")
+
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from lossmith.training.config import load_config
+from lossmith.training.errors import UserError
+from lossmith.training.progress import Display
+from lossmith.training.runner import run
+
+ROOT = Path(__file__).parents[2]
+
+
+def go(flags: list[str]) -> tuple[int, str]:
+    """Run in this process; the exit code and what was shown."""
+    console = Console(file=io.StringIO(), width=200)
+    code = run(load_config(flags), console, "python train.py")
+    return code, console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def rows(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def interrupt_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deliver a signal in the middle of a run."""
+    original = Display.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            signal.raise_signal(number)
+        return original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Display, "on_step_end", on_step_end)
+
+
+def test_a_run_trains_and_leaves_everything_where_it_says(tiny: list[str], tmp_path: Path):
+    out = tmp_path / "run"
+    code, shown = go([*tiny, "--z_loss=1e-4", "--max_iters=40", "--eval_interval=20", "--learning_rate=1e-2"])
+    assert code == 0
+
+    config = OmegaConf.load(out / "config.yaml")
+    assert (config.max_iters, config.z_loss, config.beta1) == (40, 1e-4, 0.9)
+    for step in (20, 40):
+        files = {path.name for path in (out / f"checkpoint-{step}").iterdir()}
+        assert {"model.safetensors", "config.json", "tokenizer.json", "optimizer.pt"} <= files
+
+    logged = rows(out)
+    steps = [row for row in logged if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 41))
+    saved = json.loads((out / "checkpoint-40" / "config.json").read_text())
+    assert saved["pad_token_id"] is None  # or the end-of-text embedding would never learn
+    assert saved["eos_token_id"] == 0
+    assert set(steps[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert all(row["tokens_per_second"] > 0 for row in steps)
+    evaluations = [row for row in logged if "val_loss" in row]
+    assert [row["step"] for row in evaluations] == [20, 40]
+    assert set(evaluations[0]) == {"step", "val_loss", "perplexity", "bits_per_byte", "val_tokens"}
+    assert evaluations[1]["perplexity"] == pytest.approx(math.exp(evaluations[1]["val_loss"]))
+    assert evaluations[1]["val_loss"] < evaluations[0]["val_loss"] < math.log(300)
+
+    assert "objective   cross-entropy, z_loss 0.0001" in shown
+    assert "log 300 = 5.704" in shown
+    assert f"{evaluations[1]['bits_per_byte']:.3f} bits per byte" in shown
+    assert "sample" in shown
+    assert str(out / "checkpoint-40") in shown
+
+
+def test_the_schedule_is_a_warm_up_and_a_cosine_to_min_lr(tiny: list[str], tmp_path: Path):
+    go(
+        [
+            *tiny,
+            "--max_iters=30",
+            "--warmup_iters=10",
+            "--learning_rate=0.01",
+            "--min_lr=0.001",
+            "--eval_interval=99",
+        ]
+    )
+    rates = [row["learning_rate"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert rates[5] == pytest.approx(0.005)
+    assert rates[10] == max(rates) == pytest.approx(0.01)
+    assert rates[20] == pytest.approx(0.0055)
+    assert rates[29] == pytest.approx(0.001, rel=0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_resumes_as_if_it_had_never_stopped(
+    tiny: list[str], tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+):
+    straight, stopped = tmp_path / "straight", tmp_path / "with a space"
+    flags = [*tiny, "--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=7", "--eval_interval=5"]
+    assert go([*flags, f"--out_dir={straight}"])[0] == 0
+
+    with monkeypatch.context() as patch:
+        interrupt_at(4, number, patch)
+        code, shown = go([*flags, f"--out_dir={stopped}"])
+    assert code == 128 + number
+    assert "Stopped after step 4 of 7; checkpoint saved" in shown
+    assert not (stopped / "checkpoint-5").exists()
+    assert signal.getsignal(number) not in (None, signal.SIG_IGN)
+
+    # the command that was shown, and nothing else, goes on
+    command = shlex.split(shown.strip().splitlines()[-1])
+    assert command[:2] == ["python", "train.py"]
+    with (stopped / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "loss": 1.0}) + "\n")  # as if killed later, without a checkpoint
+    assert go(command[2:])[0] == 0
+
+    theirs, ours = weights(straight / "checkpoint-7"), weights(stopped / "checkpoint-7")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-7)
+    expected = [row for row in rows(straight) if "loss" in row]
+    found = [row for row in rows(stopped) if "loss" in row]
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6, 7]
+    for mine, other in zip(found, expected, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert mine["learning_rate"] == other["learning_rate"]
+
+
+def test_evaluating_alone_gives_what_the_run_ended_with(tiny: list[str], tmp_path: Path):
+    go(tiny)
+    before = rows(tmp_path / "run")
+    code, shown = go([f"--out_dir={tmp_path / 'run'}", "--eval_only", "--batch_size=3"])
+    assert code == 0
+    assert f"{before[-1]['bits_per_byte']:.3f} bits per byte" in shown
+    assert rows(tmp_path / "run") == before  # it looks, and leaves no trace
+
+
+def test_nothing_left_to_resume(tiny: list[str], tmp_path: Path):
+    go(tiny)
+    with pytest.raises(
+        UserError, match=r"nothing left to train: .* step 6, max_iters=6\. Pass --max_iters=12"
+    ):
+        go([f"--out_dir={tmp_path / 'run'}", "--resume"])
+    code, shown = go([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_iters=8"])
+    assert code == 0
+    assert "Resuming from" in shown
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tiny: list[str], tmp_path: Path):
+    go(tiny)
+    (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").unlink()
+    assert "checkpoint-3 (step 3)" in go([f"--out_dir={tmp_path / 'run'}", "--eval_only"])[1]
+    (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").unlink()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        go([f"--out_dir={tmp_path / 'run'}", "--eval_only"])
+
+
+def test_a_new_run_sets_the_old_one_aside_and_touches_nothing_else(tiny: list[str], tmp_path: Path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    go([*tiny, "--seed=1"])
+    first = weights(out / "checkpoint-6")
+    shown = go([*tiny, "--seed=2"])[1]
+    assert f"The earlier run in {out} is now in {out / 'previous'}" in shown
+    kept = weights(out / "previous" / "checkpoint-6")
+    assert all(torch.equal(kept[name], value) for name, value in first.items())
+    assert [row["step"] for row in rows(out) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_the_same_seed_gives_the_same_run(tiny: list[str], tmp_path: Path):
+    for name in "ab":
+        go([*tiny, f"--out_dir={tmp_path / name}"])
+    first, second = (weights(tmp_path / name / "checkpoint-6") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_bfloat16(tiny: list[str], tmp_path: Path):
+    code, shown = go([*tiny, "--dtype=bfloat16"])
+    assert code == 0
+    assert "cpu, bfloat16" in shown
+    assert {value.dtype for value in weights(tmp_path / "run" / "checkpoint-6").values()} == {torch.float32}
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny: list[str]):
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) by step"):
+        go([*tiny, "--learning_rate=1e30", "--grad_clip=0", "--warmup_iters=0"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--out_dir=/dev/null/run", "out_dir=/dev/null/run cannot be written to"),
+        ("--dataset=nowhere", "dataset 'nowhere' was not found"),
+        ("--vocab_size=100000", "vocab_size=100000 is too large"),
+        ("--block_size=100000", "block_size=100000"),
+        ("--dtype=float16", "dtype=float16 needs a CUDA device"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_work(
+    tiny: list[str], tmp_path: Path, flag: str, message: str
+):
+    with pytest.raises(UserError, match=message):
+        go([*tiny, flag])
+    assert not list(tmp_path.rglob("checkpoint-*"))
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has it")
+def test_a_device_that_is_not_there(tiny: list[str]):
+    with pytest.raises(UserError, match=r"device=cuda is not available .*; available: .*cpu"):
+        go([*tiny, "--device=cuda"])
+
+
+def test_wandb_when_it_is_not_installed(tiny: list[str], monkeypatch: pytest.MonkeyPatch):
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "wandb" else find_spec(n, *a))
+    with pytest.raises(UserError, match=r"pip install 'lossmith\[track\]'"):
+        go([*tiny, "--wandb_log"])
+
+
+def test_ctrl_c_in_a_process_of_its_own(tiny: list[str], tmp_path: Path):
+    command = [sys.executable, "train.py", *tiny, "--max_iters=100000", "--eval_interval=100000"]
+    log = tmp_path / "run" / "log.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and log.read_text().count("\n") > 3):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        shown, complaints = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, complaints
+    assert complaints == ""
+    step = int(re.search(r"Stopped after step (\d+) of 100000", shown)[1])  # pyright: ignore[reportOptionalSubscript]
+    assert (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").is_file()
+    assert f"python train.py --out_dir={tmp_path / 'run'} --resume" in shown
