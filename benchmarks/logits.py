@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch import Tensor
 
 import lossmith
 from harness import Step, machine, peak_memory_mb, time_interleaved
+from lossmith.engine import rows_native
 
 SHAPES = [(1024, 50257), (8192, 4096)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,6 +43,16 @@ def ours(logits: Tensor, targets: Tensor) -> Tensor:
     return lossmith.cross_entropy(logits, targets, **FOUR)
 
 
+def without_kernels(step: Step) -> Step:
+    """The step as it is on a machine without a C++ compiler."""
+
+    def run() -> None:
+        with mock.patch.object(rows_native, "takes", return_value=False):
+            step()
+
+    return run
+
+
 CONTENDERS = {
     "clone": None,
     "F.cross_entropy": F.cross_entropy,
@@ -48,6 +61,8 @@ CONTENDERS = {
     "naive, all four, compiled": naive,
     "lossmith": lossmith.cross_entropy,
     "lossmith, all four": ours,
+    "lossmith, no compiler": lossmith.cross_entropy,
+    "lossmith, no compiler, all four": ours,
 }
 
 
@@ -68,7 +83,7 @@ def make_step(name: str, num_tokens: int, num_classes: int, dtype: str, device: 
         logits.grad = None
         loss(logits, targets).backward()
 
-    return step
+    return without_kernels(step) if "no compiler" in name else step
 
 
 def main() -> None:
@@ -90,13 +105,13 @@ def main() -> None:
             del steps
             plain, composed = seconds["F.cross_entropy"], seconds["naive, all four"]
             print(f"\nN={num_tokens}, V={num_classes}, {dtype}: forward and backward")
-            print(f"  {'':28}{'ms':>9}{'x F.ce':>9}{'x naive':>9}{'extra MiB':>11}")
+            print(f"  {'':32}{'ms':>9}{'x F.ce':>9}{'x naive':>9}{'extra MiB':>11}")
             for name, value in seconds.items():
                 memory = None
                 if not options.no_memory:
                     memory = peak_memory_mb(make_step, name, *case, device=options.device)
                 shown = "" if memory is None else f"{memory:11.0f}"
-                print(f"  {name:28}{value * 1e3:9.1f}{value / plain:9.2f}{value / composed:9.3f}{shown}")
+                print(f"  {name:32}{value * 1e3:9.1f}{value / plain:9.2f}{value / composed:9.3f}{shown}")
                 rows.append(
                     [
                         num_tokens,
@@ -110,6 +125,7 @@ def main() -> None:
                     ]
                 )
     if options.csv:
+        Path(options.csv).parent.mkdir(parents=True, exist_ok=True)
         with open(options.csv, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["# " + machine(options.device)])

@@ -1,14 +1,33 @@
 """Training objectives of language models in PyTorch."""
 
-from lossmith.batch import TokenBatch
-from lossmith.corpus_perplexity import Perplexity
-from lossmith.engine.stats import TokenStats
-from lossmith.functional import cross_entropy, perplexity, ranking_loss, token_stats
-from lossmith.metrics import Metrics
-from lossmith.objective import LossOutput, Objective, Term
-from lossmith.objectives.cross_entropy import CrossEntropyLoss
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lossmith.batch import TokenBatch
+    from lossmith.corpus_perplexity import Perplexity
+    from lossmith.engine.stats import TokenStats
+    from lossmith.functional import cross_entropy, perplexity, ranking_loss, token_stats
+    from lossmith.metrics import Metrics
+    from lossmith.objective import LossOutput, Objective, Term
+    from lossmith.objectives.cross_entropy import CrossEntropyLoss
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "CrossEntropyLoss": "objectives.cross_entropy",
+    "LossOutput": "objective",
+    "Metrics": "metrics",
+    "Objective": "objective",
+    "Perplexity": "corpus_perplexity",
+    "Term": "objective",
+    "TokenBatch": "batch",
+    "TokenStats": "engine.stats",
+    "cross_entropy": "functional",
+    "perplexity": "functional",
+    "ranking_loss": "functional",
+    "token_stats": "functional",
+}
 
 __all__ = [
     "CrossEntropyLoss",
@@ -24,3 +43,15 @@ __all__ = [
     "ranking_loss",
     "token_stats",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `lossmith --help` need not load PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lossmith' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"lossmith.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

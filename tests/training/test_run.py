@@ -258,3 +258,19 @@ def test_ctrl_c_in_a_process_of_its_own(tiny: list[str], tmp_path: Path):
     step = int(re.search(r"Stopped after step (\d+) of 100000", shown)[1])  # pyright: ignore[reportOptionalSubscript]
     assert (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").is_file()
     assert f"python train.py --out_dir={tmp_path / 'run'} --resume" in shown
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.stem)
+def test_the_example_configs_train(example: Path, tiny: list[str], tmp_path: Path):
+    code, shown = go([str(example), *tiny, f"--out_dir={tmp_path / 'example'}"])
+    assert code == 0
+    assert "bits per byte" in shown
+
+
+def test_every_option_of_the_objective_is_shown_when_it_is_on():
+    from lossmith.training.runner import describe_objective
+
+    on = {"label_smoothing": 0.1, "smoothing_mode": "exclude_target", "z_loss": 1e-4, "focal_gamma": 2.0}
+    shown = describe_objective(load_config([f"--{name}={value}" for name, value in on.items()]))
+    for name, value in on.items():
+        assert f"{name} {value}" in shown

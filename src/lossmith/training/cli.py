@@ -19,6 +19,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: what follows `lossmith` on the command line; taken from it when absent.
     """
+    # On a busy machine OpenMP's threads burn the cores while they wait for one another, and a step takes
+    # several times as long. The library reads this once, when PyTorch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(f"error: the trainer needs {', '.join(missing)}; {REMEDY}", file=sys.stderr)

@@ -176,7 +176,7 @@ def describe_objective(config: TrainConfig) -> str:
     options = {
         name: getattr(config, name) for name in vars(off) if getattr(config, name) != getattr(off, name)
     }
-    return ", ".join(["cross-entropy", *(f"{name} {value:g}" for name, value in options.items())])
+    return ", ".join(["cross-entropy", *(f"{name} {value}" for name, value in options.items())])
 
 
 def show_first_loss(console: Console, task: Task, model: PreTrainedModel, config: TrainConfig) -> None:
