@@ -208,3 +208,15 @@ def test_a_single_token_without_leading_dimensions():
         loss = lossmith.cross_entropy(logits, target, reduction=reduction)
         torch.testing.assert_close(loss, functional.cross_entropy(logits, target))
         assert loss.shape == ()
+
+
+def test_targets_that_were_forgotten_to_be_shifted_are_pointed_out_once():
+    input_ids = torch.randint(9, (2, 5))
+    logits = torch.randn(2, 5, 9)
+    labels = input_ids.masked_fill(torch.arange(5) < 2, -100)
+    criterion = lossmith.CrossEntropyLoss()
+    with pytest.warns(UserWarning, match="shift=True"):
+        criterion(logits, labels, input_ids=input_ids)
+    criterion(logits, labels, input_ids=input_ids)  # an error here if it warned again
+    lossmith.CrossEntropyLoss(shift=True)(logits, labels, input_ids=input_ids)
+    lossmith.CrossEntropyLoss()(logits, torch.full_like(labels, -100), input_ids=input_ids)

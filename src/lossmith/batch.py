@@ -41,6 +41,14 @@ class TokenBatch:
         """How many tokens are supervised (0-dimensional; no synchronisation)."""
         return self.valid.sum()
 
+    @property
+    def is_unshifted(self) -> bool:
+        """Whether every supervised target is the input at its own position. Waits for the device."""
+        if self.input_ids is None or torch.compiler.is_compiling():
+            return False
+        differs = (self.targets != self.input_ids) & self.valid
+        return self.valid.nonzero().shape[0] > 0 and differs.nonzero().shape[0] == 0
+
     def rows(self, values: Tensor) -> Tensor:
         """[N] values as [B, T]: a row a sample, all leading dimensions folded into B."""
         return values.reshape(as_rows(self.shape))

@@ -10,6 +10,7 @@ are ways to fill it in.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -264,6 +265,7 @@ class Objective(nn.Module):
         self.softcap = softcap
         self.register_buffer("class_weight", class_weight, persistent=False)
         self._terms = tuple(terms)
+        self._shift_was_checked = False
 
     def terms(self) -> Sequence[Term]:
         """The per-token terms of the next batch."""
@@ -308,10 +310,24 @@ class Objective(nn.Module):
             dtype=accumulation_dtype(logits.dtype),
         )
 
+        self._warn_if_unshifted(batch)
+
         def stats_of(candidates: Tensor | None) -> TokenStats:
             return options.stats(logits, batch.targets, ignore_index=self.ignore_index, candidates=candidates)
 
         return evaluate(self.terms(), stats_of, batch, scalars=scalars, per_token=self.reduction == "none")
+
+    def _warn_if_unshifted(self, batch: TokenBatch) -> None:
+        """Once, on the first batch: it is a mistake in the wiring, and looking waits for the device."""
+        if self._shift_was_checked or batch.input_ids is None:
+            return
+        self._shift_was_checked = True
+        if batch.is_unshifted:
+            warnings.warn(
+                "every target equals the input at its own position, which teaches the model to copy. If the "
+                "targets are labels as Hugging Face has them, pass shift=True",
+                stacklevel=3,
+            )
 
     def forward(
         self,

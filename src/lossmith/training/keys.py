@@ -66,13 +66,13 @@ class LossKeys:
 class OptimizerKeys:
     """AdamW, warmed up, then a cosine down to `min_lr`."""
 
-    max_iters: int = key(640, "optimizer steps in all", low=1)
+    max_iters: int = key(720, "optimizer steps in all", low=1)
     batch_size: int = key(8, "blocks per micro-batch", low=1)
     gradient_accumulation_steps: int = key(1, "micro-batches per optimizer step", low=1)
     learning_rate: float = key(2e-3, "highest learning rate", above=0.0)
     min_lr: float = key(2e-4, "learning rate at the last step", low=0.0)
     warmup_iters: int = key(60, "steps of linear warm-up", low=0)
-    # Strong, because the default run sees its small text seven times over.
+    # Strong, because the default run sees its small text eight times over.
     weight_decay: float = key(2.0, "weight decay of the matrices", low=0.0)
     beta1: float = key(0.9, "AdamW's decay of the mean", low=0.0, below=1.0)
     beta2: float = key(0.99, "AdamW's decay of the square", low=0.0, below=1.0)
@@ -86,7 +86,7 @@ class RunKeys:
     out_dir: str = key("out", "folder for checkpoints, the configuration and the log")
     resume: bool = key(False, "continue the run in `out_dir` from its last checkpoint")
     eval_only: bool = key(False, "evaluate the last checkpoint in `out_dir` and stop")
-    eval_interval: int = key(160, "steps between evaluations, with a checkpoint after each", low=1)
+    eval_interval: int = key(180, "steps between evaluations, with a checkpoint after each", low=1)
     eval_iters: int = key(
         20, "batches per evaluation, spread over the held-out text; 0 for all; the last is always all", low=0
     )
