@@ -85,9 +85,14 @@ class SweepOptions:
             raise ValueError(f"softcap must be > 0, or None for none; got {self.softcap}")
 
     def stats(
-        self, logits: Tensor, targets: Tensor, *, ignore_index: int, candidates: Tensor | None = None,
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        ignore_index: int,
+        candidates: Tensor | None = None,
         default_needs: Needs = Needs.CORE,
-    ) -> TokenStats:  # fmt: skip
+    ) -> TokenStats:
         """Lazy statistics of ``logits`` [..., V] read this way."""
         return logits_stats(
             logits,
@@ -101,13 +106,12 @@ class SweepOptions:
         )
 
     def _temperature_tensor(self, logits: Tensor) -> Tensor | None:
-        if not isinstance(self.temperature, Tensor):
-            if self.temperature == 1:
-                return None
-            return torch.full(
-                (), self.temperature, dtype=accumulation_dtype(logits.dtype), device=logits.device
-            )
-        return self.temperature.detach()
+        dtype = accumulation_dtype(logits.dtype)
+        if isinstance(self.temperature, Tensor):
+            return self.temperature.detach().to(logits.device, dtype)
+        if self.temperature == 1:
+            return None
+        return torch.full((), self.temperature, dtype=dtype, device=logits.device)
 
     def checked_class_weight(self, logits: Tensor) -> Tensor | None:
         if self.class_weight is None:
@@ -263,7 +267,7 @@ class Objective(nn.Module):
         self.empty: Empty = empty
         self.temperature = temperature
         self.softcap = softcap
-        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.register_buffer("class_weight", class_weight)
         self._terms = tuple(terms)
         self._shift_was_checked = False
 

@@ -114,4 +114,6 @@ def _own_denominator(count: Tensor, reduction: Reduction) -> Tensor:
 
 
 def _as_scalar(denominator: Denominator, like: Tensor) -> Tensor:
-    return torch.as_tensor(denominator, device=like.device).to(like.dtype).reshape(())
+    if isinstance(denominator, Tensor):
+        return denominator.detach().to(like.device, like.dtype).reshape(())
+    return torch.full_like(like, denominator)
