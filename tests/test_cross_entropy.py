@@ -355,10 +355,11 @@ def test_the_module_and_the_function_are_one():
     assert torch.equal(module(logits, targets), function)
 
 
-def test_class_weights_move_with_the_module_but_are_not_saved():
+def test_class_weights_move_and_are_saved_with_the_module():
     module = lossmith.CrossEntropyLoss(class_weight=weights(V)).double()
     assert module.class_weight.dtype == torch.float64
-    assert module.state_dict() == {}
+    assert list(module.state_dict()) == ["class_weight"]  # as torch.nn.CrossEntropyLoss has it
+    assert not lossmith.CrossEntropyLoss().state_dict()
     logits, targets = batch(dtype=torch.float64)
     torch.testing.assert_close(
         module(logits, targets), reference.cross_entropy(logits, targets, class_weight=weights(V))
