@@ -24,6 +24,14 @@ def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]
     return int(caught.value.code or 0), shown.out, shown.err
 
 
+def test_help_shows_what_stands_in_brackets(capsys: pytest.CaptureFixture[str]):
+    """Square brackets are markup to rich; unescaped ones vanish."""
+    for args in (("--help",), ("train", "--help")):
+        code, shown, _ = call(capsys, *args)
+        assert code == 0
+        assert "[config.py] [--key=value ...]" in " ".join(shown.split())
+
+
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
     code, shown, _ = call(capsys, "train", "--help")
     assert code == 0

@@ -53,7 +53,7 @@ def build_app() -> Any:
         }
     )
     def train(context: typer.Context) -> None:
-        """Train a language model: lossmith train [config.py] [--key=value ...]."""
+        r"""Train a language model: lossmith train \[config.py] \[--key=value ...]; --help lists the keys."""
         raise typer.Exit(train_command(list(context.args)))
 
     return app
@@ -109,7 +109,8 @@ def show_help(console: Any) -> None:
 
     from lossmith.training.keys import describe, sections
 
-    console.print("Usage: python train.py [config.py] [--key=value ...]     (or: lossmith train ...)\n")
+    usage = "Usage: python train.py [config.py] [--key=value ...]     (or: lossmith train ...)\n"
+    console.print(usage, markup=False, soft_wrap=True)
     console.print("A config file holds plain assignments, key = value. Flags come after it and win.\n")
     for title, keys in sections():
         table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
