@@ -170,15 +170,20 @@ void stats_of_row(const Batch& b, const View& v, int64_t row, const T* z, float*
     const int64_t V = b.num_classes, padded = (V + W - 1) / W * W, y = b.targets[row];
     const float inverse_t = v.temperature ? 1.0f / *v.temperature : 1.0f;
     const bool with_sum = v.needs & SUM, with_rest = v.needs & CANDIDATES;
+    auto scaled_at = [&](int64_t i) {
+        const float one = load_part(z + i, 1, 0.0f)[0];
+        return v.temperature ? one * inverse_t : one;
+    };
+    vf highest = splat(MASKED);
     for (int64_t i = 0; i < padded; i += W) {
         vf value = load_upto(z + i, V - i, MASKED);
         if (v.temperature) value = value * inverse_t;
-        store(x + i, select(value < MASKED, splat(MASKED), value));
+        value = select(value < MASKED, splat(MASKED), value);
+        if (i <= y && y < i + W) value[y - i] = MASKED;  // the row of the wrong answers
+        highest = select(value > highest, value, highest);
+        store(x + i, value);
     }
-    float target;
-    { const vf one = load_part(z + y, 1, 0.0f); target = v.temperature ? one[0] * inverse_t : one[0]; }
-    x[y] = MASKED;
-    const float top = largest(x, padded);
+    const float target = scaled_at(y), top = widest(highest);
     const bool any_wrong = top > MASKED;
     const float reference = any_wrong ? top : 0.0f;
     v.reference[row] = reference;
@@ -231,8 +236,7 @@ void stats_of_row(const Batch& b, const View& v, int64_t row, const T* z, float*
         v.rest_log_sum[row] = (float)rest;
         for (int64_t k = 0; k < b.num_candidates; ++k) {
             const int64_t at = row * b.num_candidates + k, c = b.candidates[at];
-            const vf one = c < 0 ? splat((float)NEG_INF) : load_part(z + c, 1, 0.0f);
-            v.candidate_logits[at] = v.temperature ? one[0] * inverse_t : one[0];
+            v.candidate_logits[at] = c < 0 ? (float)NEG_INF : scaled_at(c);
         }
     }
 }
