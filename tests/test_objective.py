@@ -403,3 +403,21 @@ def test_weights_of_samples_are_weights_of_their_tokens():
     expected = ((stats.nll * valid).sum(1) / valid.sum(1) / entropy).mean()
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(torch.autograd.grad(total, logits), torch.autograd.grad(expected, logits))
+
+
+def test_a_term_may_index_with_the_prediction():
+    table = torch.rand(7, dtype=torch.float64)
+    term = Term("by_prediction", lambda s, b: s.nll * table[s.predicted.clamp(min=0)])
+    logits = torch.randn(3, 4, 7, dtype=torch.float64)
+    targets = torch.randint(7, (3, 4))
+    stats = lossmith.token_stats(logits, targets)
+    expected = (stats.nll * table[logits.argmax(-1)]).mean()
+    torch.testing.assert_close(Objective([term])(logits, targets), expected)
+
+
+def test_an_objective_with_every_term_off_is_a_connected_zero():
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    loss = Objective([Term("off", lambda s, b: s.nll, 0.0)])(logits, torch.randint(5, (2, 3)))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()

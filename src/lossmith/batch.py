@@ -148,7 +148,9 @@ def align(
     return TokenBatch(
         targets=targets.reshape(-1),
         valid=valid.reshape(-1),
-        scale=scale.reshape(-1) if weight is None else scale.reshape(-1) * weight.reshape(-1).to(dtype),
+        scale=scale.reshape(-1)
+        if weight is None
+        else scale.reshape(-1) * torch.where(valid, weight, 0.0).reshape(-1).to(dtype),
         ignore_index=ignore_index,
         shape=targets.shape,
         share=scalar_share(

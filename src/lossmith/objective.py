@@ -10,9 +10,11 @@ are ways to fill it in.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -81,6 +83,10 @@ class SweepOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, Tensor) and not self.temperature > 0:
             raise ValueError(f"temperature must be > 0; got {self.temperature}")
+        if isinstance(self.temperature, Tensor) and self.temperature.numel() != 1:
+            raise ValueError(
+                f"temperature must be one number for all tokens; got a tensor {list(self.temperature.shape)}"
+            )
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be > 0, or None for none; got {self.softcap}")
 
@@ -108,7 +114,7 @@ class SweepOptions:
     def _temperature_tensor(self, logits: Tensor) -> Tensor | None:
         dtype = accumulation_dtype(logits.dtype)
         if isinstance(self.temperature, Tensor):
-            return self.temperature.detach().to(logits.device, dtype)
+            return self.temperature.detach().to(logits.device, dtype).reshape(())
         if self.temperature == 1:
             return None
         return torch.full((), self.temperature, dtype=dtype, device=logits.device)
@@ -187,9 +193,14 @@ def evaluate(
         parts[term.name] = shares.reshape(batch.shape) if per_token else shares.sum()
     for name, value in (scalars or {}).items():
         parts[name] = value * batch.share
-    zero = batch.scale.new_zeros(batch.shape if per_token else ())
-    total = sum(parts.values(), start=zero) if len(parts) != 1 else next(iter(parts.values()))
+    total = reduce(operator.add, parts.values()) if parts else _nothing(stats, batch, per_token)
     return LossOutput(total, parts, batch.num_tokens, stats, Metrics(_metrics(total, parts, stats, batch)))
+
+
+def _nothing(stats: TokenStats, batch: TokenBatch, per_token: bool) -> Tensor:
+    """0, connected to the logits: an objective whose terms are all off can still be trained with."""
+    zeros = torch.where(batch.valid, 0.0, stats.nll)
+    return zeros.reshape(batch.shape) if per_token else zeros.sum()
 
 
 def _gather_candidates(terms: Sequence[Term], batch: TokenBatch) -> tuple[Tensor | None, list[slice | None]]:

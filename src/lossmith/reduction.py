@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -34,7 +35,7 @@ def check_denominator(denominator: Denominator | None) -> None:
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"denominator must be one number; got a tensor {list(denominator.shape)}")
-    elif isinstance(denominator, bool) or not isinstance(denominator, (int, float)):
+    elif isinstance(denominator, bool) or not isinstance(denominator, Real):
         raise TypeError(f"denominator must be a number or a scalar tensor; got {type(denominator).__name__}")
     elif not 0 <= denominator < math.inf:
         raise ValueError(

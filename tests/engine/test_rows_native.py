@@ -115,3 +115,90 @@ def test_a_read_only_cache_is_no_obstacle(monkeypatch, fresh_library, tmp_path):
     blocked.write_text("not a directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     assert rows_native.library() is not None
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["compiled", "pytorch"])
+@pytest.mark.parametrize("num_classes", [1, 7, 16, 17, 50257])
+@pytest.mark.parametrize("temperature", [0.3, 1.5, 3.0, 10.0])
+def test_padding_and_masked_classes_stay_so_at_any_temperature(monkeypatch, native, num_classes, temperature):
+    """-1e30 over a temperature of 3 would count as a finite logit."""
+    if not native:
+        monkeypatch.setattr(rows_native, "takes", lambda *_: False)
+    logits = torch.randn(4, num_classes)
+    if num_classes > 1:
+        logits[0, 1:] = float("-inf")
+        logits[1, 1] = float("-inf")
+    targets = torch.zeros(4, dtype=torch.long)
+    scaled = (logits.double() / temperature).requires_grad_()
+    logits.requires_grad_()
+    stats = lossmith.token_stats(logits, targets, temperature=temperature)
+    finite = logits.isfinite()
+    assert torch.equal(stats.num_finite, finite.sum(-1))
+    torch.testing.assert_close(stats.logsumexp, scaled.logsumexp(-1).float())
+    log_p = scaled.log_softmax(-1)
+    expected = torch.where(finite, -log_p, 0.0).sum(-1)
+    torch.testing.assert_close(stats.total_nll, expected.float(), rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(stats.total_nll.sum(), logits)[0]
+    theirs = torch.autograd.grad(expected.sum(), scaled)[0] / temperature
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4 * num_classes**0.5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e4])
+def test_a_temperature_rounds_alike_both_ways(offset):
+    """The rows of the gradient of a cross-entropy sum to 0, whatever the offset."""
+    logits = (torch.randn(32, 37) + offset).requires_grad_()
+    targets = torch.randint(37, (32,))
+    loss = lossmith.cross_entropy(logits, targets, temperature=0.3, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.sum(-1).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_views_whose_rows_are_contiguous_need_no_copy(dtype):
+    whole = torch.randn(3, 6, 2, 40).to(dtype)
+    views = [
+        whole[:, :-1],
+        whole.transpose(0, 2),
+        whole[0:1].expand(4, 6, 2, 40),
+        whole[..., 3:37],
+        whole[1, 2, 1],
+    ]
+    for view in views:
+        logits = view.detach().requires_grad_()
+        assert rows_native.takes(logits, None)
+        targets = torch.randint(34, logits.shape[:-1])
+        loss = lossmith.cross_entropy(logits, targets)
+        copy = view.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+        again = lossmith.cross_entropy(copy, targets)
+        assert torch.equal(loss, again)
+        assert torch.equal(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(again, copy)[0])
+
+
+def test_a_command_that_cannot_be_read_is_no_compiler(monkeypatch, fresh_library, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "g++ '")
+    assert rows_native.library() is None
+
+
+@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+def test_a_broken_build_is_replaced(monkeypatch, fresh_library, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert rows_native.library() is not None
+    for built in (tmp_path / "lossmith").glob("*.so"):
+        built.unlink()
+        built.write_bytes(b"no library")
+    rows_native.library.cache_clear()
+    rows_native.library()  # takes the other variant, or none, and removes what is broken
+    rows_native.library.cache_clear()
+    assert rows_native.library() is not None
+
+
+def test_without_an_absolute_home_nothing_lands_in_the_working_directory(
+    monkeypatch, fresh_library, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    rows_native.library()
+    assert not list(tmp_path.iterdir())

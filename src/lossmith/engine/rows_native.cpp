@@ -96,7 +96,8 @@ struct View {
 
 struct Batch {
     const void* logits;
-    int64_t is_bf16, num_rows, num_classes, row_stride;
+    const int64_t* row_offsets;  // in elements
+    int64_t is_bf16, num_rows, num_classes;
     const int64_t* targets;
     int64_t ignore_index;
     const int64_t* candidates;
@@ -177,8 +178,9 @@ void stats_of_row(const Batch& b, const View& v, int64_t row, const T* z, float*
     vf highest = splat(MASKED);
     for (int64_t i = 0; i < padded; i += W) {
         vf value = load_upto(z + i, V - i, MASKED);
-        if (v.temperature) value = value * inverse_t;
-        value = select(value < MASKED, splat(MASKED), value);
+        // masked classes stay where they are, whatever the temperature; NaN stays NaN
+        const vi is_masked = value <= MASKED;
+        value = select(is_masked, splat(MASKED), v.temperature ? value * inverse_t : value);
         if (i <= y && y < i + W) value[y - i] = MASKED;  // the row of the wrong answers
         highest = select(value > highest, value, highest);
         store(x + i, value);
@@ -248,14 +250,14 @@ template <class T, bool WITH_SLOPE, bool WITH_SUM>
 void apply(const T* z, float* out, int64_t V, Formula f, const float* weight, bool add) {
     for (int64_t i = 0; i < V; i += W) {
         const int64_t left = V - i;
-        const vf x = load_upto(z + i, left, MASKED) * f.scale;
-        vf d = x - f.reference;
+        const vf raw = load_upto(z + i, left, MASKED);
+        vf d = raw * f.scale - f.reference;
         if (WITH_SLOPE) d = select(d < UNDERFLOW_, splat(UNDERFLOW_), d);
         vf g = vexp(d - f.origin) * (WITH_SLOPE ? d * f.slope + f.constant : splat(f.constant));
         if (WITH_SUM) {
             vf u = splat(f.uniform);
             if (weight) u = u * load(weight + i);
-            g += select(x > MASKED, u, vf{});
+            g += select(raw > MASKED, u, vf{});
         }
         if (add) g += load_upto(out + i, left, 0.0f);
         if (left >= W) store(out + i, g); else store_part(out + i, left, g);
@@ -306,7 +308,7 @@ void grad_of_row(const Batch& b, const View& v, int64_t row, const T* z, float* 
 }
 
 template <class T> void one_row(const Batch& b, int64_t row, float* x, const float* weight) {
-    const T* z = (const T*)b.logits + row * b.row_stride;
+    const T* z = (const T*)b.logits + b.row_offsets[row];
     const int64_t V = b.num_classes;
     const bool ignored = b.targets[row] == b.ignore_index;
     if (!b.gradient) {

@@ -7,6 +7,7 @@ where there is no C++ compiler. ``LOSSMITH_NATIVE=0`` turns it off.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -28,10 +29,14 @@ from lossmith.engine.raw import View, closed
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("rows_native.cpp")
-_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-pthread"]
+# No contraction: forward and backward must round a logit over its temperature alike.
+_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off"]
 # OpenMP is compiled against but not linked: its symbols are then found in the runtime that
 # PyTorch has loaded. Where they are not, that build does not load, and the next one brings threads.
 _VARIANTS = (["-fopenmp"], [])
+_COMPILERS = ("g++", "clang++", "c++")
+# A build takes a second; a compiler that hangs must not hold up a training step for long.
+_PATIENCE_S = 30
 _OUTPUTS = (
     "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight", "num_finite",
     "top_wrong_logit", "top_wrong_id", "num_wrong", "candidate_logits", "rest_log_sum",
@@ -54,10 +59,10 @@ class _View(ctypes.Structure):
 class _Batch(ctypes.Structure):
     _fields_ = [
         ("logits", ctypes.c_void_p),
+        ("row_offsets", ctypes.c_void_p),
         ("is_bf16", ctypes.c_int64),
         ("num_rows", ctypes.c_int64),
         ("num_classes", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
         ("targets", ctypes.c_void_p),
         ("ignore_index", ctypes.c_int64),
         ("candidates", ctypes.c_void_p),
@@ -71,13 +76,12 @@ class _Batch(ctypes.Structure):
 
 
 def takes(logits: Tensor, softcap: float | None) -> bool:
-    """Whether these rows [N, V] are computed here."""
+    """Whether the rows of these logits [..., V] are computed here."""
     return (
         logits.device.type == "cpu"
         and logits.dtype in (torch.float32, torch.bfloat16)
         and softcap is None
-        and logits.dim() == 2
-        and logits.stride(1) == 1
+        and (logits.stride(-1) == 1 or logits.shape[-1] == 1)
         and library() is not None
     )
 
@@ -94,7 +98,7 @@ def sweep(
     """Fill in the raw statistics of each view or, with ``gradient`` [N, V], the gradient of the logits.
 
     Args:
-        logits: [N, V], fp32 or bf16, rows contiguous.
+        logits: [..., V], fp32 or bf16; each row contiguous, the rows anywhere.
         targets: [N] int64 ids in range, or ``ignore_index``: those rows are not read, their
             statistics not touched and their gradient 0.
         candidates: [N, K] int64 ids, -1 where there is none.
@@ -116,9 +120,9 @@ def sweep(
     batch = _Batch(
         logits=logits.data_ptr(),
         is_bf16=logits.dtype == torch.bfloat16,
-        num_rows=logits.shape[0],
-        num_classes=logits.shape[1],
-        row_stride=logits.stride(0),
+        row_offsets=_pointer(_row_offsets(logits), alive),
+        num_rows=targets.numel(),
+        num_classes=logits.shape[-1],
         targets=_pointer(targets, alive),
         ignore_index=ignore_index,
         candidates=_pointer(candidates, alive),
@@ -130,6 +134,14 @@ def sweep(
         gradient=_pointer(gradient, alive),
     )
     compiled.lossmith_sweep(ctypes.byref(batch))
+
+
+def _row_offsets(logits: Tensor) -> Tensor:
+    """[N] where each row begins, in elements from the first."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+    return offsets.reshape(-1)
 
 
 def _pointer(tensor: Tensor | None, alive: list[Tensor]) -> int | None:
@@ -145,42 +157,48 @@ def library() -> ctypes.CDLL | None:
     """The compiled library, built on first use and kept; None where it cannot be built."""
     if os.environ.get("LOSSMITH_NATIVE", "1") == "0" or sys.platform == "win32":
         return None
-    compiler = _compiler()
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         _log.info("no C++ compiler found; rows are computed with PyTorch operations, about 3x slower")
         return None
     failures: list[Exception] = []
     for variant in _VARIANTS:
         try:
-            return ctypes.CDLL(str(_build(compiler, [*_FLAGS, *variant])))
-        except (OSError, subprocess.SubprocessError) as error:  # noqa: PERF203
+            return _load(_build(shlex.split(compiler), [*_FLAGS, *variant]))
+        except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:  # noqa: PERF203
             failures.append(error)
     _log.info("row kernels could not be built; rows are computed with PyTorch operations: %s", failures)
     return None
 
 
-def _compiler() -> list[str] | None:
-    chosen = os.environ.get("CXX")
-    if chosen:
-        return shlex.split(chosen)
-    found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-    return None if found is None else [found]
+def _load(path: Path) -> ctypes.CDLL:
+    """The library at ``path``; a file that is none is removed, so that the next process builds it anew."""
+    try:
+        loaded = ctypes.CDLL(str(path))
+        _ = loaded.lossmith_sweep
+    except (OSError, AttributeError):
+        path.unlink(missing_ok=True)
+        raise
+    return loaded
 
 
 def _build(compiler: list[str], flags: list[str]) -> Path:
     """Compile the source unless this machine's build of it is there; another CPU builds its own."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    made_of = [_SOURCE.read_bytes(), version, shlex.join(flags).encode(), _processor()]
+
+    def call(*arguments: str) -> bytes:
+        command = [*compiler, *arguments]
+        return subprocess.run(command, capture_output=True, check=True, timeout=_PATIENCE_S).stdout
+
+    command = shlex.join([*compiler, *flags]).encode()
+    made_of = [_SOURCE.read_bytes(), call("--version"), command, _processor()]
     directory = _cache_directory()
     target = directory / f"rows-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
     if not target.exists():
+        _log.info("compiling the row kernels into %s", target)
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             compiled, linked = Path(scratch) / "rows.o", Path(scratch) / target.name
-            for command in (
-                [*compiler, *flags, "-c", str(_SOURCE), "-o", str(compiled)],
-                [*compiler, "-shared", "-pthread", str(compiled), "-o", str(linked)],
-            ):
-                subprocess.run(command, capture_output=True, check=True, timeout=300)
+            call(*flags, "-c", str(_SOURCE), "-o", str(compiled))
+            call("-shared", "-pthread", str(compiled), "-o", str(linked))
             linked.replace(target)  # atomic: another process may be building the same
     return target
 
@@ -195,13 +213,16 @@ def _processor() -> bytes:
 
 
 def _cache_directory() -> Path:
-    """Where builds are kept: the user's cache, or a directory of this process if that is read-only."""
+    """Where builds are kept: the user's cache, or a directory of this process if there is none."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     directory = Path(home) / "lossmith"
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(directory, os.W_OK):
-            return directory
+        if directory.is_absolute():
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if os.access(directory, os.W_OK):
+                return directory
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="lossmith-"))
+    private = tempfile.mkdtemp(prefix="lossmith-")
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    return Path(private)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from lossmith.engine.raw import GROUP_OF, Needs, raw_names
+from lossmith.engine.raw import GROUP_OF, Needs, raw_dtype, raw_names
 
 # A gap this wide leaves nothing of the smaller side, in any dtype; +-inf would make 0 * inf.
 _WIDE = 1e4
@@ -56,12 +56,14 @@ class RawStats:
         ignore_index: int = -100,
         candidates: Tensor | None = None,
         has_temperature: bool = False,
+        dtype: torch.dtype = torch.float32,
         default_needs: Needs = Needs.CORE,
     ) -> None:
         self.targets = targets
         self.ignore_index = ignore_index
         self.candidates = candidates
         self.has_temperature = has_temperature
+        self.dtype = dtype
         self._fetch = fetch
         self._default_needs = default_needs
         self._values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
@@ -107,6 +109,7 @@ class RawStats:
             ignore_index=self.ignore_index,
             candidates=self.candidates,
             has_temperature=self.has_temperature,
+            dtype=self.dtype,
         )
         with torch.no_grad():
             function(TokenStats(record))
@@ -114,7 +117,8 @@ class RawStats:
 
     def _blank(self, name: str) -> Tensor:
         width = () if name != "candidate_logits" or self.candidates is None else self.candidates.shape[-1:]
-        return torch.zeros((self.targets.numel(), *width), device=self.targets.device)
+        dtype = raw_dtype(name, self.dtype)
+        return torch.zeros((self.targets.numel(), *width), dtype=dtype, device=self.targets.device)
 
 
 class TokenStats:

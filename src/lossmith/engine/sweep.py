@@ -16,6 +16,7 @@ from torch import Tensor
 from lossmith.engine import rows_native
 from lossmith.engine.blocks import Blocks, accumulation_dtype, grad_in_blocks, stats_in_blocks
 from lossmith.engine.checks import check_ids
+from lossmith.engine.memory import fresh
 from lossmith.engine.raw import Needs, View, ignored_fill, raw_dtype, raw_names
 from lossmith.engine.stats import RawStats, TokenStats
 
@@ -46,7 +47,15 @@ def logits_stats(
     their gradient is exactly 0.
     """
 
+    _refuse_forward_mode(logits)
+    version = _version(logits)
+
     def fetch(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
+        if _version(logits) != version:
+            raise RuntimeError(
+                "the logits were modified in place after their statistics were first asked for, so further "
+                "ones would not belong to them; announce what you need with stats.compute(...) before"
+            )
         groups = (int(needs), -1 if needs_unscaled is None else int(needs_unscaled))
         flat = row_stats_op(
             logits, targets, candidates, class_weight, temperature, softcap, ignore_index, *groups
@@ -60,9 +69,26 @@ def logits_stats(
         ignore_index=ignore_index,
         candidates=candidates,
         has_temperature=temperature is not None,
+        dtype=accumulation_dtype(logits.dtype),
         default_needs=default_needs,
     )
     return TokenStats(raw)
+
+
+def _version(logits: Tensor) -> int:
+    """Counts the changes made to the logits in place, where PyTorch counts them."""
+    return 0 if torch.compiler.is_compiling() or logits.is_inference() else logits._version
+
+
+def _refuse_forward_mode(logits: Tensor) -> None:
+    if (
+        not torch.compiler.is_compiling()
+        and torch.autograd.forward_ad.unpack_dual(logits).tangent is not None
+    ):
+        raise RuntimeError(
+            "lossmith's losses have no forward-mode derivative (jvp, jacfwd); use backward, or "
+            "torch.nn.functional.cross_entropy"
+        )
 
 
 def _by_view(values: Sequence[Any], needs: int, needs_unscaled: int) -> tuple[dict, dict]:
@@ -85,26 +111,21 @@ def row_stats_op(
     needs: int,
     needs_unscaled: int,
 ) -> list[Tensor]:
-    blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
-    check_ids(
-        "targets",
-        targets.reshape(logits.shape[:-1]),
-        blocks.num_classes,
-        exempt=ignore_index,
-        exempt_name="ignore_index",
-    )
+    num_classes = logits.shape[-1]
+    placed = targets.reshape(logits.shape[:-1])
+    check_ids("targets", placed, num_classes, exempt=ignore_index, exempt_name="ignore_index")
     ids = None if candidates is None else candidates.reshape(targets.numel(), candidates.shape[-1])
     if candidates is not None:
-        check_ids("candidates", candidates, blocks.num_classes, exempt=-1, exempt_name="-1")
+        check_ids("candidates", candidates, num_classes, exempt=-1, exempt_name="-1")
     outputs = _allocate(logits, targets, candidates, needs, needs_unscaled)
     scaled, unscaled = _by_view(outputs, needs, needs_unscaled)
     views = [View(temperature, Needs(needs), scaled)]
     if unscaled:
         views.append(View(None, Needs(needs_unscaled), unscaled))
-    if rows_native.takes(blocks.logits, softcap):
-        flat = targets.reshape(-1)
-        rows_native.sweep(blocks.logits, flat, ids, class_weight, ignore_index, views)
+    if rows_native.takes(logits, softcap):
+        rows_native.sweep(logits, targets.reshape(-1), ids, class_weight, ignore_index, views)
     else:
+        blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
         stats_in_blocks(blocks, ids, class_weight, softcap, views)
     return outputs
 
@@ -124,7 +145,6 @@ def row_grad_op(
     grads: list[Tensor | None],
 ) -> Tensor:
     """Gradient of the logits from those of the raw statistics, listed as ``row_stats`` returns them."""
-    blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
     ids = None if candidates is None else candidates.reshape(targets.numel(), candidates.shape[-1])
     groups = (Needs(needs), Needs(max(needs_unscaled, 0)))
     known = _by_view(raw, needs, needs_unscaled)
@@ -134,11 +154,12 @@ def row_grad_op(
         for divisor, group, values, given in zip((temperature, None), groups, known, upstream, strict=True)
         if _present(given)
     ]
-    if rows_native.takes(blocks.logits, softcap):
-        result = blocks.empty_gradient(zero=False)
-        flat = targets.reshape(-1)
-        rows_native.sweep(blocks.logits, flat, ids, class_weight, ignore_index, views, result)
+    if rows_native.takes(logits, softcap):
+        shape = (targets.numel(), logits.shape[-1])
+        result = fresh(shape, dtype=logits.dtype, device=logits.device, zero=False)
+        rows_native.sweep(logits, targets.reshape(-1), ids, class_weight, ignore_index, views, result)
     else:
+        blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
         result = grad_in_blocks(blocks, ids, class_weight, softcap, views)
     return result.view(logits.shape)
 
@@ -166,7 +187,24 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
         gradient = row_grad_op(
             logits, targets, candidates, class_weight, temperature, *ctx.options, raw, grads
         )  # fmt: skip
+        if torch.is_grad_enabled():  # create_graph: whoever differentiates through this is told
+            gradient = _DifferentiableOnce.apply(gradient.detach(), logits, *grads)
     return gradient, None, None, None, None, None, None, None, None
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """The identity on a gradient, connected to all that it depends on, whose own gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *_depends_on: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError(
+            "lossmith's losses can be differentiated once, not twice: the gradient of their gradient is not "
+            "implemented. Use torch.nn.functional.cross_entropy where a second derivative is needed"
+        )
 
 
 row_stats_op.register_autograd(_backward, setup_context=_save_for_backward)

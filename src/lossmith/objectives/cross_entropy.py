@@ -100,14 +100,18 @@ class CrossEntropyLoss(Objective):
             label_smoothing=self.label_smoothing,
             smoothing_mode=self.smoothing_mode,
             special_tokens=self.special_tokens,
-            class_weight=self.class_weight,
+            class_weight=self._weight_like(stats.nll),
         )
         return focal(stats, loss, gamma=self.focal_gamma) if self.focal_gamma else loss
 
     def _target_weight(self, _: TokenStats, batch: TokenBatch) -> Tensor:
         """Class weights weigh a token as a whole, so that scaling them all changes nothing."""
-        assert self.class_weight is not None
-        return self.class_weight[batch.targets.clamp(0, len(self.class_weight) - 1)]
+        weight = self._weight_like(batch.scale)
+        assert weight is not None
+        return weight[batch.targets.clamp(0, len(weight) - 1)]
+
+    def _weight_like(self, values: Tensor) -> Tensor | None:
+        return None if self.class_weight is None else self.class_weight.detach().to(values.dtype)
 
     def extra_repr(self) -> str:
         shown = ("label_smoothing", "temperature", "softcap", "z_loss", "focal_gamma", "confidence_penalty")

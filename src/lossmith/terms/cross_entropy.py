@@ -42,7 +42,8 @@ def smoothed_cross_entropy(
     """
     own = stats.nll
     if class_weight is not None:
-        own = own * class_weight[targets.clamp(0, len(class_weight) - 1)]
+        weight = class_weight[targets.clamp(0, len(class_weight) - 1)]
+        own = torch.where(weight == 0, 0.0, own * weight)  # also where the loss is infinite
     if label_smoothing == 0:
         return own
     total, classes = stats.total_nll, stats.num_finite
