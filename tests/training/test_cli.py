@@ -10,8 +10,13 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from tokenizers import Tokenizer
+
 from lossmith.training import cli
+from lossmith.training.config import load_config
+from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
+from lossmith.training.rundir import last_checkpoint, require_sound_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,6 +65,78 @@ def test_a_run_through_the_front_door(capsys: pytest.CaptureFixture[str], tiny: 
     code, shown, complaint = call(capsys, "train", *tiny)
     assert (code, complaint) == (0, "")
     assert "bits per byte" in shown
+
+
+# ── the folder of a run, damaged ──────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def checkpoint(capsys: pytest.CaptureFixture[str], tiny: list[str]) -> Path:
+    """The last checkpoint of a run of three steps."""
+    assert call(capsys, "train", *tiny, "--max_iters=3", "--sample_tokens=0")[0] == 0
+    return last_checkpoint(Path(load_config(tiny).out_dir))[1]
+
+
+def require_sound(checkpoint: Path, *flags: str) -> None:
+    require_sound_checkpoint(checkpoint, load_config([f"--out_dir={checkpoint.parent}", *flags]))
+
+
+def test_every_file_of_a_checkpoint_is_looked_at(checkpoint: Path):
+    require_sound(checkpoint, "--resume")
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "trainer_state.json",
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+    ):
+        path = checkpoint / name
+        whole = path.read_bytes()
+        for state, content in (("damaged", whole[:-40]), ("empty", b""), ("missing", None)):
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+            with pytest.raises(UserError, match=rf"{name} is {state}; expected .*Restore it, or move"):
+                require_sound(checkpoint, "--resume")
+            path.write_bytes(whole)
+    require_sound(checkpoint, "--resume")
+
+
+def test_a_tokenizer_of_another_vocabulary(checkpoint: Path):
+    path = checkpoint / "tokenizer.json"
+    other = Tokenizer.from_file(str(path))
+    other.add_tokens(["one more"])
+    other.save(str(path))
+    with pytest.raises(UserError, match=r"tokenizer\.json has 301 pieces .* vocab_size=300"):
+        require_sound(checkpoint, "--eval_only")
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
+        require_sound(checkpoint, "--eval_only")
+
+
+def test_evaluating_needs_no_optimizer(checkpoint: Path):
+    (checkpoint / "optimizer.pt").unlink()
+    require_sound(checkpoint, "--eval_only")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("n_layer: 2", "num_hidden_layers=1 but .*n_layer=2"),
+        ("n_head: 4", "num_attention_heads=2 but .*n_head=4"),
+        ("n_embd: 32", "hidden_size=16 but .*n_embd=32"),
+        ("vocab_size: 310", "vocab_size=300 but .*vocab_size=310"),
+        ("block_size: 32", "max_position_embeddings=16 but .*block_size=32"),
+    ],
+)
+def test_a_configuration_of_another_model(checkpoint: Path, line: str, message: str):
+    path = checkpoint.parent / "config.yaml"
+    kept = [row for row in path.read_text().splitlines() if not row.startswith(line.split(":")[0] + ":")]
+    path.write_text("\n".join([*kept, line, ""]))
+    with pytest.raises(UserError, match=rf"config\.json says {message}"):
+        require_sound(checkpoint, "--eval_only")
 
 
 def test_train_py_is_the_same_command(tmp_path: Path):

@@ -35,6 +35,12 @@ def test_without_arguments_everything_is_the_default():
         (["--compile", "--batch_size=3"], "compile", True),
         (["--dataset=2024"], "dataset", "2024"),
         (["--dataset=${HOME}/a=b"], "dataset", "${HOME}/a=b"),
+        (["--dataset=${"], "dataset", "${"),
+        (["--out_dir=a\\${b}"], "out_dir", "a\\${b}"),
+        (["--max_iters=1e3"], "max_iters", 1000),
+        (["--seed=007"], "seed", 7),
+        (["--compile=1"], "compile", True),
+        (["--compile", "0"], "compile", False),
         (["--batch_size=3", "--batch_size=4"], "batch_size", 4),
     ],
 )
@@ -105,6 +111,13 @@ def test_a_file_of_bytes(tmp_path: Path):
         (["--batch_size=[1]"], r"batch_size expects a whole number"),
         (["--batch_size="], r"batch_size expects a whole number; came ''"),
         (["--dropout=None"], r"dropout expects a number; came None"),
+        (["--compile=2"], r"compile expects True or False; came 2 \(int\)\. Write for example compile=False"),
+        (["--max_iters=1e400"], r"max_iters expects a whole number; came inf"),
+        (["--learning_rate=" + "9" * 400], r"learning_rate expects a number"),
+        (["--lr=3"], r"no key 'lr'\. Did you mean learning_rate\?"),
+        (["--MAX_ITERS=3"], r"no key 'MAX_ITERS'\. Did you mean max_iters\?"),
+        (["--out_dir="], r"out_dir is empty; expected a folder"),
+        (["--out_dir= ", "--resume"], r"out_dir is empty; expected a folder"),
         (["--compile=maybe"], r"compile expects True or False; came 'maybe'"),
         (["--batch_size"], r"--batch_size needs a value; came nothing"),
         (["--batch_size", "--compile"], r"--batch_size needs a value"),
@@ -122,6 +135,70 @@ def test_mistakes_in_a_file_name_its_line(tmp_path: Path):
         load_config([str(write(tmp_path, "seed = 1\nn_layers = 2\n"))])
     with pytest.raises(UserError, match=r"run\.py:1: seed expects a whole number; came 'one'"):
         load_config([str(write(tmp_path, "seed = 'one'\n"))])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("out_dir = 5", r"out_dir expects text; came 5 \(int\)\. Write for example out_dir='out'"),
+        ("out_dir = True", r"out_dir expects text; came True \(bool\)"),
+        ("dataset = None", r"dataset expects text; came None"),
+        ("dataset = b'x'", r"dataset expects text; came b'x' \(bytes\)"),
+        ("compile = 3", r"compile expects True or False; came 3 \(int\)"),
+        ("compile = 'yes'", r"compile expects True or False; came 'yes'"),
+        ("max_iters = '5'", r"max_iters expects a whole number; came '5' \(str\)"),
+        ("max_iters = 5.5", r"max_iters expects a whole number; came 5\.5"),
+        ("max_iters = True", r"max_iters expects a whole number; came True"),
+        ("dropout = '0.1'", r"dropout expects a number; came '0\.1'"),
+        ("dropout = False", r"dropout expects a number; came False"),
+        ("dropout = [0.1]", r"dropout expects a number; came \[0\.1\] \(list\)"),
+    ],
+)
+def test_wrong_types_in_a_file(tmp_path: Path, line: str, message: str):
+    with pytest.raises(UserError, match=r"run\.py:1: " + message):
+        load_config([str(write(tmp_path, line))])
+
+
+def test_texts_of_a_file_are_taken_literally(tmp_path: Path):
+    for text in ("${b}", "${", "5"):
+        config = load_config([str(write(tmp_path, f"dataset = {text!r}\nout_dir = {text!r}\n"))])
+        assert (config.dataset, config.out_dir) == (text, text)
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path: Path):
+    path = tmp_path / "run.py"
+    path.write_bytes(b"\xef\xbb\xbfmax_iters = 1e3\r\n")
+    found = load_config([str(path)]).max_iters
+    assert (found, type(found)) == (1000, int)
+
+
+def test_the_home_folder_is_spelled_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = str(tmp_path / "run")
+    assert load_config(["--out_dir=~/run"]).out_dir == home
+    assert load_config([str(write(tmp_path, "out_dir = '~/run'"))]).out_dir == home
+    (tmp_path / "run").mkdir()
+    save_config(load_config(["--out_dir=~/run", "--n_layer=2"]))
+    config = load_config(["--out_dir=~/run", "--resume"])
+    assert (config.out_dir, config.n_layer) == (home, 2)
+
+
+def test_the_lowest_learning_rate_follows_the_highest_unless_it_is_set(tmp_path: Path):
+    assert load_config(["--learning_rate=1e-5"]).min_lr == pytest.approx(1e-6)
+    assert load_config(["--learning_rate=1e-2"]).min_lr == pytest.approx(1e-3)
+    assert load_config(["--learning_rate=1e-2", "--min_lr=1e-5"]).min_lr == 1e-5
+    file = str(write(tmp_path, "learning_rate = 1e-5\n"))
+    assert load_config([file]).min_lr == pytest.approx(1e-6)
+    assert load_config([file, "--min_lr=0"]).min_lr == 0
+
+
+@pytest.mark.parametrize(("first", "rate", "low"), [([], 1e-5, 1e-6), (["--min_lr=3e-6"], 1e-5, 3e-6)])
+def test_a_resumed_run_keeps_to_that(tmp_path: Path, first: list[str], rate: float, low: float):
+    save_config(load_config([f"--out_dir={tmp_path}", *first]))
+    saved = load_config([f"--out_dir={tmp_path}", "--resume"])
+    assert saved.min_lr == load_config(first).min_lr
+    config = load_config([f"--out_dir={tmp_path}", "--resume", f"--learning_rate={rate}"])
+    assert (config.learning_rate, config.min_lr) == (rate, pytest.approx(low))
 
 
 @pytest.mark.parametrize(
@@ -178,11 +255,45 @@ def test_both_switches_at_once(tmp_path: Path):
         load_config([f"--out_dir={tmp_path}", "--resume", "--eval_only"])
 
 
-def test_a_spoilt_saved_configuration(tmp_path: Path):
-    for spoilt in ("[", "- 1\n- 2\n"):
-        (tmp_path / "config.yaml").write_text(spoilt)
-        with pytest.raises(UserError, match="Restore it or train anew"):
-            load_config([f"--out_dir={tmp_path}", "--resume"])
+@pytest.mark.parametrize("text", ["${", "${b}", "\\${b}", "\\\\${b}", "1e3", "null", "a: b", "~", "é", ""])
+def test_any_text_survives_saving(tmp_path: Path, text: str):
+    save_config(load_config([f"--out_dir={tmp_path}", f"--dataset={text}"]))
+    assert load_config([f"--out_dir={tmp_path}", "--eval_only"]).dataset == text
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ("[", r"cannot be read as a configuration"),
+        ("- 1\n- 2\n", r"is not a configuration; .* came something else"),
+        ("", r"is not a configuration; .* came an empty file"),
+        ("n_layer: 2\n", r"lacks vocab_size, block_size, n_head, n_embd"),
+        ("dataset: ${nowhere}\n", r"cannot be read as a configuration"),
+        ("\x00", r"cannot be read as a configuration"),
+    ],
+)
+def test_a_spoilt_saved_configuration(tmp_path: Path, spoilt: str, message: str):
+    (tmp_path / "config.yaml").write_text(spoilt)
+    with pytest.raises(UserError, match=rf"config\.yaml {message}.*Restore it or train anew\.$") as caught:
+        load_config([f"--out_dir={tmp_path}", "--resume"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("n_layer: two", r"config\.yaml: n_layer expects a whole number; came 'two'"),
+        ("n_layers: 2", r"config\.yaml: there is no key 'n_layers'\. Did you mean n_layer\?"),
+        ("batch_size: ", r"config\.yaml: batch_size expects a whole number; came None"),
+        ("min_lr: low", r"config\.yaml: min_lr expects a number; came 'low'"),
+    ],
+)
+def test_a_saved_configuration_edited_by_hand(tmp_path: Path, line: str, message: str):
+    path = save_config(load_config([f"--out_dir={tmp_path}"]))
+    kept = [row for row in path.read_text().splitlines() if not row.startswith(line.split(":")[0] + ":")]
+    path.write_text("\n".join([*kept, line, ""]))
+    with pytest.raises(UserError, match=message):
+        load_config([f"--out_dir={tmp_path}", "--resume"])
 
 
 def test_the_example_configs_are_valid():
@@ -190,3 +301,8 @@ def test_the_example_configs_are_valid():
     assert examples
     for path in examples:
         load_config([str(path)])
+
+
+def test_the_mark_of_a_missing_value_is_refused():
+    with pytest.raises(UserError, match=r"dataset='...' marks a value that is still missing"):
+        load_config(["--dataset=???"])

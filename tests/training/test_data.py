@@ -29,13 +29,32 @@ def test_the_last_tenth_is_held_out_at_a_line_break():
     corpus = split_corpus("three", documents)
     assert "".join(corpus.train + corpus.held_out) == "".join(documents)
     share = len("".join(corpus.held_out)) / len("".join(documents))
-    assert 0.09 < share <= 0.1
+    assert 0.095 < share < 0.105
     assert corpus.train[-1].endswith("\n")
 
 
 def test_a_text_of_one_line_is_split_all_the_same():
     corpus = split_corpus("one", ["abcdefghij" * 10])
     assert (len(corpus.train[0]), len(corpus.held_out[0])) == (90, 10)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "word " * 4999 + "word\n",
+        ("ab cde " * 50 + "\n") * 4,
+        "x" * 950 + "\n" + "y" * 49,
+        "x " * 475 + "\n" + "y " * 24 + "\n",
+        "日本語" * 1000 + "\n",
+        "x" * 891 + "\n" + "y" * 108,  # the nearer break is the one before
+    ],
+    ids=["one line", "four lines", "95 + 5", "95 + 5, in words", "no spaces", "before"],
+)
+def test_a_tenth_is_held_out_however_long_the_lines_are(text: str):
+    corpus = split_corpus("long", [text])
+    assert corpus.train[0] + corpus.held_out[0] == text
+    assert 0.089 <= len(corpus.held_out[0]) / len(text) <= 0.111
+    assert text.find(" ") < 0 or corpus.train[0][-1].isspace()
 
 
 def test_the_default_text_has_nothing_of_the_held_out_part_in_the_training_part():
@@ -139,6 +158,19 @@ def test_each_document_follows_an_end_of_text():
     tokenizer = train_tokenizer(CORPUS, 280)
     tokens = encode(tokenizer, ["ab", "c"])
     assert tokenizer.convert_ids_to_tokens(tokens.tolist()) == [END_OF_TEXT, "a", "b", END_OF_TEXT, "c"]
+
+
+def test_the_end_of_text_spelled_out_in_a_text_is_just_text():
+    text = f"ab{END_OF_TEXT}c {END_OF_TEXT}"
+    tokenizer = train_tokenizer(Corpus("marked", [text * 20], ["x"]), 257)
+    start = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    tokens = encode(tokenizer, [text, END_OF_TEXT])
+    assert tokens.tolist().count(start) == 2  # one before each document
+    assert tokens[0] == start
+    sizes = bytes_per_token(tokenizer)
+    assert sizes[start] == 0
+    assert sizes[tokens].sum() == len(text.encode()) + len(END_OF_TEXT)
+    assert tokenizer.decode(tokens[tokens != start]) == text + END_OF_TEXT
 
 
 def test_a_vocabulary_that_the_text_cannot_fill():

@@ -73,7 +73,9 @@ def test_a_run_trains_and_leaves_everything_where_it_says(tiny: list[str], tmp_p
     saved = json.loads((out / "checkpoint-40" / "config.json").read_text())
     assert saved["pad_token_id"] is None  # or the end-of-text embedding would never learn
     assert saved["eos_token_id"] == 0
-    assert set(steps[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert set(steps[0]) == {
+        "step", "loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second",
+    }  # fmt: skip
     assert all(row["tokens_per_second"] > 0 for row in steps)
     evaluations = [row for row in logged if "val_loss" in row]
     assert [row["step"] for row in evaluations] == [20, 40]
@@ -274,3 +276,49 @@ def test_every_option_of_the_objective_is_shown_when_it_is_on():
     shown = describe_objective(load_config([f"--{name}={value}" for name, value in on.items()]))
     for name, value in on.items():
         assert f"{name} {value}" in shown
+
+
+def test_a_resumed_run_goes_by_its_own_settings(tiny: list[str], tmp_path: Path):
+    """The optimizer, the schedule and the intervals in the checkpoint are those of the run before."""
+    out = tmp_path / "run"
+    flags = [*tiny, "--max_iters=12", "--warmup_iters=0", "--eval_interval=6"]
+    go(flags)
+    changed = {"learning_rate": 1e-5, "min_lr": 1e-5, "weight_decay": 0.5, "beta1": 0.5, "log_interval": 3}
+    go([f"--out_dir={out}", "--resume", "--max_iters=24", *(f"--{k}={v}" for k, v in changed.items())])
+    resumed = [row for row in rows(out) if row["step"] > 12 and "loss" in row]
+    assert [row["step"] for row in resumed] == [15, 18, 21, 24]
+    assert all(row["learning_rate"] == pytest.approx(1e-5) for row in resumed)
+    groups = torch.load(out / "checkpoint-24" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.5]
+    assert all(tuple(group["betas"]) == (0.5, 0.99) for group in groups)
+
+
+def test_the_perplexity_of_a_step_is_plain_whatever_the_objective(tiny: list[str], tmp_path: Path):
+    """Equal seeds see equal first blocks with equal weights, so the first step's perplexity is equal too."""
+    shown = []
+    for k, options in enumerate(([], ["--confidence_penalty=2", "--focal_gamma=4", "--temperature=0.5"])):
+        out = tmp_path / str(k)
+        go([*tiny, f"--out_dir={out}", "--max_iters=2", *options])
+        shown.append(rows(out)[0])
+    plain, other = shown
+    assert other["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-5)
+    assert plain["perplexity"] == pytest.approx(math.exp(plain["loss"]), rel=1e-5)
+    assert other["loss"] != pytest.approx(plain["loss"], rel=0.01)
+
+
+def test_a_loss_that_is_no_number_is_noticed_by_the_evaluation_before_it_is_saved(
+    tiny: list[str], tmp_path: Path
+):
+    broken = ["--learning_rate=1e30", "--min_lr=0", "--grad_clip=0", "--warmup_iters=0", "--max_iters=20"]
+    with pytest.raises(UserError, match="validation loss became nan"):
+        go([*tiny, *broken, "--log_interval=20", "--eval_interval=5"])
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_log_line_that_was_cut_short_does_not_stop_a_resumed_run(tiny: list[str], tmp_path: Path):
+    out = tmp_path / "run"
+    go(tiny)
+    with (out / "log.jsonl").open("a") as log:
+        log.write('[]\n{"step": 6, "lo')
+    go([f"--out_dir={out}", "--resume", "--max_iters=9"])
+    assert rows(out)[-1]["step"] == 9

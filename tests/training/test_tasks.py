@@ -104,7 +104,7 @@ def gradients_of_one_step(tiny: list[str], batch_size: int, accumulation: int) -
     config = load_config([*tiny, *split, "--max_iters=1", "--grad_clip=0"])
     with quiet_libraries():
         task = make_task(config)
-        task.train_blocks = UnevenTargets(task.train_blocks)
+        task._training = UnevenTargets(task.train_blocks)
         torch.manual_seed(0)
         keep = KeepGradients()
         TaskTrainer(task, task.make_model(), config, training_arguments(config), [keep]).train()

@@ -4,6 +4,7 @@ Nothing outside the standard library is imported before `main` has seen that it 
 """
 
 import importlib.util
+import io
 import os
 import sys
 from pathlib import Path
@@ -65,6 +66,9 @@ def train_command(args: list[str]) -> int:
 
     from lossmith.training.errors import UserError
 
+    for stream in (sys.stdout, sys.stderr):  # a sample may hold what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # Under torchrun every rank runs this; one of them speaks.
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     errors = Console(stderr=True, quiet=console.quiet)

@@ -5,21 +5,28 @@ data cannot surprise anyone, and its mistakes can be shown with a line number.
 """
 
 import ast
+import contextlib
 import difflib
+import os
+import re
+import sys
 import typing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, OmegaConf
 
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
+from lossmith.training.keys import MIN_LR_DIVISOR, TrainConfig
 
+DEFAULTS = TrainConfig()
 KEY_TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-BOOLEAN_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+BOOLEAN_WORDS = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
 
 # How a saved run is read back is the command's business, not the run's.
 NOT_INHERITED = ("resume", "eval_only", "out_dir")
@@ -56,7 +63,7 @@ def load_config(args: list[str]) -> TrainConfig:
     config = resolve(settings)
     if config.resume or config.eval_only:
         saved = read_saved_config(config)
-        config = resolve(saved + settings)
+        config = resolve(without_derived(saved) + settings)
         refuse_another_model(saved, config)
     config.check()
     return config
@@ -64,26 +71,59 @@ def load_config(args: list[str]) -> TrainConfig:
 
 def resolve(settings: list[Setting]) -> TrainConfig:
     """Lay the settings over the defaults, later ones over earlier ones, with their types checked."""
-    config = OmegaConf.structured(TrainConfig)
+    values: dict[str, Any] = {}
     for setting in settings:
         if setting.key not in KEY_TYPES:
             raise UserError(unknown_key(setting))
-        # OmegaConf would look up "${...}" elsewhere; here a text is just that text.
-        value = setting.value.replace("${", "\\${") if isinstance(setting.value, str) else setting.value
-        try:
-            OmegaConf.update(config, setting.key, value)
-        except OmegaConfBaseException:
-            expected = TYPE_NAMES.get(KEY_TYPES[setting.key], str(KEY_TYPES[setting.key]))
-            raise UserError(
-                f"{setting.origin}: {setting.key} expects {expected}; "
-                f"came {setting.value!r} ({type(setting.value).__name__})."
-            ) from None
-    return typing.cast(TrainConfig, OmegaConf.to_object(config))
+        values[setting.key] = typed(setting)
+    if "out_dir" in values:
+        values["out_dir"] = folder(values["out_dir"])
+    if "learning_rate" in values and "min_lr" not in values:
+        # Else a low learning rate alone would be refused for a default that nobody asked for.
+        values["min_lr"] = values["learning_rate"] / MIN_LR_DIVISOR
+    schema = OmegaConf.structured(DEFAULTS)
+    for key, value in values.items():
+        schema[key] = escape(value) if isinstance(value, str) else value
+    config = OmegaConf.to_object(schema)
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def typed(setting: Setting) -> Any:
+    """The value in its key's type: exactly that type, but a whole number may be spelled 3.0 or 1e3."""
+    wanted, value = KEY_TYPES[setting.key], setting.value
+    example = getattr(DEFAULTS, setting.key)
+    if value == MISSING:
+        raise UserError(
+            f"{setting.origin}: {setting.key}={MISSING!r} marks a value that is still missing; write it, "
+            f"for example {setting.key}={example!r}."
+        )
+    if type(value) is wanted:
+        return value
+    if wanted is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if wanted is float and type(value) is int and abs(value) <= sys.float_info.max:
+        return float(value)
+    raise UserError(
+        f"{setting.origin}: {setting.key} expects {TYPE_NAMES[wanted]}; "
+        f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}."
+    )
+
+
+def folder(text: str) -> str:
+    """A folder as it was typed, with `~` spelled out: the libraries do so too, and all have to agree."""
+    if not text.strip():
+        raise UserError(
+            f"out_dir is empty; expected a folder. Pass --out_dir={DEFAULTS.out_dir} or leave it out."
+        )
+    return os.path.expanduser(text)
 
 
 def unknown_key(setting: Setting) -> str:
     """The message for a key that does not exist."""
-    near = difflib.get_close_matches(setting.key, KEY_TYPES, n=1, cutoff=0.5)
+    name = setting.key.lower()
+    initials = [known for known in KEY_TYPES if "".join(word[0] for word in known.split("_")) == name]
+    near = initials or difflib.get_close_matches(name, KEY_TYPES, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}?" if near else "`--help` lists the keys."
     return f"{setting.origin}: there is no key {setting.key!r}. {hint}"
 
@@ -127,13 +167,18 @@ def take_value(name: str, rest: list[str]) -> str:
 
 
 def parse_text(name: str, text: str) -> Any:
-    """What a flag's text stands for: itself for a text key, else the Python literal it spells."""
-    if KEY_TYPES.get(name) is str:
+    """What a flag's text stands for: itself for a text key, else the value it spells, if it spells one."""
+    kind = KEY_TYPES.get(name)
+    if kind is str:
         return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text  # "true", say; OmegaConf knows it, or refuses it by name
+    if kind is bool and text.lower() in BOOLEAN_WORDS:
+        return BOOLEAN_WORDS[text.lower()]
+    # Python's literals leave out "007" and "nan", which int and float read.
+    readers = (ast.literal_eval,) if kind is bool else (int, float, ast.literal_eval)
+    for read in readers:
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return read(text)
+    return text  # to be refused by name
 
 
 # ── config files ──────────────────────────────────────────────────────────────────────────────────
@@ -146,7 +191,7 @@ def read_config_file(path: Path) -> list[Setting]:
         UserError: the file cannot be read, does not parse, or holds anything but assignments of literals.
     """
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror}. Check the path.") from None
     except UnicodeDecodeError:
@@ -199,8 +244,14 @@ def saved_config_path(out_dir: str) -> Path:
 def save_config(config: TrainConfig) -> Path:
     """Write the resolved configuration into `out_dir` and return its path."""
     path = saved_config_path(config.out_dir)
-    OmegaConf.save(OmegaConf.structured(config), path)
+    values = {k: escape(v) if isinstance(v, str) else v for k, v in asdict(config).items()}
+    OmegaConf.save(OmegaConf.create(values), path)
     return path
+
+
+def escape(text: str) -> str:
+    """Protect "${", which OmegaConf would otherwise look up elsewhere; here a text is just that text."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
 
 
 def read_saved_config(config: TrainConfig) -> list[Setting]:
@@ -213,16 +264,29 @@ def read_saved_config(config: TrainConfig) -> list[Setting]:
             f"Train one first, without {command}, or name its folder with --out_dir."
         )
     try:
-        saved = OmegaConf.to_container(OmegaConf.load(path))
+        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except Exception as error:  # OmegaConf passes on whatever the YAML reader raises
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} cannot be read as a configuration: {error}. Restore it or train anew."
+            f"{path} cannot be read as a configuration: {reason}. Restore it or train anew."
         ) from None
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not saved:
         raise UserError(
-            f"{path} is not a configuration; expected `key: value` lines. Restore it or train anew."
+            f"{path} is not a configuration; expected `key: value` lines; came "
+            f"{'something else' if saved else 'an empty file'}. Restore it or train anew."
         )
+    lacking = [name for name in FIXED_BY_CHECKPOINT if name not in saved]
+    if lacking:
+        raise UserError(f"{path} lacks {', '.join(lacking)}. Restore it or train anew.")
     return [Setting(str(k), v, str(path)) for k, v in saved.items() if k not in NOT_INHERITED]
+
+
+def without_derived(saved: list[Setting]) -> list[Setting]:
+    """The saved settings less a `min_lr` that follows from the learning rate, so that it still follows."""
+    values = {setting.key: setting.value for setting in saved}
+    rate, low = values.get("learning_rate"), values.get("min_lr")
+    derived = isinstance(rate, int | float) and rate / MIN_LR_DIVISOR == low
+    return [setting for setting in saved if not (derived and setting.key == "min_lr")]
 
 
 def refuse_another_model(saved: list[Setting], config: TrainConfig) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from lossmith.training.errors import UserError
 
 HELD_OUT_SHARE = 0.1
+CUT_WITHIN = 0.01  # share of the text around that place in which a line may end
 COMMONPLACE = 40  # characters; a shorter paragraph ("Note:", say) recurs without being a quotation
 TRAIN_NAMES = ("train",)
 HELD_OUT_NAMES = ("val", "valid", "validation", "test")
@@ -47,7 +48,7 @@ def load_corpus(dataset: str) -> Corpus:
 
 
 def split_corpus(name: str, documents: list[str]) -> Corpus:
-    """Hold out the last tenth of the characters, cut at the next line break."""
+    """Hold out the last tenth of the characters, cut near there at the end of a line or of a word."""
     documents = [document for document in documents if document.strip()]
     total = sum(map(len, documents))
     if not total:
@@ -57,11 +58,27 @@ def split_corpus(name: str, documents: list[str]) -> Corpus:
         position -= len(documents[index])
         index += 1
     document = documents[index]
-    line_break = document.find("\n", position)
-    cut = position if line_break < 0 else line_break + 1
+    cut = place_to_cut(document, position, round(total * CUT_WITHIN))
     train = [*documents[:index], document[:cut]]
     held_out = [document[cut:], *documents[index + 1 :]]
     return Corpus(name, *[[part for part in side if part.strip()] for side in (train, held_out)])
+
+
+def place_to_cut(document: str, position: int, reach: int) -> int:
+    """The nearest position after a line break, else after a space, else `position` itself.
+
+    Args:
+        document: the text to cut in two.
+        position: where it would be cut if any place were as good as another.
+        reach: how far from there to look, in characters; a long line must not shift the cut at will.
+    """
+    for separator in "\n ":
+        before = document.rfind(separator, max(0, position - reach - 1), position) + 1
+        after = document.find(separator, position, position + reach) + 1
+        found = [cut for cut in (before, after) if cut]
+        if found:
+            return min(found, key=lambda cut: abs(cut - position))
+    return position
 
 
 # ── sources ───────────────────────────────────────────────────────────────────────────────────────

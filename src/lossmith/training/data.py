@@ -56,7 +56,14 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Te
     start = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     assert isinstance(start, int)
     bpe = tokenizer.backend_tokenizer
-    ids = [token for row in bpe.encode_batch(documents) for token in (start, *row.ids)]
+    before = bpe.encode_special_tokens
+    # Spelled out in a text, "<|endoftext|>" is 13 characters of it like any other, with 13 bytes to count.
+    bpe.encode_special_tokens = True
+    try:
+        rows = bpe.encode_batch(documents)
+    finally:
+        bpe.encode_special_tokens = before
+    ids = [token for row in rows for token in (start, *row.ids)]
     return torch.tensor(ids, dtype=torch.long)
 
 

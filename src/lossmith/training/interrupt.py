@@ -2,13 +2,17 @@
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
 from lossmith.training.progress import say
+
+REPEATED_S = 1.0
 
 
 class StopOnSignal(TrainerCallback):
@@ -21,6 +25,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, console: Console):
         self.console = console
         self.received: int | None = None
+        self.received_at = 0.0
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -36,15 +41,26 @@ class StopOnSignal(TrainerCallback):
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if self.received is not None:
+        # One Ctrl-C reaches a rank twice, from the terminal and from torchrun.
+        if self.received is not None and time.monotonic() - self.received_at > REPEATED_S:
             raise KeyboardInterrupt
-        self.received = number
+        if self.received is not None:
+            return
+        self.received, self.received_at = number, time.monotonic()
         say(self.console, "Finishing this step and saving; once more to stop at once.", "yellow")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.received = on_any_rank(self.received, args)
         if self.received is not None:
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
-        elif state.global_step >= state.max_steps:
-            control.should_evaluate = False  # the run ends with an evaluation of everything
+
+
+def on_any_rank(received: int | None, args: Any) -> int | None:
+    """The signal that any rank received: all of them have to stop after the same step."""
+    if args.world_size == 1:
+        return received
+    number = torch.tensor(received or 0, device=args.device)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    return int(number) or None

@@ -10,6 +10,9 @@ from typing import Any
 
 from lossmith.training.errors import UserError
 
+# A learning rate that is set alone brings its lowest value with it.
+MIN_LR_DIVISOR = 10
+
 
 def key(default: Any, meaning: str, **limits: Any) -> Any:
     """Declare one key.
@@ -70,7 +73,9 @@ class OptimizerKeys:
     batch_size: int = key(8, "blocks per micro-batch", low=1)
     gradient_accumulation_steps: int = key(1, "micro-batches per optimizer step", low=1)
     learning_rate: float = key(2e-3, "highest learning rate", above=0.0)
-    min_lr: float = key(2e-4, "learning rate at the last step", low=0.0)
+    min_lr: float = key(
+        2e-4, "learning rate at the last step; a tenth of `learning_rate` unless set", low=0.0
+    )
     warmup_iters: int = key(60, "steps of linear warm-up", low=0)
     # Strong, because the default run sees its small text eight times over.
     weight_decay: float = key(2.0, "weight decay of the matrices", low=0.0)
@@ -121,7 +126,8 @@ class TrainConfig(RunKeys, OptimizerKeys, LossKeys, ModelKeys, DataKeys):
         if self.min_lr > self.learning_rate:
             raise UserError(
                 f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}; expected the lowest "
-                f"learning rate to be no higher than the highest. Try --min_lr={self.learning_rate / 10:g}."
+                "learning rate to be no higher than the highest. "
+                f"Try --min_lr={self.learning_rate / MIN_LR_DIVISOR:g}."
             )
         if self.resume and self.eval_only:
             raise UserError("resume and eval_only are both on; pass the one you mean.")

@@ -67,14 +67,24 @@ class LogFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in lines if step_in(line) <= state.global_step]
+        fresh = self.path.with_suffix(".new")  # written aside, so that no crash can lose the old rows
+        fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        fresh.replace(self.path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         row = log_row(state.global_step, logs or {})
         if row and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def step_in(line: str) -> float:
+    """The step of a row of the log; beyond all steps for a line that was cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def log_row(step: int, logs: dict[str, Any]) -> dict[str, Any] | None:
@@ -152,7 +162,7 @@ def step_of(state: Any) -> str:
 def describe_step(row: dict[str, Any]) -> str:
     """One logged training step in words."""
     loss = math.nan if row["loss"] is None else row["loss"]
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = math.inf if row["perplexity"] is None else row["perplexity"]
     return f"loss {loss:.3f}  perplexity {perplexity:,.1f}  {row['tokens_per_second']:,.0f} tokens/s"
 
 
@@ -160,6 +170,5 @@ def describe_evaluation(row: dict[str, Any]) -> str:
     """One evaluation in words."""
     loss = math.nan if row["val_loss"] is None else row["val_loss"]
     perplexity = math.inf if row["perplexity"] is None else row["perplexity"]
-    return (
-        f"validation loss {loss:.3f}  perplexity {perplexity:,.1f}  {row['bits_per_byte']:.3f} bits per byte"
-    )
+    bits = math.nan if row["bits_per_byte"] is None else row["bits_per_byte"]
+    return f"validation loss {loss:.3f}  perplexity {perplexity:,.1f}  {bits:.3f} bits per byte"

@@ -1,17 +1,36 @@
 """The folder of a run: what is in it, and that it can be written to before any work is done."""
 
+import json
 import re
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from lossmith.training.errors import UserError
+from lossmith.training.keys import TrainConfig
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
 PREVIOUS = "previous"
 # The Trainer writes this file last, so a checkpoint that has it was not cut short.
 LAST_FILE_OF_A_CHECKPOINT = "trainer_state.json"
+MODEL_FILES = "model*.safetensors"  # a large model is written in several
+# What a run needs to go on, beyond what its model needs to be evaluated. Without these two the Trainer
+# would go on all the same, with an optimizer that remembers nothing.
+FILES_OF_THE_OPTIMIZER = ("optimizer.pt", "scheduler.pt")
+# Our keys and what the model's own configuration calls them.
+KEYS_OF_THE_MODEL = {
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+}
 
 
 def require_writable(out_dir: Path) -> None:
@@ -54,6 +73,78 @@ def last_checkpoint(out_dir: Path) -> tuple[int, Path]:
             "Start the run anew, without --resume or --eval_only, or name another --out_dir."
         )
     return found[-1]
+
+
+def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
+    """Look at the files of a checkpoint before anything relies on them.
+
+    Args:
+        checkpoint: its folder.
+        config: the run's configuration; its keys that shape the model have to be the checkpoint's.
+
+    Raises:
+        UserError: a file is missing or damaged, or the checkpoint is of another model.
+    """
+    saved = read_json(checkpoint / "config.json")
+    for key, name in KEYS_OF_THE_MODEL.items():
+        if saved.get(name) != getattr(config, key):
+            raise UserError(
+                f"{checkpoint / 'config.json'} says {name}={saved.get(name)} but {CONFIG_FILE} of the run "
+                f"says {key}={getattr(config, key)}; expected them to agree. Restore the file that was "
+                "changed, or train anew."
+            )
+    read_json(checkpoint / "tokenizer_config.json")
+    require_tokenizer(checkpoint / "tokenizer.json", config.vocab_size)
+    for path in sorted(checkpoint.glob(MODEL_FILES)) or [checkpoint / "model.safetensors"]:
+        require_weights(path)
+    if config.resume:
+        read_json(checkpoint / LAST_FILE_OF_A_CHECKPOINT)
+        for name in FILES_OF_THE_OPTIMIZER:
+            # PyTorch saves zip files, whose table of contents comes last: one that was cut short has none.
+            if not zipfile.is_zipfile(checkpoint / name):
+                raise damaged(checkpoint / name, "a file saved by PyTorch")
+
+
+def require_tokenizer(path: Path, vocab_size: int) -> None:
+    """Raise UserError when a checkpoint's tokenizer cannot be read or has another vocabulary."""
+    try:
+        size = Tokenizer.from_file(str(path)).get_vocab_size()
+    except Exception:  # the library raises no other class
+        raise damaged(path, "a tokenizer") from None
+    if size != vocab_size:
+        raise UserError(
+            f"{path} has {size} pieces but the model has vocab_size={vocab_size}; expected them to agree. "
+            "Restore the file that was changed, or train anew."
+        )
+
+
+def require_weights(path: Path) -> None:
+    """Raise UserError when a file of weights is missing or cut short; only its header is read."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError):
+        raise damaged(path, "the model's weights") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint, or a UserError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise damaged(path, "a JSON file") from None
+    if not isinstance(value, dict):
+        raise damaged(path, "a JSON object")
+    return value
+
+
+def damaged(path: Path, expected: str) -> UserError:
+    """The error for a file of a checkpoint that cannot be used."""
+    state = "is missing" if not path.exists() else "is empty" if not path.stat().st_size else "is damaged"
+    return UserError(
+        f"{path} {state}; expected {expected}. Restore it, or move {path.parent} away so that the "
+        "checkpoint before it is used."
+    )
 
 
 def set_aside_previous_run(out_dir: Path) -> Path | None:

@@ -64,11 +64,15 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             f"Pass --max_iters={first_step * 2} to go on, or --eval_only to evaluate it."
         )
 
+    if checkpoint:
+        rundir.require_sound_checkpoint(checkpoint, config)
+
     # 2. Text, tokens, model.
     corpus = load_corpus(config.dataset)
     tokenizer = saved_tokenizer(checkpoint) if checkpoint else train_tokenizer(corpus, config.vocab_size)
     transformers.set_seed(config.seed)
     task = make_task(config, corpus, tokenizer, args)
+    _ = task.train_blocks  # a text too short for a block is refused here
     model = task.make_model()
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     if args.process_index == 0:
@@ -100,6 +104,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
 def evaluate_saved(config: TrainConfig, console: Console) -> int:
     """Evaluate the last checkpoint of a run over all of the held-out text."""
     step, checkpoint = rundir.last_checkpoint(Path(config.out_dir))
+    rundir.require_sound_checkpoint(checkpoint, config)
     args = training_arguments(config)
     corpus = load_corpus(config.dataset)
     task = make_task(config, corpus, saved_tokenizer(checkpoint), args)

@@ -6,6 +6,7 @@ class here.
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,10 +28,18 @@ class Task(Protocol):
     """One mode of the trainer."""
 
     tokenizer: PreTrainedTokenizerFast
-    train_blocks: Dataset
     held_out: Dataset
-    num_train_tokens: int
     num_held_out_tokens: int
+
+    @property
+    def train_blocks(self) -> Dataset:
+        """What is trained on."""
+        ...
+
+    @property
+    def num_train_tokens(self) -> int:
+        """How much that is."""
+        ...
 
     def make_model(self) -> PreTrainedModel:
         """A new model with the objective inside its forward."""
@@ -38,6 +47,10 @@ class Task(Protocol):
 
     def load_model(self, checkpoint: Path) -> PreTrainedModel:
         """The model of a checkpoint, likewise."""
+        ...
+
+    def plain_nll(self) -> list[float]:
+        """What the tokens trained on since the last call cost without options, and how many they are."""
         ...
 
     def expected_initial_loss(self) -> tuple[float, str]:
@@ -73,14 +86,28 @@ class LanguageModel:
     ):
         self.config = config
         self.tokenizer = tokenizer
-        train_tokens = encode(tokenizer, corpus.train)
+        self.corpus = corpus
+        self.num_blocks = num_blocks
         held_out_tokens = encode(tokenizer, corpus.held_out)
-        self.num_train_tokens = len(train_tokens)
         self.num_held_out_tokens = len(held_out_tokens)
-        self.train_blocks: Dataset = RandomBlocks(train_tokens, config.block_size, num_blocks, config.seed)
         self.held_out: Dataset = Windows(held_out_tokens, config.block_size)
         self.bytes_per_token = bytes_per_token(tokenizer)
         self.objective = make_objective(config)
+        self.seen = lossmith.Perplexity()
+
+    @cached_property
+    def _training(self) -> RandomBlocks:
+        """An evaluation alone does not need it."""
+        tokens = encode(self.tokenizer, self.corpus.train)
+        return RandomBlocks(tokens, self.config.block_size, self.num_blocks, self.config.seed)
+
+    @property
+    def train_blocks(self) -> Dataset:
+        return self._training
+
+    @property
+    def num_train_tokens(self) -> int:
+        return len(self._training.tokens)
 
     def make_model(self) -> PreTrainedModel:
         end_of_text = self.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
@@ -107,7 +134,16 @@ class LanguageModel:
         The Trainer counts the targets of all micro-batches and ranks before any forward; with that
         count as the denominator the micro-batches' losses simply add up.
         """
-        return self.objective(logits, labels, denominator=num_items_in_batch)
+        output = self.objective.evaluate(logits, labels, denominator=num_items_in_batch)
+        if torch.is_grad_enabled():
+            self.seen.add(output.stats.unscaled.nll.detach().double().sum(), output.num_tokens)
+        return output.total
+
+    def plain_nll(self) -> list[float]:
+        """The plain negative log-likelihood of the tokens since the last call, summed, and their number."""
+        sums = [self.seen.nll_sum, float(self.seen.num_tokens)]
+        self.seen.reset()
+        return sums
 
     def expected_initial_loss(self) -> tuple[float, str]:
         return math.log(self.config.vocab_size), f"log {self.config.vocab_size}"

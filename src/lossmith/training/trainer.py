@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
@@ -53,7 +54,7 @@ class TaskTrainer(Trainer):
             train_dataset=task.train_blocks,
             eval_dataset=task.held_out,
             processing_class=task.tokenizer,
-            callbacks=[self.stopwatch, *callbacks],
+            callbacks=[self.stopwatch, SettingsOfThisRun(config), *callbacks],
         )
         self.remove_callback(PrinterCallback)  # prints bare dictionaries
 
@@ -80,6 +81,8 @@ class TaskTrainer(Trainer):
         batches = DataLoader(Subset(held_out, share), batch_size=self.args.eval_batch_size)
         with self.accelerator.autocast():
             measures = self.task.evaluate(self.model, batches, self._add_over_ranks)  # pyright: ignore[reportArgumentType]
+        if self.is_in_train and not math.isfinite(measures["loss"]):
+            raise self._no_number(f"validation loss became {measures['loss']}")  # before it is saved
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measures.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -95,12 +98,52 @@ class TaskTrainer(Trainer):
         """Add the speed to what is logged, and stop a run whose loss is no number any more."""
         if "loss" in logs:
             logs["tokens_per_second"] = self.stopwatch.lap(self.state.global_step)
+            nll_sum, num_tokens = self._add_over_ranks(self.task.plain_nll())
+            mean = nll_sum / max(num_tokens, 1)
+            logs["perplexity"] = math.exp(mean) if mean < 700 else math.inf
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"the loss became {logs['loss']} by step {self.state.global_step}, so training stopped. "
-                "Lower --learning_rate or keep --grad_clip on, and --resume from the last checkpoint."
-            )
+            raise self._no_number(f"loss became {logs['loss']}")
+
+    def _no_number(self, what: str) -> UserError:
+        saved = get_last_checkpoint(self.args.output_dir)
+        then = f"and --resume from {saved}" if saved else "and start again"
+        return UserError(
+            f"the {what} by step {self.state.global_step}, so training stopped. "
+            f"Lower --learning_rate or keep --grad_clip on, {then}."
+        )
+
+
+class SettingsOfThisRun(TrainerCallback):
+    """A resumed run goes by its own configuration; the checkpoint brings that of the run before.
+
+    Args:
+        config: the run's configuration.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        state.logging_steps, state.eval_steps, state.save_steps = (
+            args.logging_steps,
+            args.eval_steps,
+            args.save_steps,
+        )
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
+        schedule.base_lrs = [self.config.learning_rate] * len(schedule.base_lrs)
+        for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            is_decayed = any(parameter.dim() > 1 for parameter in group["params"])
+            group["weight_decay"] = self.config.weight_decay if is_decayed else 0.0
+            group["betas"] = (self.config.beta1, self.config.beta2)
+            group["initial_lr"] = self.config.learning_rate
+            group["lr"] = self.config.learning_rate * factor(schedule.last_epoch)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = False  # the run ends with an evaluation of everything
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
