@@ -90,9 +90,10 @@ class Blocks:
         if self.ignored is not None:
             values[self.ignored] = fill
 
-    def empty_gradient(self, *, zero: bool) -> Tensor:
+    def empty_gradient(self) -> Tensor:
+        """Memory for the gradient; rows that are not visited have theirs, 0, already."""
         shape = (self.num_rows, self.num_classes)
-        return fresh(shape, dtype=self.dtype, device=self.device, zero=zero)
+        return fresh(shape, dtype=self.dtype, device=self.device, zero=self.visited is not None)
 
     def buffer(self) -> Tensor:
         return torch.empty((self.block_rows, self.num_classes), dtype=self.compute_dtype, device=self.device)
@@ -130,7 +131,7 @@ def grad_in_blocks(
     views: Sequence[View],
 ) -> Tensor:
     """The gradient of the logits [N, V], from those of every view's raw statistics."""
-    result = blocks.empty_gradient(zero=blocks.visited is not None)
+    result = blocks.empty_gradient()
     scratch = blocks.buffer()
     gradient = None if blocks.writes_in_place and softcap is None else blocks.buffer()
     second = blocks.buffer() if len(views) > 1 else scratch
