@@ -9,24 +9,23 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "lossmith"
 
-# A room may import from its own level's own folder and from lower levels.
-LEVELS = {
-    "options": 0,
-    "engine": 1,
-    "terms": 2,
-    "metrics": 3,
-    "reduction": 3,
-    "batch": 4,
-    "objective": 5,
-    "modifiers": 6,
-    "components": 6,
-    "objectives": 7,
-    "functional": 8,
-    "corpus_perplexity": 9,
-    "distributed": 9,
-    "integrations": 10,
-    "training": 11,
-}
+# From the ground up: a room imports from its own folder and from what stands before it here.
+ORDER = [
+    {"options", "distributed"},
+    {"engine"},
+    {"terms"},
+    {"metrics", "reduction"},
+    {"batch"},
+    {"equation"},
+    {"objective"},
+    {"modifiers", "components"},
+    {"objectives"},
+    {"functional"},
+    {"corpus_perplexity"},
+    {"integrations"},
+    {"training"},
+]
+LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 OUTSIDE_THE_CORE = {"integrations", "training", "report"}
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -7,20 +7,21 @@ if TYPE_CHECKING:
     from lossmith.batch import TokenBatch
     from lossmith.corpus_perplexity import Perplexity
     from lossmith.engine.stats import TokenStats
+    from lossmith.equation import LossOutput, Term
     from lossmith.functional import cross_entropy, perplexity, ranking_loss, token_stats
     from lossmith.metrics import Metrics
-    from lossmith.objective import LossOutput, Objective, Term
+    from lossmith.objective import Objective
     from lossmith.objectives.cross_entropy import CrossEntropyLoss
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CrossEntropyLoss": "objectives.cross_entropy",
-    "LossOutput": "objective",
+    "LossOutput": "equation",
     "Metrics": "metrics",
     "Objective": "objective",
     "Perplexity": "corpus_perplexity",
-    "Term": "objective",
+    "Term": "equation",
     "TokenBatch": "batch",
     "TokenStats": "engine.stats",
     "cross_entropy": "functional",

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.checks import check_ids, check_targets
-from lossmith.reduction import Denominator, Empty, Reduction, check_reduction, scalar_share, token_scale
+from lossmith.reduction import (
+    Denominator,
+    Empty,
+    Reduction,
+    check_reduction,
+    own_denominator,
+    scalar_share,
+    token_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class TokenBatch:
         input_ids: [N] the ids that the logits were computed from, or None.
         share: what a scalar of the whole batch is multiplied by: 1, or this micro-batch's
             part of the caller's denominator.
+        count: what this batch alone would be divided by (0-dimensional).
+        shift: whether the last position of a row has no target by construction.
     """
 
     targets: Tensor
@@ -33,8 +43,10 @@ class TokenBatch:
     scale: Tensor
     ignore_index: int
     shape: torch.Size
+    count: Tensor
     share: Tensor | float = 1.0
     input_ids: Tensor | None = None
+    shift: bool = False
 
     @property
     def num_tokens(self) -> Tensor:
@@ -52,6 +64,20 @@ class TokenBatch:
     def rows(self, values: Tensor) -> Tensor:
         """[N] values as [B, T]: a row a sample, all leading dimensions folded into B."""
         return values.reshape(as_rows(self.shape))
+
+    @property
+    def row_counts(self) -> Tensor:
+        """[B] how many tokens of each sample are supervised."""
+        return self.rows(self.valid).sum(-1)
+
+    @property
+    def num_positions(self) -> int:
+        """How many tokens of a sample could be supervised."""
+        return as_rows(self.shape)[1] - self.shift
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[B] values of the samples as [N], each token its sample's."""
+        return values.unsqueeze(-1).expand(as_rows(self.shape)).reshape(-1)
 
     def select(self, index: Tensor | slice) -> TokenBatch:
         """These tokens alone, with the scale that they have in the whole batch."""
@@ -137,6 +163,7 @@ def align(
         counts = class_weight.detach().to(dtype)[targets.clamp(0, len(class_weight) - 1)]
     rows = as_rows(targets.shape)
     row_counts = None if counts is None else counts.reshape(rows)
+    own = own_denominator(valid.reshape(rows), reduction, weight=row_counts, dtype=dtype)
     scale = token_scale(
         valid.reshape(rows),
         reduction,
@@ -153,10 +180,10 @@ def align(
         else scale.reshape(-1) * torch.where(valid, weight, 0.0).reshape(-1).to(dtype),
         ignore_index=ignore_index,
         shape=targets.shape,
-        share=scalar_share(
-            valid.reshape(rows), reduction, denominator=denominator, weight=row_counts, dtype=dtype
-        ),
+        count=own,
+        share=scalar_share(own, denominator),
         input_ids=None if input_ids is None else input_ids.reshape(-1),
+        shift=shift,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lossmith.engine.checks import check_candidates, check_logits
 from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
-from lossmith.objective import SweepOptions
+from lossmith.engine.sweep_options import SweepOptions
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
 from lossmith.options import strict_options
 from lossmith.reduction import Denominator, Empty, Reduction, check_reduction, token_scale

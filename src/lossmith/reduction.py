@@ -86,22 +86,30 @@ def token_scale(
     return factor / torch.where(divisor == 0, 1.0 if empty == "zero" else torch.nan, divisor)
 
 
-def scalar_share(
+def own_denominator(
     valid: Tensor,
     reduction: Reduction,
     *,
-    denominator: Denominator | None = None,
     weight: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Tensor | float:
+) -> Tensor:
+    """What a batch alone is divided by: its supervised tokens, or its samples that have one.
+
+    Args:
+        valid, reduction, weight, dtype: as for :func:`token_scale`.
+    """
+    return _own_denominator(_counts(valid, weight, dtype), reduction)
+
+
+def scalar_share(own: Tensor, denominator: Denominator | None) -> Tensor | float:
     """What a scalar of the whole batch is multiplied by: its part of the caller's denominator, or 1.
 
     Args:
-        valid, reduction, denominator, weight, dtype: as for :func:`token_scale`.
+        own: what this batch alone would be divided by.
+        denominator: the caller's, over all micro-batches and ranks.
     """
     if denominator is None:
         return 1.0
-    own = _own_denominator(_counts(valid, weight, dtype), reduction)
     whole = _as_scalar(denominator, own)
     return own / torch.where(whole == 0, 1.0, whole)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
-from lossmith.objective import Objective, Term
+from lossmith.equation import PerToken, Term
+from lossmith.objective import Objective
 from lossmith.options import strict_options
 from lossmith.reduction import Empty, Reduction
 from lossmith.terms.confidence import confidence_penalty as negative_entropy
@@ -80,10 +81,16 @@ class CrossEntropyLoss(Objective):
         self.focal_gamma = focal_gamma
         self.confidence_penalty = confidence_penalty
 
-    def terms(self) -> list[Term]:
+    def terms(self, token_loss: PerToken | None = None) -> list[Term]:
+        own = token_loss or self.token_loss
         weight = None if self.class_weight is None else self._target_weight
+
+        def cross_entropy(stats: TokenStats, batch: TokenBatch) -> Tensor:
+            loss = own(stats, batch)
+            return focal(stats, loss, gamma=self.focal_gamma) if self.focal_gamma else loss
+
         return [
-            Term("cross_entropy", self._cross_entropy),
+            Term("cross_entropy", cross_entropy),
             Term("z_loss", lambda stats, _: squared_logsumexp(stats), self.z_loss, weight),
             Term(
                 "confidence_penalty",
@@ -93,8 +100,9 @@ class CrossEntropyLoss(Objective):
             ),
         ]
 
-    def _cross_entropy(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
-        loss = smoothed_cross_entropy(
+    def token_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        """[N] cross-entropy, smoothed and class-weighted; focal weighting comes on top."""
+        return smoothed_cross_entropy(
             stats,
             batch.targets,
             label_smoothing=self.label_smoothing,
@@ -102,7 +110,6 @@ class CrossEntropyLoss(Objective):
             special_tokens=self.special_tokens,
             class_weight=self._weight_like(stats.nll),
         )
-        return focal(stats, loss, gamma=self.focal_gamma) if self.focal_gamma else loss
 
     def _target_weight(self, _: TokenStats, batch: TokenBatch) -> Tensor:
         """Class weights weigh a token as a whole, so that scaling them all changes nothing."""

@@ -1,0 +1,70 @@
+"""``SweepOptions``: how logits are read before anything is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lossmith.engine.blocks import accumulation_dtype
+from lossmith.engine.raw import Needs
+from lossmith.engine.stats import TokenStats
+from lossmith.engine.sweep import logits_stats
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How the logits are read: z <- softcap tanh(z / softcap), then over the temperature."""
+
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    class_weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.temperature, Tensor) and not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0; got {self.temperature}")
+        if isinstance(self.temperature, Tensor) and self.temperature.numel() != 1:
+            raise ValueError(
+                f"temperature must be one number for all tokens; got a tensor {list(self.temperature.shape)}"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be > 0, or None for none; got {self.softcap}")
+
+    def stats(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        ignore_index: int,
+        candidates: Tensor | None = None,
+        default_needs: Needs = Needs.CORE,
+    ) -> TokenStats:
+        """Lazy statistics of ``logits`` [..., V] read this way."""
+        return logits_stats(
+            logits,
+            targets,
+            candidates=candidates,
+            class_weight=self.checked_class_weight(logits),
+            temperature=self._temperature_tensor(logits),
+            softcap=self.softcap,
+            ignore_index=ignore_index,
+            default_needs=default_needs,
+        )
+
+    def _temperature_tensor(self, logits: Tensor) -> Tensor | None:
+        dtype = accumulation_dtype(logits.dtype)
+        if isinstance(self.temperature, Tensor):
+            return self.temperature.detach().to(logits.device, dtype).reshape(())
+        if self.temperature == 1:
+            return None
+        return torch.full((), self.temperature, dtype=dtype, device=logits.device)
+
+    def checked_class_weight(self, logits: Tensor) -> Tensor | None:
+        if self.class_weight is None:
+            return None
+        if self.class_weight.shape != logits.shape[-1:]:
+            raise ValueError(
+                f"class_weight must be [V] = [{logits.shape[-1]}]; got {list(self.class_weight.shape)}"
+            )
+        return self.class_weight.detach().to(accumulation_dtype(logits.dtype))

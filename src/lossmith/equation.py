@@ -1,0 +1,182 @@
+"""The one equation, evaluated.
+
+    L = sum_j lambda_j sum_t scale[t] omega_j[t] f_j(stats[t])  +  sum_k lambda_k a_k
+
+``f_j`` is a per-token term, a differentiable function of a token's statistics; ``omega_j``
+a detached weight, any function of the batch's statistics; ``scale`` the token's share of
+the one denominator; ``a_k`` scalars of other tensors. Objectives, modifiers and components
+are ways to fill it in.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lossmith.batch import TokenBatch
+from lossmith.engine.stats import TokenStats
+from lossmith.metrics import Metrics
+
+PerToken = Callable[[TokenStats, TokenBatch], Tensor]
+Weigh = Callable[[TokenStats, TokenBatch], "Tensor | None"]
+StatsOf = Callable[["Tensor | None"], TokenStats]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One per-token term of an objective: ``coefficient * weight * loss``.
+
+    Args:
+        name: what the term is called in ``LossOutput.parts``.
+        loss: (stats, batch) -> [N], differentiable, never reduced.
+        coefficient: lambda; a term whose coefficient is the number 0 is as good as absent.
+        weight: (stats, batch) -> [N] or a scalar; sees detached statistics, since a weight
+            that could be lowered by gradient descent would be lowered instead of the loss.
+        scope: ``token`` if a token's weight depends on that token alone, ``batch`` if on others.
+        candidates: batch -> [N, K] ids (-1 pads) whose logits ``loss`` reads.
+    """
+
+    name: str
+    loss: PerToken
+    coefficient: float | Tensor = 1.0
+    weight: PerToken | None = None
+    scope: Literal["token", "batch"] = "token"
+    candidates: Callable[[TokenBatch], Tensor] | None = None
+
+    @property
+    def is_off(self) -> bool:
+        return not isinstance(self.coefficient, Tensor) and self.coefficient == 0
+
+    def values(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        """[N] coefficient * weight * loss of each token, before the batch's scale."""
+        values = self.loss(stats, batch)
+        if values.shape != batch.targets.shape:
+            raise ValueError(
+                f"term {self.name!r} must return a value per token, {list(batch.targets.shape)}, and leave "
+                f"averaging to the objective; got {list(values.shape)}"
+            )
+        if self.weight is not None:
+            weight = self.weight(stats.detach(), batch).detach()
+            # an infinite loss of weight 0 is 0
+            values = torch.where(weight == 0, 0.0, values * weight)
+        return values * self.coefficient
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What an objective made of a batch.
+
+    Attributes:
+        total: the loss; the sum of ``parts``. [..., T] per token where the reduction is ``none``.
+        parts: each term's contribution, weights and denominator included, by name.
+        num_tokens: how many tokens were supervised (0-dimensional tensor).
+        stats: the statistics of every token, flat [N]; asking for one that no term used costs
+            another pass over the logits.
+        batch: the tokens as they were aligned, masked and scaled.
+        metrics: ``loss``, each part, ``nll`` (unsmoothed, temperature 1, a mean over tokens),
+            ``perplexity`` and ``accuracy``; computed when they are read.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    num_tokens: Tensor
+    stats: TokenStats
+    batch: TokenBatch = field(repr=False)
+    metrics: Metrics = field(repr=False)
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The parts, and the loss as ``total_loss``."""
+        return {**self.parts, "total_loss": self.total}
+
+
+def evaluate(
+    terms: Sequence[Term],
+    stats_of: StatsOf,
+    batch: TokenBatch,
+    *,
+    weigh: Weigh | None = None,
+    scalars: Mapping[str, Tensor] | None = None,
+    per_token: bool = False,
+) -> LossOutput:
+    """The equation: terms over the statistics, plus scalars.
+
+    Args:
+        terms: the per-token terms; their names are distinct.
+        stats_of: candidates [N, K] or None -> flat lazy statistics of the batch.
+        batch: the aligned batch.
+        weigh: (detached stats, batch) -> [N] what every term of a token is multiplied by, or None
+            for 1. It is also where to look at statistics that no term reads, in the same pass.
+        scalars: weighted scalars of other tensors, by name.
+        per_token: return [..., T] values (the reduction ``none``) rather than their sum.
+    """
+    terms = [term for term in terms if not term.is_off]
+    names = [term.name for term in terms] + list(scalars or ())
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the parts of an objective need distinct names; {twice!r} is there twice")
+    candidates, columns = _gather_candidates(terms, batch)
+    stats = stats_of(candidates)
+    views = [stats if c is None else stats.with_candidates(c) for c in columns]
+
+    def read(of: TokenStats) -> None:
+        for term, c in zip(terms, columns, strict=True):
+            term.values(of if c is None else of.with_candidates(c), batch)
+        if weigh is not None:
+            weigh(of.detach(), batch)
+
+    stats.announce(read)
+    weight = None if weigh is None else weigh(stats.detach(), batch)
+    if weight is not None:
+        batch = replace(batch, scale=batch.scale * weight.detach())
+    parts = {}
+    for term, view in zip(terms, views, strict=True):
+        shares = torch.where(batch.scale == 0, 0.0, term.values(view, batch) * batch.scale)
+        parts[term.name] = shares.reshape(batch.shape) if per_token else shares.sum()
+    for name, value in (scalars or {}).items():
+        parts[name] = value * batch.share
+    total = reduce(operator.add, parts.values()) if parts else _nothing(stats, batch, per_token)
+    metrics = Metrics(_metrics(total, parts, stats, batch))
+    return LossOutput(total, parts, batch.num_tokens, stats, batch, metrics)
+
+
+def _nothing(stats: TokenStats, batch: TokenBatch, per_token: bool) -> Tensor:
+    """0, connected to the logits: an objective whose terms are all off can still be trained with."""
+    zeros = torch.where(batch.valid, 0.0, stats.nll)
+    return zeros.reshape(batch.shape) if per_token else zeros.sum()
+
+
+def _gather_candidates(terms: Sequence[Term], batch: TokenBatch) -> tuple[Tensor | None, list[slice | None]]:
+    """All terms' candidate ids side by side [N, K], and each term's columns."""
+    found: list[Tensor] = []
+    columns: list[slice | None] = []
+    width = 0
+    for term in terms:
+        if term.candidates is None:
+            columns.append(None)
+            continue
+        found.append(term.candidates(batch))
+        columns.append(slice(width, width + found[-1].shape[-1]))
+        width += found[-1].shape[-1]
+    return (torch.cat(found, -1) if found else None), columns
+
+
+def _metrics(
+    total: Tensor, parts: Mapping[str, Tensor], stats: TokenStats, batch: TokenBatch
+) -> dict[str, Callable[[], Tensor]]:
+    def mean(of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: (of().detach() * batch.valid).sum() / batch.num_tokens.clamp(min=1)
+
+    nll = mean(lambda: stats.unscaled.nll)
+    return {
+        "loss": total.sum,
+        **{name: part.sum for name, part in parts.items()},
+        "nll": nll,
+        "perplexity": lambda: nll().exp(),
+        "accuracy": mean(lambda: stats.unscaled.correct),
+    }
