@@ -13,9 +13,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "lossmith"
 ORDER = [
     {"options", "distributed"},
     {"engine"},
-    {"terms"},
     {"metrics", "reduction"},
     {"batch"},
+    {"terms"},
     {"equation"},
     {"objective"},
     {"modifiers", "components"},

@@ -10,20 +10,44 @@ if TYPE_CHECKING:
     from lossmith.equation import LossOutput, Term
     from lossmith.functional import cross_entropy, perplexity, ranking_loss, token_stats
     from lossmith.metrics import Metrics
+    from lossmith.modifiers import (
+        BaseLossModifier,
+        EntropyModifier,
+        LossModifierPipeline,
+        MaskRatioWeightModifier,
+        MetricsCollectorModifier,
+        ModelMode,
+        SequenceScorerCorrelationModifier,
+        SequenceScorerVarianceModifier,
+        SequenceScoringJudgeWeightModifier,
+        TargetSmoothingModifier,
+        create_loss_modifier_pipeline,
+    )
     from lossmith.objective import Objective
     from lossmith.objectives.cross_entropy import CrossEntropyLoss
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BaseLossModifier": "modifiers.base",
     "CrossEntropyLoss": "objectives.cross_entropy",
+    "EntropyModifier": "modifiers.entropy",
+    "LossModifierPipeline": "modifiers.pipeline",
     "LossOutput": "equation",
+    "MaskRatioWeightModifier": "modifiers.mask_ratio",
     "Metrics": "metrics",
+    "MetricsCollectorModifier": "modifiers.metrics_collector",
+    "ModelMode": "modifiers.base",
     "Objective": "objective",
     "Perplexity": "corpus_perplexity",
+    "SequenceScorerCorrelationModifier": "modifiers.sequence_correlation",
+    "SequenceScorerVarianceModifier": "modifiers.sequence_variance",
+    "SequenceScoringJudgeWeightModifier": "modifiers.judge",
+    "TargetSmoothingModifier": "modifiers.target_smoothing",
     "Term": "equation",
     "TokenBatch": "batch",
     "TokenStats": "engine.stats",
+    "create_loss_modifier_pipeline": "modifiers.config",
     "cross_entropy": "functional",
     "perplexity": "functional",
     "ranking_loss": "functional",
@@ -31,14 +55,25 @@ _HOMES = {
 }
 
 __all__ = [
+    "BaseLossModifier",
     "CrossEntropyLoss",
+    "EntropyModifier",
+    "LossModifierPipeline",
     "LossOutput",
+    "MaskRatioWeightModifier",
     "Metrics",
+    "MetricsCollectorModifier",
+    "ModelMode",
     "Objective",
     "Perplexity",
+    "SequenceScorerCorrelationModifier",
+    "SequenceScorerVarianceModifier",
+    "SequenceScoringJudgeWeightModifier",
+    "TargetSmoothingModifier",
     "Term",
     "TokenBatch",
     "TokenStats",
+    "create_loss_modifier_pipeline",
     "cross_entropy",
     "perplexity",
     "ranking_loss",

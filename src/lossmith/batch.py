@@ -35,6 +35,8 @@ class TokenBatch:
         share: what a scalar of the whole batch is multiplied by: 1, or this micro-batch's
             part of the caller's denominator.
         count: what this batch alone would be divided by (0-dimensional).
+        target_weight: [N] the class weights of the targets, or None.
+        num_classes: V, where it was given.
         shift: whether the last position of a row has no target by construction.
     """
 
@@ -46,6 +48,8 @@ class TokenBatch:
     count: Tensor
     share: Tensor | float = 1.0
     input_ids: Tensor | None = None
+    target_weight: Tensor | None = None
+    num_classes: int | None = None
     shift: bool = False
 
     @property
@@ -183,6 +187,8 @@ def align(
         count=own,
         share=scalar_share(own, denominator),
         input_ids=None if input_ids is None else input_ids.reshape(-1),
+        target_weight=None if counts is None else counts.reshape(-1),
+        num_classes=num_classes,
         shift=shift,
     )
 

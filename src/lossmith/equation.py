@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal
 
@@ -77,8 +77,9 @@ class LossOutput:
         parts: each term's contribution, weights and denominator included, by name.
         num_tokens: how many tokens were supervised (0-dimensional tensor).
         stats: the statistics of every token, flat [N]; asking for one that no term used costs
-            another pass over the logits.
-        batch: the tokens as they were aligned, masked and scaled.
+            another pass over the logits. None where there are no tokens but scores.
+        batch: the tokens as they were aligned, masked and scaled; None likewise.
+        contributions: [N] what each token adds to the per-token terms, detached and before ``weigh``.
         metrics: ``loss``, each part, ``nll`` (unsmoothed, temperature 1, a mean over tokens),
             ``perplexity`` and ``accuracy``; computed when they are read.
     """
@@ -86,8 +87,9 @@ class LossOutput:
     total: Tensor
     parts: dict[str, Tensor]
     num_tokens: Tensor
-    stats: TokenStats
-    batch: TokenBatch = field(repr=False)
+    stats: TokenStats | None
+    batch: TokenBatch | None = field(repr=False)
+    contributions: Tensor = field(repr=False)
     metrics: Metrics = field(repr=False)
 
     def as_dict(self) -> dict[str, Tensor]:
@@ -132,17 +134,19 @@ def evaluate(
 
     stats.announce(read)
     weight = None if weigh is None else weigh(stats.detach(), batch)
-    if weight is not None:
-        batch = replace(batch, scale=batch.scale * weight.detach())
     parts = {}
+    contributions = torch.zeros_like(batch.scale)
     for term, view in zip(terms, views, strict=True):
         shares = torch.where(batch.scale == 0, 0.0, term.values(view, batch) * batch.scale)
+        contributions = contributions + shares.detach()
+        if weight is not None:
+            shares = torch.where(weight == 0, 0.0, shares * weight.detach())
         parts[term.name] = shares.reshape(batch.shape) if per_token else shares.sum()
     for name, value in (scalars or {}).items():
         parts[name] = value * batch.share
     total = reduce(operator.add, parts.values()) if parts else _nothing(stats, batch, per_token)
     metrics = Metrics(_metrics(total, parts, stats, batch))
-    return LossOutput(total, parts, batch.num_tokens, stats, batch, metrics)
+    return LossOutput(total, parts, batch.num_tokens, stats, batch, contributions, metrics)
 
 
 def _nothing(stats: TokenStats, batch: TokenBatch, per_token: bool) -> Tensor:

@@ -165,7 +165,10 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (the overload
     output = criterion.evaluate(
         logits, targets, mask=mask, token_weight=token_weight, denominator=denominator
     )
-    return (output.total, output.stats.reshape(targets.shape)) if return_stats else output.total
+    if not return_stats:
+        return output.total
+    assert output.stats is not None
+    return output.total, output.stats.reshape(targets.shape)
 
 
 @strict_options

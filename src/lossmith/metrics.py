@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+Source = Tensor | float | Callable[[], Tensor]
+
 
 class Metrics(Mapping[str, float]):
     """Named numbers that stay on their device until they are read.
@@ -14,15 +16,18 @@ class Metrics(Mapping[str, float]):
     Reading one is one synchronisation; :meth:`to_dict` reads all with one.
     """
 
-    def __init__(self, sources: Mapping[str, Tensor | Callable[[], Tensor]]) -> None:
+    def __init__(self, sources: Mapping[str, Source]) -> None:
         self._sources = dict(sources)
 
-    def _tensor(self, name: str) -> Tensor:
+    def _value(self, name: str) -> Tensor | float:
         source = self._sources[name]
-        return (source if isinstance(source, Tensor) else source()).detach()
+        value = source() if callable(source) else source
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"metric {name!r} must be one number; got a tensor {list(value.shape)}")
+        return value.detach() if isinstance(value, Tensor) else float(value)
 
     def __getitem__(self, name: str) -> float:
-        return float(self._tensor(name))
+        return float(self._value(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -30,9 +35,23 @@ class Metrics(Mapping[str, float]):
     def __len__(self) -> int:
         return len(self._sources)
 
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(self)})"
+
+    def prefixed(self, prefix: str) -> Metrics:
+        """The same numbers, still unread, under names that begin with ``prefix``."""
+        return Metrics({prefix + name: source for name, source in self._sources.items()})
+
+    def __or__(self, other: Metrics) -> Metrics:
+        """These and those, still unread."""
+        return Metrics(self._sources | other._sources)
+
     def to_dict(self) -> dict[str, float]:
-        """All of them as floats, with one synchronisation."""
-        if not self._sources:
-            return {}
-        tensors = [self._tensor(name).double().reshape(()) for name in self._sources]
-        return dict(zip(self._sources, torch.stack(tensors).tolist(), strict=True))
+        """All of them as floats, with one synchronisation a device."""
+        values = {name: self._value(name) for name in self._sources}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        for device in {tensor.device for tensor in tensors.values()}:
+            there = [name for name, tensor in tensors.items() if tensor.device == device]
+            stacked = torch.stack([tensors[name].double().reshape(()) for name in there])
+            values.update(zip(there, stacked.tolist(), strict=True))
+        return values  # type: ignore[return-value]

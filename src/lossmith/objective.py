@@ -147,19 +147,32 @@ class Objective(nn.Module):
 
         return batch, stats_of
 
-    def count(self, targets: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def count(
+        self,
+        targets: Tensor,
+        *,
+        mask: Tensor | None = None,
+        reduction: Reduction | None = None,
+        ignore_index: int | None = None,
+    ) -> Tensor:
         """What this objective divides by: the supervised tokens, or samples under ``sequence_mean``.
 
         Summed over all micro-batches and ranks it is the ``denominator`` to pass with each of them.
 
         Args:
             targets, mask: [..., T], as for :meth:`evaluate`.
+            reduction, ignore_index: instead of the objective's own.
         """
-        return self._align(targets, mask=mask, class_weight=self.class_weight).count
+        return self._align(
+            targets,
+            mask=mask,
+            reduction=reduction or self.reduction,
+            ignore_index=self.ignore_index if ignore_index is None else ignore_index,
+            class_weight=self.class_weight,
+        ).count
 
     def _align(self, targets: Tensor, **given: Any) -> TokenBatch:
-        own = {"ignore_index": self.ignore_index, "reduction": self.reduction}
-        return align(targets, shift=self.shift, empty=self.empty, **(own | given))
+        return align(targets, shift=self.shift, empty=self.empty, **given)
 
     def _warn_if_unshifted(self, batch: TokenBatch) -> None:
         """Once, on the first batch: it is a mistake in the wiring, and looking waits for the device."""

@@ -14,7 +14,7 @@ from lossmith.objective import Objective
 from lossmith.options import strict_options
 from lossmith.reduction import Empty, Reduction
 from lossmith.terms.confidence import confidence_penalty as negative_entropy
-from lossmith.terms.cross_entropy import SmoothingMode, check_smoothing, smoothed_cross_entropy
+from lossmith.terms.cross_entropy import SmoothingMode, check_smoothing, cross_entropy, smooth
 from lossmith.terms.focal import focal
 from lossmith.terms.z_loss import z_loss as squared_logsumexp
 
@@ -83,14 +83,15 @@ class CrossEntropyLoss(Objective):
 
     def terms(self, token_loss: PerToken | None = None) -> list[Term]:
         own = token_loss or self.token_loss
-        weight = None if self.class_weight is None else self._target_weight
+        # Class weights weigh a token as a whole, so that scaling them all changes nothing.
+        weight = None if self.class_weight is None else lambda _, batch: batch.target_weight
 
-        def cross_entropy(stats: TokenStats, batch: TokenBatch) -> Tensor:
+        def modulated(stats: TokenStats, batch: TokenBatch) -> Tensor:
             loss = own(stats, batch)
             return focal(stats, loss, gamma=self.focal_gamma) if self.focal_gamma else loss
 
         return [
-            Term("cross_entropy", cross_entropy),
+            Term("cross_entropy", modulated),
             Term("z_loss", lambda stats, _: squared_logsumexp(stats), self.z_loss, weight),
             Term(
                 "confidence_penalty",
@@ -102,23 +103,14 @@ class CrossEntropyLoss(Objective):
 
     def token_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         """[N] cross-entropy, smoothed and class-weighted; focal weighting comes on top."""
-        return smoothed_cross_entropy(
+        return smooth(
+            cross_entropy(stats, batch.target_weight),
             stats,
-            batch.targets,
+            batch,
             label_smoothing=self.label_smoothing,
             smoothing_mode=self.smoothing_mode,
             special_tokens=self.special_tokens,
-            class_weight=self._weight_like(stats.nll),
         )
-
-    def _target_weight(self, _: TokenStats, batch: TokenBatch) -> Tensor:
-        """Class weights weigh a token as a whole, so that scaling them all changes nothing."""
-        weight = self._weight_like(batch.scale)
-        assert weight is not None
-        return weight[batch.targets.clamp(0, len(weight) - 1)]
-
-    def _weight_like(self, values: Tensor) -> Tensor | None:
-        return None if self.class_weight is None else self.class_weight.detach().to(values.dtype)
 
     def extra_repr(self) -> str:
         shown = ("label_smoothing", "temperature", "softcap", "z_loss", "focal_gamma", "confidence_penalty")

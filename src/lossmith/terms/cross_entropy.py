@@ -8,52 +8,58 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
 
 SmoothingMode = Literal["uniform", "exclude_target"]
 
 
-def smoothed_cross_entropy(
+def cross_entropy(stats: TokenStats, target_weight: Tensor | None = None) -> Tensor:
+    """-log p_y, [N], times ``target_weight`` [N], the class weights of the targets."""
+    if target_weight is None:
+        return stats.nll
+    return torch.where(target_weight == 0, 0.0, stats.nll * target_weight)  # also where the loss is infinite
+
+
+def smooth(
+    loss: Tensor,
     stats: TokenStats,
-    targets: Tensor,
+    batch: TokenBatch,
     *,
-    label_smoothing: float = 0.0,
+    label_smoothing: float,
     smoothing_mode: SmoothingMode = "uniform",
     special_tokens: Sequence[int] = (),
-    class_weight: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy [N] against targets that hold ``label_smoothing`` back for the other classes.
+    """A loss [N] of the targets, with a share of it given to the other classes.
 
-        (1 - eps) w_y nll + eps / V  sum_i w_i (-log p_i)                  uniform
-        (1 - eps) w_y nll + eps / (V - 1)  sum_{i != y} w_i (-log p_i)     exclude_target
+        (1 - eps) loss + eps / V  sum_i w_i (-log p_i)                  uniform
+        (1 - eps) loss + eps / (V - 1)  sum_{i != y} w_i (-log p_i)     exclude_target
 
-    with V the number of classes whose logit is finite: a masked class gets no mass.
+    with V the number of classes whose logit is finite: a masked class gets no mass. Of
+    :func:`cross_entropy` this makes label smoothing.
 
     Args:
-        stats: statistics whose ``total_nll`` carries the same class weights.
-        targets: [N] ids; anything may stand at ignored positions.
+        loss: [N] what the targets cost.
+        stats: statistics whose ``total_nll`` carries the batch's class weights.
+        batch: the tokens.
         label_smoothing: eps in [0, 1).
         smoothing_mode: ``uniform`` gives the target 1 - eps + eps / V, as PyTorch does;
             ``exclude_target`` gives it 1 - eps.
         special_tokens: target ids that are not smoothed.
-        class_weight: [V] w; 1 where absent.
 
     Source: Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2015.
     """
-    own = stats.nll
-    if class_weight is not None:
-        weight = class_weight[targets.clamp(0, len(class_weight) - 1)]
-        own = torch.where(weight == 0, 0.0, own * weight)  # also where the loss is infinite
     if label_smoothing == 0:
-        return own
+        return loss
     total, classes = stats.total_nll, stats.num_finite
     if smoothing_mode == "exclude_target":
+        own = cross_entropy(stats, batch.target_weight)
         total, classes = total - torch.where(own.isinf(), 0.0, own), classes - 1
     eps: float | Tensor = label_smoothing
     if special_tokens:
-        special = torch.tensor(list(special_tokens), device=targets.device)
-        eps = label_smoothing * (~torch.isin(targets, special)).to(own.dtype)
-    return (1 - eps) * own + eps * total / classes.clamp(min=1)
+        special = torch.tensor(list(special_tokens), device=batch.targets.device)
+        eps = label_smoothing * (~torch.isin(batch.targets, special)).to(loss.dtype)
+    return (1 - eps) * loss + eps * total / classes.clamp(min=1)
 
 
 def check_smoothing(label_smoothing: float, smoothing_mode: str, special_tokens: Sequence[int]) -> None:

@@ -1,0 +1,92 @@
+"""Modifiers of the user's own: called as they are, their answer taken for what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from lossmith.equation import LossOutput
+from lossmith.modifiers.base import BaseLossModifier
+
+
+@dataclass(frozen=True)
+class CustomModifiers:
+    """The custom modifiers of a pipeline, and what they work on.
+
+    Attributes:
+        modifiers: with their positions in the pipeline, in order.
+        logits, targets: of the batch, as the user gave them.
+        arguments: position, output so far -> keyword arguments.
+        put: position, per-position loss [..., T] -> what becomes of the batch with that loss.
+    """
+
+    modifiers: Sequence[tuple[int, BaseLossModifier]]
+    logits: Tensor
+    targets: Tensor
+    arguments: Callable[[int, LossOutput], Mapping[str, Any]]
+    put: Callable[[int, Tensor], LossOutput]
+
+    def apply(self, output: LossOutput) -> LossOutput:
+        """Call each modifier in turn and take its answer for what it is."""
+        on_reduced: list[tuple[int, BaseLossModifier]] = []
+        for position, modifier in self.modifiers:
+            answer = self._answer(position, modifier, output)
+            if not isinstance(answer, PerPosition):
+                output = _with_part(output, modifier, answer)
+                on_reduced.append((position, modifier))
+                continue
+            output = self.put(position, answer.loss)
+            # What earlier ones did was done to a loss that is no longer there.
+            for earlier_position, earlier in on_reduced:
+                again = self._answer(earlier_position, earlier, output)
+                if not isinstance(again, PerPosition):
+                    output = _with_part(output, earlier, again)
+        return output
+
+    def _answer(self, position: int, modifier: BaseLossModifier, output: LossOutput) -> Tensor | PerPosition:
+        arguments = self.arguments(position, output)
+        answer = modifier.modify_loss(self.logits, self.targets, output.total, **arguments)
+        if isinstance(answer, Mapping):
+            per_position = answer.get("per_position_loss")
+            if isinstance(per_position, Tensor):
+                return PerPosition(_shaped(per_position, self.targets, modifier))
+            answer = answer.get("loss")
+        if not isinstance(answer, Tensor):
+            raise TypeError(
+                f"{modifier.name}.modify_loss must return the loss as a tensor, or "
+                f"{{'per_position_loss': tensor}}; got {type(answer).__name__}"
+            )
+        if answer.shape != output.total.shape:
+            raise ValueError(
+                f"{modifier.name}.modify_loss must return a loss of the shape that it was given, "
+                f"{list(output.total.shape)}; got {list(answer.shape)}. Return the loss of every position "
+                "as {'per_position_loss': tensor}"
+            )
+        return answer
+
+
+@dataclass(frozen=True)
+class PerPosition:
+    """An answer that takes the place of the per-position loss, [..., T]."""
+
+    loss: Tensor
+
+
+def _shaped(loss: Tensor, targets: Tensor, modifier: BaseLossModifier) -> Tensor:
+    if loss.shape != targets.shape:
+        raise ValueError(
+            f"{modifier.name} returned a per_position_loss {list(loss.shape)}; "
+            f"expected the targets' shape {list(targets.shape)}"
+        )
+    return loss
+
+
+def _with_part(output: LossOutput, modifier: BaseLossModifier, loss: Tensor) -> LossOutput:
+    """The output with ``loss`` as its total, and what the modifier added to it as a part."""
+    if loss is output.total:
+        return output
+    added = loss - output.total + output.parts.get(modifier.name, 0.0)
+    return replace(output, total=loss, parts={**output.parts, modifier.name: added})

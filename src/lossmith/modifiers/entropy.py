@@ -1,0 +1,144 @@
+"""``EntropyModifier``: weighs samples by how concentrated the model's wrong answers are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lossmith.batch import TokenBatch
+from lossmith.distributed import STATS_SCOPES, StatsScope, masked_mean
+from lossmith.engine.stats import TokenStats
+from lossmith.metrics import Source
+from lossmith.modifiers.entropy_report import EntropyReport
+from lossmith.modifiers.summary import Spread, loss_metrics, spread
+from lossmith.modifiers.token_modifier import Measured, SampleLosses, TokenModifier
+from lossmith.options import option
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of :class:`EntropyModifier`."""
+
+    weight: float = option(1.0, "strength of the weighting: 0 is none, 1 the weights themselves", low=0)
+    threshold: float = option(0.0, "entropies below this count as this", low=0, high=1)
+    max_weight: float = option(10.0, "largest weight before normalisation", above=0)
+    direction: str = option(
+        "concentrated", "which wrong answers weigh more", choices=("concentrated", "uniform")
+    )
+    use_for_weighting: bool = option(True, "off: metrics only")
+    eps: float = option(1e-8, "added to the entropy before dividing by it", low=0)
+    stats_scope: StatsScope = option(
+        "local", "whether weights average 1 over the samples of this rank or of all", choices=STATS_SCOPES
+    )
+    verbose: bool = option(False, "log irregularities of every batch")
+
+
+@dataclass(frozen=True)
+class EntropyMeasured(Measured):
+    """With what the verbose mode reports."""
+
+    report: EntropyReport | None = None
+    weights: Callable[[], Spread] | None = None
+
+
+class EntropyModifier(TokenModifier):
+    """Weighs samples by the entropy of the model's wrong answers.
+
+        H_norm[t] = H(q) / log(num_wrong)      q: p without the target, renormalised; num_wrong > 1
+        H[b]      = mean of H_norm over the supervised positions of sample b
+        w[b]      = min(1 / (max(H[b], threshold) + eps), max_weight)       "concentrated"
+                    max(H[b], threshold) + eps                              "uniform"
+        s[b]      = max(0, 1 + weight * (w[b] / mean(w) - 1)), renormalised to average 1
+
+    Args:
+        config: ``enabled`` and the parameters ``weight``, ``threshold``, ``max_weight``, ``direction``,
+            ``use_for_weighting``, ``eps``, ``stats_scope``, ``verbose``.
+
+    Example:
+        >>> import torch, lossmith
+        >>> modifier = lossmith.EntropyModifier({"threshold": 0.5})
+        >>> loss = modifier.modify_loss(torch.randn(4, 8, 100), torch.randint(100, (4, 8)))
+        >>> round(modifier.get_metrics()["weight_mean"], 4)
+        1.0
+    """
+
+    Settings = Settings
+    prefix = "entropy_modifier_"
+    enabled_key = "entropy_modifier_enabled"
+    aliases = {"debug": "verbose"}  # noqa: RUF012
+
+    settings: Settings
+
+    @property
+    def weighs(self) -> bool:
+        return self.settings.use_for_weighting and self.settings.weight != 0
+
+    @property
+    def changes_loss(self) -> bool:
+        return self.weighs
+
+    def measure(self, stats: TokenStats, batch: TokenBatch) -> Measured:
+        plain = stats.unscaled  # a temperature of the loss is none of the model's
+        entropy = batch.rows(plain.normalized_wrong_entropy)  # [B, T]
+        is_defined = batch.rows(batch.valid & (plain.num_wrong > 1)) & torch.isfinite(entropy)
+        num_defined = is_defined.sum(-1)
+        sample_entropy = torch.where(is_defined, entropy, 0.0).sum(-1) / num_defined.clamp(min=1)  # [B]
+        counts = num_defined > 0
+        weight, raw = self._weights(sample_entropy, counts)
+        is_supervised = batch.row_counts > 0
+        positions, samples = spread(entropy, is_defined), spread(sample_entropy, counts)
+        weights = spread(weight, is_supervised)
+        metrics: dict[str, Source] = {
+            "mean_entropy": lambda: positions().mean,
+            "per_position_mean_entropy": lambda: positions().mean,
+            "per_position_max_entropy": lambda: positions().max,
+            "per_position_min_entropy": lambda: positions().min,
+            "per_position_entropy_std": lambda: positions().std,
+            "sample_mean_entropy": lambda: samples().mean,
+            "sample_max_entropy": lambda: samples().max,
+            "sample_min_entropy": lambda: samples().min,
+            "sample_entropy_std": lambda: samples().std,
+            "weight_mean": lambda: weights().mean,
+            "weight_max": lambda: weights().max,
+            "weight_min": lambda: weights().min,
+            "weight_std": lambda: weights().std,
+            "weight_sum": lambda: (weight * is_supervised).sum(),
+            "batch_size": float(len(weight)),
+            "loss_fallback": lambda: ~counts.any(),
+        }
+        report = None
+        if self.settings.verbose:
+            report = EntropyReport.of(plain, batch, raw > self.settings.max_weight)
+        return EntropyMeasured(weight if self.weighs else None, metrics, report, weights)
+
+    def _weights(self, entropy: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] normalised weights, and the raw ones before their upper limit."""
+        s = self.settings
+        level = entropy.clamp(min=s.threshold) + s.eps
+        raw = level if s.direction == "uniform" else 1 / level
+        limited = raw.clamp(max=s.max_weight)
+        relative = limited / self._mean(limited, counts).clamp(min=torch.finfo(raw.dtype).tiny)
+        weight = torch.relu(1 + s.weight * (relative - 1))
+        weight = weight / self._mean(weight, counts).clamp(min=torch.finfo(raw.dtype).tiny)
+        # a sample without wrong answers to speak of has no entropy: it stays as it is
+        return torch.where(counts, weight, 1.0), torch.where(counts, raw, 0.0)
+
+    def _mean(self, values: Tensor, where: Tensor) -> Tensor:
+        return masked_mean(values, where, self.settings.stats_scope)
+
+    def loss_metrics(self, measured: Measured, losses: SampleLosses) -> Mapping[str, Source]:
+        original = losses.total.sum()
+        weighted = original if measured.weight is None else (losses.total * measured.weight).sum()
+        return loss_metrics(original, weighted)
+
+    def record(self, measured: Measured, losses: SampleLosses) -> None:
+        super().record(measured, losses)
+        assert isinstance(measured, EntropyMeasured)
+        if measured.report is not None and measured.weights is not None:
+            logger.info("%s", measured.report.with_outcome(measured.weights(), self.get_metrics()))

@@ -1,0 +1,72 @@
+"""``EntropyReport``: what the verbose mode of the entropy modifier says about a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lossmith.batch import TokenBatch
+from lossmith.engine.stats import TokenStats
+from lossmith.metrics import Metrics
+from lossmith.modifiers.summary import Spread
+
+# What is said of each count, where it is not 0.
+IRREGULARITIES = {
+    "certain": "{} positions with no wrong answer probability",
+    "undefined": "{} positions with at most 1 wrong token: no entropy, left out",
+    "clamped": "{} entropies outside [0, 1], clamped",
+    "broken": "{} entropies not finite, left out",
+    "limited": "{} extreme weights limited to max_weight",
+}
+
+
+@dataclass(frozen=True)
+class EntropyReport:
+    """Counts and ranges of one batch; tensors until it is turned into text, so that logging that nobody
+    listens to does not wait for the device."""
+
+    counts: Mapping[str, Tensor]
+    weights: Spread | None = None
+    metrics: Mapping[str, float] | None = None
+
+    @classmethod
+    def of(cls, stats: TokenStats, batch: TokenBatch, is_limited: Tensor) -> EntropyReport:
+        """Look through the statistics of a batch; ``is_limited`` [B], samples whose weight was too large."""
+        entropy, num_wrong = stats.wrong_entropy, stats.num_wrong
+        most = num_wrong.clamp(min=2).to(entropy.dtype).log()
+        has_entropy = batch.valid & (num_wrong > 1)
+        relative = entropy / most
+        # rounding alone takes a uniform distribution past 1
+        is_outside = (relative < -1e-6) | (relative > 1 + 1e-6)
+        found = {
+            "certain": batch.valid & (stats.target_prob >= 1),
+            "undefined": batch.valid & (num_wrong <= 1),
+            "clamped": has_entropy & is_outside,
+            "broken": batch.valid & ~torch.isfinite(entropy),
+            "limited": is_limited,
+        }
+        return cls({name: where.sum() for name, where in found.items()})
+
+    def with_outcome(self, weights: Spread, metrics: Mapping[str, float]) -> EntropyReport:
+        """The same, with what came of it."""
+        return replace(self, weights=weights, metrics=metrics)
+
+    def __str__(self) -> str:
+        counts = Metrics(self.counts).to_dict()
+        said = [IRREGULARITIES[name].format(int(count)) for name, count in counts.items() if count]
+        if self.weights is not None:
+            said.append(f"sample weights {float(self.weights.min):.4g} to {float(self.weights.max):.4g}")
+        if self.metrics is not None:
+            values = self.metrics.to_dict() if isinstance(self.metrics, Metrics) else dict(self.metrics)
+            said.append(
+                f"loss {values['original_loss']:.6g} -> {values['final_loss']:.6g} "
+                f"(ratio {values['loss_ratio']:.4g})"
+            )
+            broken = [name for name, value in values.items() if not math.isfinite(value)]
+            if broken:
+                said.append(f"metrics not finite: {', '.join(broken)}")
+        return "; ".join(said)

@@ -1,0 +1,170 @@
+"""``SequenceScoringJudgeWeightModifier``: weighs samples by what a judge thinks of the model's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lossmith.batch import TokenBatch
+from lossmith.metrics import Source
+from lossmith.modifiers.base import ModelMode
+from lossmith.modifiers.mask_ratio import mask_ratio
+from lossmith.modifiers.summary import spread
+from lossmith.modifiers.token_modifier import Measure, Measured, TokenModifier
+from lossmith.options import check_order, option
+
+Judge = Callable[[Tensor], Tensor]
+
+
+def expected_wrongness(ratio: Tensor) -> Tensor:
+    """y(x) = x^4 - 2 x^3 + 2 x, what a sequence scorer is trained to say of a corrupted share x."""
+    return ((ratio - 2) * ratio**2 + 2) * ratio
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of :class:`SequenceScoringJudgeWeightModifier`."""
+
+    checkpoint: str = option(
+        "", "folder of a trained sequence scorer, or a `.pt` of weights and configuration"
+    )
+    exponent: float = option(1.0, "exponent of wrongness over its expectation; 0 is no weighting", low=0)
+    min_factor: float = option(0.1, "smallest factor", low=0)
+    max_factor: float = option(10.0, "largest factor", above=0)
+    eps: float = option(1e-6, "smallest expectation to divide by", above=0)
+
+    def check(self, key_of: Callable[[str], str]) -> None:
+        check_order(self, "min_factor", "max_factor", key_of)
+
+
+class SequenceScoringJudgeWeightModifier(TokenModifier):
+    """Weighs samples by how wrong a judge finds what the model would write in the supervised places.
+
+        x[b] = supervised tokens of sample b / its positions
+        s[b] = clamp((wrongness[b] / max(y(x[b]), eps))^exponent, min_factor, max_factor)
+        y(x) = x^4 - 2 x^3 + 2 x
+
+    One token is drawn at every supervised position, at temperature 1; elsewhere the known token
+    stays when ``input_ids`` are given, and one is drawn too when they are not. The judge sees the
+    result, after its CLS token if it has one, up to the length that it can read.
+
+    Args:
+        config: ``enabled`` and the parameters ``checkpoint``, ``exponent``, ``min_factor``,
+            ``max_factor``, ``eps``; ``device`` and ``dtype`` for the judge; or ``judge``, a callable
+            ids [B, L] -> wrongness [B] in [0, 1], instead of a checkpoint. It may have the attributes
+            ``cls_token_id``, ``block_size`` and ``vocab_size``.
+
+    Raises:
+        ValueError: neither a checkpoint nor a judge, or one that cannot be used; the message names it.
+
+    Example:
+        >>> import torch, lossmith
+        >>> def judge(ids):  # a sequence scorer: ids [B, L] -> wrongness [B]
+        ...     return torch.full((len(ids),), 0.5)
+        >>> modifier = lossmith.SequenceScoringJudgeWeightModifier({"judge": judge})
+        >>> loss = modifier.modify_loss(torch.randn(4, 8, 100), torch.randint(100, (4, 8)))
+        >>> modifier.get_metrics()["mean_factor"]
+        0.5
+    """
+
+    Settings = Settings
+    prefix = "judge_weight_"
+    enabled_key = "judge_weight_modifier_enabled"
+
+    settings: Settings
+    judge: Judge | None
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        given = dict(config or {})
+        judge, device, dtype = given.pop("judge", None), given.pop("device", None), given.pop("dtype", None)
+        super().__init__(given)
+        if judge is None and self.enabled:
+            judge = self._load(device, dtype)
+        if isinstance(judge, nn.Module):
+            judge.eval()
+        # Not a submodule: the judge is neither trained nor saved with the loss.
+        object.__setattr__(self, "judge", judge)
+
+    def _load(self, device: Any, dtype: Any) -> Judge:
+        if not self.settings.checkpoint:
+            raise ValueError(
+                f"{self.name} needs a judge: pass checkpoint (in a flat configuration "
+                "judge_weight_checkpoint), the folder of a sequence scorer"
+            )
+        # Reading checkpoints takes Hugging Face's transformers, which the core does not depend on.
+        integration = import_module("lossmith.integrations.judge")
+        return integration.load_judge(self.settings.checkpoint, device=device, dtype=dtype)
+
+    def supports_mode(self, mode: ModelMode) -> bool:
+        return mode is ModelMode.LANGUAGE_MODEL
+
+    @property
+    def weighs(self) -> bool:
+        return self.settings.exponent != 0
+
+    @property
+    def changes_loss(self) -> bool:
+        return self.weighs
+
+    def on_batch(self, batch: TokenBatch, draw: Callable[[], Tensor]) -> Measure:
+        if not self.weighs:
+            return lambda stats: Measured()  # and not a random number is drawn
+        s = self.settings
+        self._check_vocabulary(batch)
+        wrongness = self._wrongness(self._sequences(batch, draw())).to(batch.scale.dtype)
+        expected = expected_wrongness(mask_ratio(batch)).clamp(min=s.eps)
+        factor = (wrongness / expected).pow(s.exponent).clamp(s.min_factor, s.max_factor)
+        counts = batch.row_counts > 0
+        wrong, factors = spread(wrongness, counts), spread(factor, counts)
+        metrics: dict[str, Source] = {
+            "mean_wrongness": lambda: wrong().mean,
+            "min_wrongness": lambda: wrong().min,
+            "max_wrongness": lambda: wrong().max,
+            "wrongness_std": lambda: wrong().std,
+            "mean_factor": lambda: factors().mean,
+            "min_factor": lambda: factors().min,
+            "max_factor": lambda: factors().max,
+            "factor_std": lambda: factors().std,
+        }
+        return lambda stats: Measured(factor, metrics)
+
+    def _check_vocabulary(self, batch: TokenBatch) -> None:
+        known = getattr(self.judge, "vocab_size", None)
+        if known is not None and batch.num_classes is not None and batch.num_classes > known:
+            raise ValueError(
+                f"the judge knows {known} tokens and the model writes {batch.num_classes}; "
+                "train the judge with the model's tokenizer"
+            )
+
+    def _sequences(self, batch: TokenBatch, drawn: Tensor) -> Tensor:
+        """[B, L] what the model would write in the supervised places."""
+        drawn = batch.rows(drawn)
+        if batch.shift:  # what is drawn at t stands at t + 1
+            drawn = drawn[:, :-1]
+        if batch.input_ids is None:
+            return drawn
+        known, is_supervised = batch.rows(batch.input_ids), batch.rows(batch.valid)
+        if not batch.shift:
+            return torch.where(is_supervised, drawn, known)
+        rest = torch.where(is_supervised[:, :-1], drawn, known[:, 1:])
+        return torch.cat([known[:, :1], rest], -1)
+
+    @torch.no_grad()
+    def _wrongness(self, ids: Tensor) -> Tensor:
+        """[B] the judge's word, in [0, 1]."""
+        assert self.judge is not None
+        cls_token_id = getattr(self.judge, "cls_token_id", None)
+        if cls_token_id is not None:
+            ids = torch.cat([ids.new_full((len(ids), 1), cls_token_id), ids], -1)
+        block_size = getattr(self.judge, "block_size", None)
+        wrongness = self.judge(ids[:, :block_size])
+        if wrongness.shape != ids.shape[:1]:
+            raise ValueError(
+                f"the judge must return one number a sequence, [{len(ids)}]; got {list(wrongness.shape)}"
+            )
+        return wrongness.detach()

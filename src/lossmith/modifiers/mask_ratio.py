@@ -1,0 +1,85 @@
+"""``MaskRatioWeightModifier``: weighs samples by how few of their tokens are supervised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lossmith.batch import TokenBatch
+from lossmith.engine.stats import TokenStats
+from lossmith.metrics import Source
+from lossmith.modifiers.summary import spread
+from lossmith.modifiers.token_modifier import Measured, TokenModifier
+from lossmith.options import check_order, option
+
+
+def mask_ratio(batch: TokenBatch) -> Tensor:
+    """[B] the supervised share of each sample's positions."""
+    return batch.row_counts.to(batch.scale.dtype) / max(batch.num_positions, 1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of :class:`MaskRatioWeightModifier`."""
+
+    power: float = option(0.5, "exponent: 0 no weighting, 0.5 1/sqrt(ratio), 1 1/ratio", low=0)
+    min_weight: float = option(0.1, "smallest weight", low=0)
+    max_weight: float = option(10.0, "largest weight", above=0)
+    eps: float = option(1e-8, "added to the ratio before the power", low=0)
+
+    def check(self, key_of: Callable[[str], str]) -> None:
+        check_order(self, "min_weight", "max_weight", key_of)
+
+
+class MaskRatioWeightModifier(TokenModifier):
+    """Weighs samples with few supervised tokens more.
+
+        r[b] = supervised tokens of sample b / its positions
+        s[b] = clamp((r[b] + eps)^-power, min_weight, max_weight)
+
+    Args:
+        config: ``enabled`` and the parameters ``power``, ``min_weight`` (or ``min``), ``max_weight``
+            (or ``max``), ``eps``.
+
+    Example:
+        >>> import torch, lossmith
+        >>> modifier = lossmith.MaskRatioWeightModifier({})
+        >>> targets = torch.tensor([[5, 7, -100, -100], [3, 4, 1, 2], [7, -100, -100, -100]])
+        >>> losses = torch.tensor([[1.5], [1.2], [2.0]]).expand(3, 4)
+        >>> round(modifier.modify_loss(torch.zeros(3, 4, 8), targets, per_position_loss=losses).item(), 2)
+        2.44
+    """
+
+    Settings = Settings
+    prefix = "mask_ratio_weight_"
+    enabled_key = "mask_ratio_weight_enabled"
+    aliases = {"min": "min_weight", "max": "max_weight"}  # noqa: RUF012
+
+    settings: Settings
+
+    @property
+    def weighs(self) -> bool:
+        return self.settings.power != 0
+
+    @property
+    def changes_loss(self) -> bool:
+        return self.weighs
+
+    def measure(self, stats: TokenStats, batch: TokenBatch) -> Measured:
+        s = self.settings
+        ratio = mask_ratio(batch)
+        weight = (ratio + s.eps).pow(-s.power).clamp(s.min_weight, s.max_weight)
+        counts = batch.row_counts > 0
+        ratios, weights = spread(ratio, ratio >= 0), spread(weight, counts)
+        metrics: dict[str, Source] = {
+            "mean_mask_ratio": lambda: ratios().mean,
+            "min_mask_ratio": lambda: ratios().min,
+            "max_mask_ratio": lambda: ratios().max,
+            "mean_weight": lambda: weights().mean,
+            "min_weight": lambda: weights().min,
+            "max_weight": lambda: weights().max,
+            "weight_std": lambda: weights().std,
+        }
+        return Measured(weight if self.weighs else None, metrics)

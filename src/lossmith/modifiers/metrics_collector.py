@@ -1,0 +1,105 @@
+"""``MetricsCollectorModifier``: watches, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.batch import TokenBatch
+from lossmith.distributed import masked_mean
+from lossmith.engine.stats import TokenStats
+from lossmith.metrics import Source
+from lossmith.modifiers.base import ModelMode
+from lossmith.modifiers.token_modifier import Measured, TokenModifier
+from lossmith.options import option
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of :class:`MetricsCollectorModifier`."""
+
+    ema_decay: float = option(0.99, "decay of the running average, a batch", low=0, below=1)
+    eps: float = option(1e-6, "smallest magnitude of a target that errors are relative to", above=0)
+
+
+class MetricsCollectorModifier(TokenModifier):
+    """Metrics of the unmodified model in every mode; the loss stays as it is.
+
+        nll, perplexity, accuracy, entropy, num_tokens            where there are tokens
+        mean_absolute_error,
+        mean_absolute_relative_error = mean |p - y| / max(|y|, eps), and its running average (..._ema)
+                                                                  of a sequence scorer
+
+    Args:
+        config: ``enabled`` and the parameters ``ema_decay``, ``eps``.
+
+    Example:
+        >>> import torch, lossmith
+        >>> pipeline = lossmith.LossModifierPipeline([lossmith.MetricsCollectorModifier({})])
+        >>> scores, targets = torch.tensor([0.5, 0.9]), torch.tensor([0.4, 1.0])
+        >>> loss = pipeline.modify_loss(scores, targets, torch.tensor(0.01))
+        >>> round(pipeline.get_all_metrics()["MetricsCollectorModifier.mean_absolute_relative_error"], 3)
+        0.175
+    """
+
+    Settings = Settings
+    prefix = "metrics_collector_"
+    enabled_key = "metrics_collector_enabled"
+
+    settings: Settings
+    error_ema: Tensor
+    num_batches: Tensor
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        super().__init__(config)
+        self.register_buffer("error_ema", torch.zeros(()))
+        self.register_buffer("num_batches", torch.zeros(()))
+
+    def supports_mode(self, mode: ModelMode) -> bool:
+        return True
+
+    @property
+    def changes_loss(self) -> bool:
+        return False
+
+    def measure(self, stats: TokenStats, batch: TokenBatch) -> Measured:
+        plain = stats.unscaled
+        nll, correct, entropy = plain.nll, plain.correct, plain.entropy
+
+        valid = batch.valid
+
+        def mean(values: Tensor) -> Tensor:
+            return masked_mean(values, valid)
+
+        metrics: dict[str, Source] = {
+            "nll": lambda: mean(nll),
+            "perplexity": lambda: mean(nll).exp(),
+            "accuracy": lambda: mean(correct.to(nll.dtype)),
+            "entropy": lambda: mean(entropy),
+            "num_tokens": lambda: valid.sum(),
+        }
+        return Measured(None, metrics)
+
+    def observe_scores(self, predictions: Tensor, targets: Tensor, where: Tensor) -> None:
+        """Record the errors of a sequence scorer: detached [B] and [B], where ``where``."""
+        error = (predictions - targets).abs()
+        relative = masked_mean(error / targets.abs().clamp(min=self.settings.eps), where)
+        decay = self.settings.ema_decay
+        self.num_batches = self.num_batches.to(relative.device) + 1
+        self.error_ema = self.error_ema.to(relative) * decay + relative * (1 - decay)
+        # the average of a few batches weighs the zero that it started from
+        started = 1 - decay**self.num_batches
+        self._metrics = {
+            "mean_absolute_error": masked_mean(error, where),
+            "mean_absolute_relative_error": relative,
+            "mean_absolute_relative_error_ema": self.error_ema / started,
+        }
+
+    def reset_metrics(self) -> None:
+        super().reset_metrics()
+        self.error_ema.zero_()
+        self.num_batches.zero_()

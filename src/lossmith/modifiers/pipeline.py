@@ -1,0 +1,337 @@
+"""``LossModifierPipeline``: an objective with loss modifiers applied to it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lossmith.engine.sampling import sample_ids
+from lossmith.engine.stats import TokenStats
+from lossmith.equation import LossOutput, Term
+from lossmith.metrics import Metrics
+from lossmith.modifiers.base import BaseLossModifier, ModelMode
+from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
+from lossmith.modifiers.scorer_modifier import ScorerModifier
+from lossmith.modifiers.token_modifier import TokenModifier
+from lossmith.modifiers.token_run import TokenRun
+from lossmith.objective import Objective
+from lossmith.options import unknown_option
+from lossmith.reduction import Denominator, Reduction, check_reduction
+from lossmith.terms.cross_entropy import cross_entropy
+
+AutoReduction = Literal["auto"] | Reduction
+
+
+class LossModifierPipeline(Objective):
+    """An objective and the loss modifiers applied to it, in one pass over the vocabulary.
+
+        L = sum_t  scale[t] * (product of the samples' weights) * (the token's loss, as modified)
+
+    Modifiers of lossmith fill in the one equation, so their order makes no difference. Custom ones
+    act in the order of the list: see :class:`lossmith.BaseLossModifier`. With nothing enabled it is
+    the objective itself.
+
+    Args:
+        modifiers: the modifiers.
+        base: the objective that is modified; plain cross-entropy if not given.
+        model_mode: what the model predicts.
+        reduction: ``auto`` is ``sequence_mean`` where a modifier weighs samples, and the base
+            objective's own elsewhere; or any of :class:`lossmith.Objective`.
+
+    Attributes:
+        modifiers: the modifiers, enabled or not.
+        base: the objective.
+
+    Example:
+        >>> import torch, lossmith
+        >>> pipeline = lossmith.LossModifierPipeline(
+        ...     [lossmith.EntropyModifier({}), lossmith.TargetSmoothingModifier({"factor": 0.1})]
+        ... )
+        >>> logits = torch.randn(4, 8, 100, requires_grad=True)
+        >>> loss = pipeline.modify_loss(logits, torch.randint(100, (4, 8)))
+        >>> loss.backward()
+        >>> pipeline.get_enabled_modifier_names()
+        ['EntropyModifier', 'TargetSmoothingModifier']
+    """
+
+    def __init__(
+        self,
+        modifiers: Iterable[BaseLossModifier] = (),
+        *,
+        base: Objective | None = None,
+        model_mode: ModelMode | str = ModelMode.LANGUAGE_MODEL,
+        reduction: AutoReduction = "auto",
+    ) -> None:
+        if base is None:
+            base = Objective([Term("cross_entropy", lambda s, batch: cross_entropy(s, batch.target_weight))])
+        super().__init__(ignore_index=base.ignore_index, shift=base.shift, empty=base.empty)
+        if reduction != "auto":
+            check_reduction(reduction)
+        self.base = base
+        self.modifiers = nn.ModuleList()
+        self.model_mode = ModelMode(model_mode)
+        self.auto_reduction: AutoReduction = reduction
+        self._is_disabled = False
+        for modifier in modifiers:
+            self.add_modifier(modifier)
+
+    # ── what is in it ─────────────────────────────────────────────────────────────────────────────
+
+    def add_modifier(self, modifier: BaseLossModifier) -> None:
+        """Append a modifier.
+
+        Raises:
+            TypeError: it is not a :class:`lossmith.BaseLossModifier`.
+        """
+        if not isinstance(modifier, BaseLossModifier):
+            raise TypeError(
+                f"a modifier must be an instance of a subclass of lossmith.BaseLossModifier; got {modifier!r}"
+            )
+        self.modifiers.append(modifier)
+
+    def get_enabled_modifier_names(self) -> list[str]:
+        """Class names of the enabled modifiers, in order."""
+        return [modifier.name for modifier in self._enabled()]
+
+    def is_empty(self) -> bool:
+        """Whether no modifier is enabled."""
+        return not self._enabled()
+
+    @contextlib.contextmanager
+    def temporarily_disabled(self) -> Iterator[LossModifierPipeline]:
+        """``with pipeline.temporarily_disabled():`` the objective is the unmodified one."""
+        before, self._is_disabled = self._is_disabled, True
+        try:
+            yield self
+        finally:
+            self._is_disabled = before
+
+    def _enabled(self, mode: ModelMode | None = None) -> list[BaseLossModifier]:
+        enabled = [] if self._is_disabled else [m for m in self.modifiers if m.enabled]
+        return [m for m in enabled if mode is None or m.supports_mode(mode)]  # type: ignore[misc]
+
+    # ── metrics ───────────────────────────────────────────────────────────────────────────────────
+
+    def get_all_metrics(self) -> dict[str, float]:
+        """Every enabled modifier's metrics of its last batch, as ``ClassName.metric``: plain floats.
+
+        Reading them is the only synchronisation with the device that a pipeline makes.
+        """
+        everything = Metrics({})
+        names: list[str] = []
+        for modifier in self._enabled():
+            names.append(modifier.name)
+            number = names.count(modifier.name)
+            label = modifier.name if number == 1 else f"{modifier.name}_{number}"
+            found = modifier.get_metrics()
+            metrics = found if isinstance(found, Metrics) else Metrics(found)
+            everything |= metrics.prefixed(f"{label}.")
+        return everything.to_dict()
+
+    def reset_all_metrics(self) -> None:
+        """Forget all metrics."""
+        for modifier in self.modifiers:
+            modifier.reset_metrics()  # type: ignore[operator]
+
+    # ── the loss ──────────────────────────────────────────────────────────────────────────────────
+
+    def modify_loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        loss: Tensor | None = None,
+        *,
+        model_mode: ModelMode | str | None = None,
+        mask: Tensor | None = None,
+        per_position_loss: Tensor | None = None,
+        ignore_index: int | None = None,
+        stats: TokenStats | None = None,
+        denominator: Denominator | None = None,
+        reduction: AutoReduction = "auto",
+        **inputs: Any,
+    ) -> Tensor:
+        """The loss as the enabled modifiers make it; ``loss`` itself where none is enabled.
+
+        ``loss`` is also what comes back where the enabled modifiers only measure, and what custom
+        modifiers are given. Where the token losses are modified or weighed, the loss is made of
+        ``per_position_loss``, or without it of the base objective.
+
+        Args:
+            logits: [..., T, V]; of a sequence scorer the predictions [B] in [0, 1].
+            targets: [..., T] ids, or [B] numbers of a sequence scorer.
+            loss: the reduced loss so far.
+            model_mode: what the model predicts; without it SEQUENCE_SCORER where the targets are
+                floating point, and the pipeline's own elsewhere.
+            mask: [..., T] bool or integers, 0 where a target does not count.
+            per_position_loss: [..., T] the loss of each position, in place of the base objective's.
+            ignore_index: the target id of positions without one; the base objective's (-100) if not given.
+            stats: :func:`lossmith.token_stats` of these logits at these targets, if they are here already.
+            denominator: supervised tokens (samples, where samples are weighed) over all
+                micro-batches and ranks; :meth:`count` counts a batch's.
+            reduction: see the pipeline's; this call's goes first.
+            inputs: ``token_weight``, ``input_ids``, and whatever custom modifiers take.
+
+        Raises:
+            TypeError: an input that neither the pipeline nor a custom modifier can take.
+        """
+        mode = self._mode(model_mode, targets)
+        self._check_inputs(inputs)
+        if loss is not None and not self._enabled(mode):
+            return loss
+        return self._evaluate(
+            logits,
+            targets,
+            loss=loss,
+            mode=mode,
+            mask=mask,
+            per_position_loss=per_position_loss,
+            ignore_index=ignore_index,
+            stats=stats,
+            denominator=denominator,
+            reduction=reduction,
+            **inputs,
+        ).total
+
+    def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes more)
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        model_mode: ModelMode | str | None = None,
+        **inputs: Any,
+    ) -> LossOutput:
+        """The loss with its parts and metrics; the arguments are those of :meth:`modify_loss`."""
+        self._check_inputs(inputs)
+        return self._evaluate(logits, targets, mode=self._mode(model_mode, targets), **inputs)
+
+    def count(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes more)
+        self,
+        targets: Tensor,
+        *,
+        mask: Tensor | None = None,
+        model_mode: ModelMode | str | None = None,
+        reduction: AutoReduction = "auto",
+        ignore_index: int | None = None,
+    ) -> Tensor:
+        """What the pipeline divides by: supervised tokens, or samples where samples are weighed.
+
+        Args:
+            targets, mask, model_mode, reduction, ignore_index: as for :meth:`modify_loss`.
+        """
+        mode = self._mode(model_mode, targets)
+        if mode is ModelMode.SEQUENCE_SCORER:
+            return (
+                torch.full((), targets.numel(), device=targets.device) if mask is None else mask.bool().sum()
+            )
+        active = self._enabled(mode)
+        return self.base.count(
+            targets,
+            mask=_kept(active, targets, mask),
+            reduction=self._reduction(reduction, active),
+            ignore_index=ignore_index,
+        )
+
+    def _evaluate(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        mode: ModelMode,
+        loss: Tensor | None = None,
+        mask: Tensor | None = None,
+        per_position_loss: Tensor | None = None,
+        ignore_index: int | None = None,
+        stats: TokenStats | None = None,
+        denominator: Denominator | None = None,
+        reduction: AutoReduction = "auto",
+        scalars: Mapping[str, Tensor] | None = None,
+        token_weight: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        **extra: Any,
+    ) -> LossOutput:
+        active = self._enabled(mode)
+        resolved = self._reduction(reduction, active)
+        arguments = {"mask": mask, "denominator": denominator, "input_ids": input_ids}
+        for_custom = {**extra, **arguments, "model_mode": mode, "reduction": resolved}
+        for_custom["ignore_index"] = self.ignore_index if ignore_index is None else ignore_index
+        if mode is ModelMode.SEQUENCE_SCORER:
+            scores = ScoreBatch(logits, targets, mask, denominator, resolved)
+            return evaluate_scores(active, scores, loss, for_custom)
+        if per_position_loss is not None and per_position_loss.shape != targets.shape:
+            raise ValueError(
+                f"per_position_loss must have the targets' shape {list(targets.shape)}; "
+                f"got {list(per_position_loss.shape)}"
+            )
+        batch, stats_of = self.base.bind(
+            logits,
+            targets,
+            stats=stats,
+            reduction=resolved,
+            ignore_index=ignore_index,
+            token_weight=token_weight,
+            **(arguments | {"mask": _kept(active, targets, mask)}),
+        )
+        run = TokenRun(
+            self.base,
+            active,
+            batch,
+            stats_of,
+            per_position_loss,
+            lambda: sample_ids(logits, softcap=self.base.softcap).reshape(-1),
+            {"scalars": scalars, "per_token": resolved == "none"},
+        )
+        return run.finish(logits, targets, loss, for_custom)
+
+    # ── choices ───────────────────────────────────────────────────────────────────────────────────
+
+    def _mode(self, asked: ModelMode | str | None, targets: Tensor) -> ModelMode:
+        if asked is not None:
+            return ModelMode(asked)
+        return ModelMode.SEQUENCE_SCORER if targets.is_floating_point() else self.model_mode
+
+    def _reduction(self, asked: AutoReduction, active: Sequence[BaseLossModifier]) -> Reduction:
+        if asked == "auto":
+            asked = self.auto_reduction
+        if asked != "auto":
+            check_reduction(asked)
+            return asked
+        own: Reduction = self.base.reduction
+        weighs = any(isinstance(m, TokenModifier) and m.weighs for m in active)
+        return "sequence_mean" if weighs and own in ("mean", "token_mean") else own
+
+    def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Custom modifiers may take anything; without one an unknown name is a mistake."""
+        if all(isinstance(m, TokenModifier | ScorerModifier) for m in self.modifiers):
+            for name in inputs:
+                if name not in KNOWN_INPUTS:
+                    raise TypeError(unknown_option("LossModifierPipeline.modify_loss", name, KNOWN_INPUTS))
+
+
+KNOWN_INPUTS = (
+    "mask",
+    "per_position_loss",
+    "ignore_index",
+    "stats",
+    "denominator",
+    "reduction",
+    "scalars",
+    "token_weight",
+    "input_ids",
+)
+
+
+def _kept(active: Sequence[BaseLossModifier], targets: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask less the targets that a modifier leaves out."""
+    if mask is not None and mask.is_floating_point():
+        return mask  # which is refused with the reason
+    for modifier in active:
+        kept = (
+            modifier.keeps(targets) if isinstance(modifier, TokenModifier) and modifier.changes_loss else None
+        )
+        if kept is not None:
+            mask = kept if mask is None else (mask != 0) & kept
+    return mask

@@ -1,0 +1,115 @@
+"""The loss of a sequence scorer: squared error times the modifiers' factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.equation import LossOutput
+from lossmith.metrics import Metrics
+from lossmith.modifiers.base import BaseLossModifier
+from lossmith.modifiers.custom import CustomModifiers
+from lossmith.modifiers.metrics_collector import MetricsCollectorModifier
+from lossmith.modifiers.scorer_modifier import ScorerModifier
+from lossmith.reduction import Denominator, Reduction, token_scale
+
+
+@dataclass(frozen=True)
+class ScoreBatch:
+    """Predictions [B] (or [B, 1]) and targets [B] of sequences, and how their errors are averaged.
+
+    Raises:
+        TypeError: predictions that are not floating point.
+        ValueError: shapes that do not match.
+    """
+
+    predictions: Tensor
+    targets: Tensor
+    mask: Tensor | None
+    denominator: Denominator | None
+    reduction: Reduction
+
+    def __post_init__(self) -> None:
+        if not self.predictions.is_floating_point():
+            raise TypeError(
+                f"a sequence scorer's predictions must be floating point; got {self.predictions.dtype}"
+            )
+        if self.predictions.numel() != self.targets.numel() or not self.targets.numel():
+            raise ValueError(
+                "a sequence scorer has one prediction and one target a sequence, [B] and [B], at least one; "
+                f"got {list(self.predictions.shape)} and {list(self.targets.shape)}"
+            )
+        if self.mask is not None and self.mask.numel() != self.targets.numel():
+            raise ValueError(f"mask must be [B] = {list(self.targets.shape)}; got {list(self.mask.shape)}")
+
+    @property
+    def valid(self) -> Tensor:
+        """[B] bool, the sequences that count."""
+        everything = torch.ones_like(self.targets, dtype=torch.bool)
+        return everything.reshape(-1) if self.mask is None else self.mask.reshape(-1) != 0
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Predictions and targets, [B] and [B], in at least fp32."""
+        dtype = torch.promote_types(self.predictions.dtype, torch.float32)
+        return self.predictions.reshape(-1).to(dtype), self.targets.reshape(-1).to(dtype)
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """Losses [B] of the sequences, averaged or not as the reduction says."""
+        rows = self.valid.unsqueeze(-1)  # [B, 1]: a sequence counts as one token
+        scale = token_scale(rows, self.reduction, denominator=self.denominator, dtype=losses.dtype)
+        shares = torch.where(self.valid, losses.reshape(-1), 0.0) * scale.squeeze(-1)
+        return shares.reshape(self.targets.shape) if self.reduction == "none" else shares.sum()
+
+    def squared_errors(self) -> Tensor:
+        """[B] squared errors."""
+        predictions, targets = self.flat()
+        return (predictions - targets).square()
+
+
+def evaluate_scores(
+    modifiers: Sequence[BaseLossModifier],
+    batch: ScoreBatch,
+    loss: Tensor | None,
+    for_custom: Mapping[str, Any],
+) -> LossOutput:
+    """The loss (squared error unless ``loss`` is given), modified.
+
+    Args:
+        modifiers: the enabled ones, in order.
+        batch: the predictions and targets.
+        loss: the caller's reduced loss.
+        for_custom: further arguments of custom modifiers.
+    """
+    predictions, targets = (values.detach() for values in batch.flat())
+    unmodified = batch.reduce(batch.squared_errors()) if loss is None else loss
+    product: Tensor | float = 1.0
+    for modifier in modifiers:
+        if isinstance(modifier, ScorerModifier):
+            factor, metrics = modifier.factor(predictions, targets, batch.valid)
+            modifier.record(factor, metrics, unmodified.detach())
+            product = product * factor.detach().to(unmodified.dtype)
+        elif isinstance(modifier, MetricsCollectorModifier):
+            modifier.observe_scores(predictions, targets, batch.valid)
+
+    def output(name: str, of: Tensor) -> LossOutput:
+        total = of * product if isinstance(product, Tensor) else of
+        num_scores, nothing = batch.valid.sum(), torch.zeros(0, device=of.device)
+        return LossOutput(total, {name: total}, num_scores, None, None, nothing, Metrics({"loss": total.sum}))
+
+    custom = [
+        (position, modifier)
+        for position, modifier in enumerate(modifiers)
+        if not isinstance(modifier, ScorerModifier | MetricsCollectorModifier)
+    ]
+    per_position = batch.squared_errors().reshape(batch.targets.shape)
+    return CustomModifiers(
+        custom,
+        batch.predictions,
+        batch.targets,
+        lambda position, so_far: {**for_custom, "stats": None, "per_position_loss": per_position},
+        lambda position, losses: output("custom_loss", batch.reduce(losses)),
+    ).apply(output("squared_error" if loss is None else "loss", unmodified))

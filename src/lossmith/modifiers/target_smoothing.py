@@ -1,0 +1,88 @@
+"""``TargetSmoothingModifier``: label smoothing as a modifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lossmith.batch import TokenBatch
+from lossmith.engine.stats import TokenStats
+from lossmith.metrics import Source
+from lossmith.modifiers.summary import loss_metrics
+from lossmith.modifiers.token_modifier import Measured, SampleLosses, TokenModifier
+from lossmith.options import option
+from lossmith.terms.cross_entropy import SmoothingMode, smooth
+
+SMOOTHING_MODES = ("uniform", "exclude_target")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of :class:`TargetSmoothingModifier`."""
+
+    factor: float = option(0.1, "share of the target that is given to other tokens", low=0, below=1)
+    mode: SmoothingMode = option(
+        "uniform", "who shares it, every token or only the wrong ones", choices=SMOOTHING_MODES
+    )
+    special_tokens: tuple[int, ...] = option((), "ids of targets that are not smoothed")
+    exclude_padding: bool = option(True, "leave targets that are `padding_token` out of the loss")
+    padding_token: int = option(-100, "id of padding among the targets")
+
+
+class TargetSmoothingModifier(TokenModifier):
+    """Label smoothing: cross-entropy against targets that hold ``factor`` back for the other classes.
+
+        (1 - factor) ell + factor / V  sum_i (-log p_i)                  "uniform"
+        (1 - factor) ell + factor / (V - 1)  sum_{i != y} (-log p_i)     "exclude_target"
+
+    with ell the token's loss so far, -log p_y unless something else was given.
+
+    Args:
+        config: ``enabled`` and the parameters ``factor``, ``mode``, ``special_tokens``,
+            ``exclude_padding``, ``padding_token``.
+
+    Example:
+        >>> import torch, lossmith
+        >>> modifier = lossmith.TargetSmoothingModifier({"factor": 0.1})
+        >>> logits, targets = torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.long)
+        >>> round(modifier.modify_loss(logits, targets).item(), 4)
+        1.6094
+
+    Source: Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2015.
+    """
+
+    Settings = Settings
+    prefix = "target_smoothing_"
+    enabled_key = "target_smoothing_enabled"
+
+    settings: Settings
+
+    @property
+    def changes_loss(self) -> bool:
+        return self.settings.factor != 0
+
+    def keeps(self, targets: Tensor) -> Tensor | None:
+        return targets != self.settings.padding_token if self.settings.exclude_padding else None
+
+    def token_loss(self, loss: Tensor, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        s = self.settings
+        return smooth(
+            loss,
+            stats,
+            batch,
+            label_smoothing=s.factor,
+            smoothing_mode=s.mode,
+            special_tokens=s.special_tokens,
+        )
+
+    def measure(self, stats: TokenStats, batch: TokenBatch) -> Measured:
+        metrics: dict[str, Source] = {
+            "smoothing_factor": self.settings.factor,
+            "valid_positions": batch.num_tokens,
+        }
+        return Measured(None, metrics)
+
+    def loss_metrics(self, measured: Measured, losses: SampleLosses) -> Mapping[str, Source]:
+        return loss_metrics(losses.unmodified.sum(), losses.produced.sum(), "smoothed_loss")

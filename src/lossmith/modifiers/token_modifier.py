@@ -1,0 +1,110 @@
+"""``TokenModifier``: a modifier of losses that are summed over tokens, as a part of the one equation.
+
+It may drop targets, put another loss in a token's place, and weigh samples. Weights come from
+the statistics of the unmodified model, detached, so neither the order of modifiers nor what
+another one does to the loss can change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lossmith.batch import TokenBatch
+from lossmith.engine.stats import TokenStats
+from lossmith.metrics import Source
+from lossmith.modifiers.base import ModelMode
+from lossmith.modifiers.configured_modifier import ConfiguredModifier
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a modifier saw in a batch.
+
+    Attributes:
+        weight: [B] what each sample's loss is multiplied by, or None for 1.
+        metrics: by name.
+    """
+
+    weight: Tensor | None = None
+    metrics: Mapping[str, Source] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SampleLosses:
+    """Each sample's share [B] of the loss, detached and unweighted.
+
+    Attributes:
+        unmodified: of the token loss, before any modifier.
+        produced: of the token loss, after the modifiers that put another in its place.
+        total: of all the objective's terms, made of the latter.
+    """
+
+    unmodified: Tensor
+    produced: Tensor
+    total: Tensor
+
+
+Measure = Callable[[TokenStats], Measured]
+
+
+class TokenModifier(ConfiguredModifier):
+    """The base of the modifiers of LANGUAGE_MODEL and TOKEN_CLASSIFIER; override what applies."""
+
+    def supports_mode(self, mode: ModelMode) -> bool:
+        return mode in (ModelMode.LANGUAGE_MODEL, ModelMode.TOKEN_CLASSIFIER)
+
+    @property
+    def changes_loss(self) -> bool:
+        """Whether it does more than measure, as its parameters are set."""
+        return True
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it weighs samples, as its parameters are set."""
+        return False
+
+    def keeps(self, targets: Tensor) -> Tensor | None:
+        """[..., T] bool, the targets that count; None for all."""
+        return None
+
+    def token_loss(self, loss: Tensor, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        """[N] the loss of each token, in place of ``loss``."""
+        return loss
+
+    def on_batch(self, batch: TokenBatch, draw: Callable[[], Tensor]) -> Measure:
+        """Called once a batch, before its statistics are there.
+
+        Args:
+            batch: the aligned batch.
+            draw: -> [N] ids, one drawn at every position from the model's distribution.
+
+        Returns:
+            What measures the statistics (detached). It must do nothing else: it runs on blank
+            statistics first, to see which ones it reads.
+        """
+        return lambda stats: self.measure(stats, batch)
+
+    def measure(self, stats: TokenStats, batch: TokenBatch) -> Measured:
+        """Weights and metrics from detached statistics."""
+        return Measured()
+
+    def record(self, measured: Measured, losses: SampleLosses) -> None:
+        """Keep the metrics of a batch."""
+        self._metrics = {**measured.metrics, **self.loss_metrics(measured, losses)}
+
+    def loss_metrics(self, measured: Measured, losses: SampleLosses) -> Mapping[str, Source]:
+        """Metrics that compare losses."""
+        return {}
+
+    def modify_loss(
+        self, logits: Tensor, targets: Tensor, loss: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The loss with this modifier alone; the arguments are those of
+        :meth:`lossmith.LossModifierPipeline.modify_loss`."""
+        from lossmith.modifiers.pipeline import LossModifierPipeline  # which applies modifiers
+
+        return LossModifierPipeline([self]).modify_loss(logits, targets, loss, **kwargs)

@@ -1,0 +1,154 @@
+"""``TokenRun``: one batch of tokens on its way through a pipeline, as one equation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.batch import TokenBatch
+from lossmith.engine.stats import TokenStats
+from lossmith.equation import LossOutput, PerToken, StatsOf, evaluate
+from lossmith.modifiers.base import BaseLossModifier
+from lossmith.modifiers.custom import CustomModifiers
+from lossmith.modifiers.token_modifier import Measure, Measured, SampleLosses, TokenModifier
+from lossmith.objective import Objective
+
+Step = Callable[[Tensor, TokenStats, TokenBatch], Tensor]
+
+
+@dataclass
+class TokenRun:
+    """One batch, the modifiers that are enabled for it, and what they have made of it so far.
+
+    Attributes:
+        base: the objective that is modified.
+        modifiers: the enabled ones, in the pipeline's order.
+        batch, stats_of: the bound batch; its statistics are computed once.
+        given_loss: [..., T] the caller's per-position loss, in place of the objective's own.
+        draw: -> [N] ids drawn from the model's distribution.
+        inputs: further arguments of :func:`lossmith.equation.evaluate`.
+    """
+
+    base: Objective
+    modifiers: Sequence[BaseLossModifier]
+    batch: TokenBatch
+    stats_of: StatsOf
+    given_loss: Tensor | None
+    draw: Callable[[], Tensor]
+    inputs: Mapping[str, Any]
+    replaced: dict[int, Tensor] = field(default_factory=dict)  # by the custom modifier at this position
+
+    def __post_init__(self) -> None:
+        self._measures: dict[TokenModifier, Measure] = {
+            m: m.on_batch(self.batch, self.draw) for m in self.modifiers if isinstance(m, TokenModifier)
+        }
+        self._measured: dict[TokenModifier, Measured] = {}
+        self._token_losses: tuple[Tensor, Tensor] | None = None
+
+    def token_loss(self, until: int | None = None) -> PerToken:
+        """The loss of each token [N] after the modifiers before position ``until``."""
+        steps = [self._step(position) for position in range(len(self.modifiers))[:until]]
+
+        def loss_of(stats: TokenStats, batch: TokenBatch) -> Tensor:
+            loss = self._unmodified(stats, batch)
+            for step in steps:
+                loss = step(loss, stats, batch)
+            return loss
+
+        return loss_of
+
+    def _unmodified(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        if self.given_loss is None:
+            return self.base.token_loss(stats, batch)
+        return self.given_loss.reshape(batch.targets.shape).to(batch.scale.dtype)
+
+    def _step(self, position: int) -> Step:
+        modifier = self.modifiers[position]
+        if position in self.replaced:
+            given = self.replaced[position].reshape(self.batch.targets.shape).to(self.batch.scale.dtype)
+            return lambda loss, stats, batch: given
+        if isinstance(modifier, TokenModifier) and modifier.changes_loss:
+            return modifier.token_loss
+        return lambda loss, stats, batch: loss
+
+    def finish(
+        self, logits: Tensor, targets: Tensor, loss: Tensor | None, for_custom: Mapping[str, Any]
+    ) -> LossOutput:
+        """The modified loss.
+
+        Args:
+            logits, targets: as they were given, for custom modifiers.
+            loss: the caller's reduced loss, which stays where nothing but custom modifiers changes it.
+            for_custom: further arguments of custom modifiers.
+        """
+        custom = [(p, m) for p, m in enumerate(self.modifiers) if not isinstance(m, TokenModifier)]
+        stays = loss is not None and not any(modifier.changes_loss for modifier in self._measures)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (bool(custom) or not stays)):
+            output = self._evaluate()
+        if stays and loss is not None:
+            output = replace(output, total=loss, parts={"loss": loss})
+        output = CustomModifiers(
+            custom,
+            logits,
+            targets,
+            lambda position, so_far: {
+                **for_custom,
+                "stats": so_far.stats,
+                "per_position_loss": self._so_far(position, so_far),
+            },
+            self._put,
+        ).apply(output)
+        self._record(output)
+        return output
+
+    def _put(self, position: int, loss: Tensor) -> LossOutput:
+        """The objective with the loss that the custom modifier at this position made of each token."""
+        self.replaced[position] = loss
+        return self._evaluate()
+
+    def _so_far(self, position: int, output: LossOutput) -> Tensor:
+        """[..., T] the loss of each position as the modifiers before this one leave it."""
+        assert output.stats is not None
+        return self.token_loss(position)(output.stats, self.batch).reshape(self.batch.shape)
+
+    def _evaluate(self) -> LossOutput:
+        """The objective with all modifiers but the custom ones that work on the reduced loss."""
+        output = evaluate(
+            self.base.terms(self.token_loss()),
+            self.stats_of,
+            self.batch,
+            weigh=self._weigh,
+            **self.inputs,
+        )
+        stats = output.stats
+        assert stats is not None
+        self.stats_of = lambda candidates: stats  # what is known is not computed again
+        return output
+
+    def _weigh(self, stats: TokenStats, batch: TokenBatch) -> Tensor | None:
+        """[N] the product of the samples' weights. All that modifiers look at is read here, so that it is
+        computed in the pass that the loss takes anyway."""
+        if not self._measures:
+            return None
+        self._measured = {modifier: measure(stats) for modifier, measure in self._measures.items()}
+        self._token_losses = (
+            self._unmodified(stats, batch).detach() * batch.scale,
+            self.token_loss()(stats, batch).detach() * batch.scale,
+        )
+        product = None
+        for measured in self._measured.values():
+            if measured.weight is not None:
+                product = measured.weight if product is None else product * measured.weight
+        return None if product is None else batch.spread(product.to(batch.scale.dtype))
+
+    def _record(self, output: LossOutput) -> None:
+        """Let every modifier keep its metrics."""
+        if self._token_losses is None:
+            return
+        rows = [self.batch.rows(v).sum(-1) for v in (*self._token_losses, output.contributions)]
+        for modifier, measured in self._measured.items():
+            modifier.record(measured, SampleLosses(*rows))
