@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class Metrics(Mapping[str, float]):
     def _value(self, name: str) -> Tensor | float:
         source = self._sources[name]
         value = source() if callable(source) else source
+        if not isinstance(value, Tensor | Real):
+            raise TypeError(f"metric {name!r} must be a number; got {type(value).__name__}")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"metric {name!r} must be one number; got a tensor {list(value.shape)}")
         return value.detach() if isinstance(value, Tensor) else float(value)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lossmith.batch import TokenBatch, align
@@ -217,14 +218,30 @@ class Objective(nn.Module):
 
 
 def _given(stats: TokenStats, batch: TokenBatch) -> StatsOf:
-    """The caller's statistics, flat."""
+    """The caller's statistics, flat.
+
+    Raises:
+        ValueError: they are of other targets, or lack candidates that a term reads.
+    """
+    if stats.targets.numel() != batch.targets.numel():
+        raise ValueError(
+            f"stats must be those of the targets, {list(batch.shape)}; got {list(stats.targets.shape)}"
+        )
+    flat = stats.reshape(batch.targets.shape)
+    # elsewhere looking would wait for the device
+    looks = batch.targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and ((flat.targets != batch.targets) & batch.valid).nonzero().numel():
+        raise ValueError(
+            "stats are of other targets than these. With shift=True logits[t] predict targets[t + 1]; "
+            "pass the statistics of those"
+        )
 
     def stats_of(candidates: Tensor | None) -> TokenStats:
         if candidates is not None:
             raise ValueError(
                 "a term reads the logits of candidate ids, which the given stats do not have; leave stats out"
             )
-        return stats.reshape(batch.targets.shape)
+        return flat
 
     return stats_of
 

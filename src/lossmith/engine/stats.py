@@ -193,7 +193,7 @@ class TokenStats:
 
     def announce(self, function: Callable[[TokenStats], Any]) -> TokenStats:
         """Compute, in one pass, what ``function`` is going to read; returns self."""
-        self._raw.add(*self._raw.needs_of(function))
+        self._raw.add(*self._raw.needs_of(lambda blank: function(blank.reshape(self._shape))))
         return self
 
     @property
@@ -212,6 +212,11 @@ class TokenStats:
     def reshape(self, shape: torch.Size) -> TokenStats:
         """The same statistics with their tokens laid out as ``shape``."""
         return self._also(shape=shape)
+
+    @property
+    def targets(self) -> Tensor:
+        """The ids that the statistics are of."""
+        return self._targets
 
     @property
     def is_valid(self) -> Tensor:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import torch
+
+from lossmith.metrics import Source
 from lossmith.modifiers.base import BaseLossModifier
 from lossmith.options import read_options
 
@@ -49,6 +52,11 @@ class ConfiguredModifier(BaseLossModifier):
     def read_settings(cls, values: Mapping[str, Any], key_of: Callable[[str], str] = str) -> Any:
         """The parameters of a mapping, checked; ``key_of`` is what the user calls one."""
         return read_options(cls.Settings, values, owner=cls.__name__, aliases=cls.aliases, key_of=key_of)
+
+    def keep_metrics(self, metrics: Mapping[str, Source]) -> None:
+        """Keep a batch's metrics, uncomputed; a compiled graph computes them with the rest."""
+        compiling = torch.compiler.is_compiling()
+        self._metrics = {n: v() if compiling and callable(v) else v for n, v in metrics.items()}
 
     def extra_repr(self) -> str:
         shown = {"enabled": self.enabled, **asdict(self.settings)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from lossmith.distributed import STATS_SCOPES, StatsScope, masked_mean
 from lossmith.engine.stats import TokenStats
 from lossmith.metrics import Source
 from lossmith.modifiers.entropy_report import EntropyReport
-from lossmith.modifiers.summary import Spread, loss_metrics, spread
+from lossmith.modifiers.summary import Spread, loss_metrics
 from lossmith.modifiers.token_modifier import Measured, SampleLosses, TokenModifier
 from lossmith.options import option
 
@@ -44,7 +44,7 @@ class EntropyMeasured(Measured):
     """With what the verbose mode reports."""
 
     report: EntropyReport | None = None
-    weights: Callable[[], Spread] | None = None
+    weights: Spread | None = None
 
 
 class EntropyModifier(TokenModifier):
@@ -92,22 +92,22 @@ class EntropyModifier(TokenModifier):
         counts = num_defined > 0
         weight, raw = self._weights(sample_entropy, counts)
         is_supervised = batch.row_counts > 0
-        positions, samples = spread(entropy, is_defined), spread(sample_entropy, counts)
-        weights = spread(weight, is_supervised)
+        positions, samples = Spread(entropy, is_defined), Spread(sample_entropy, counts)
+        weights = Spread(weight, is_supervised)
         metrics: dict[str, Source] = {
-            "mean_entropy": lambda: positions().mean,
-            "per_position_mean_entropy": lambda: positions().mean,
-            "per_position_max_entropy": lambda: positions().max,
-            "per_position_min_entropy": lambda: positions().min,
-            "per_position_entropy_std": lambda: positions().std,
-            "sample_mean_entropy": lambda: samples().mean,
-            "sample_max_entropy": lambda: samples().max,
-            "sample_min_entropy": lambda: samples().min,
-            "sample_entropy_std": lambda: samples().std,
-            "weight_mean": lambda: weights().mean,
-            "weight_max": lambda: weights().max,
-            "weight_min": lambda: weights().min,
-            "weight_std": lambda: weights().std,
+            "mean_entropy": positions.mean,
+            "per_position_mean_entropy": positions.mean,
+            "per_position_max_entropy": positions.max,
+            "per_position_min_entropy": positions.min,
+            "per_position_entropy_std": positions.std,
+            "sample_mean_entropy": samples.mean,
+            "sample_max_entropy": samples.max,
+            "sample_min_entropy": samples.min,
+            "sample_entropy_std": samples.std,
+            "weight_mean": weights.mean,
+            "weight_max": weights.max,
+            "weight_min": weights.min,
+            "weight_std": weights.std,
             "weight_sum": lambda: (weight * is_supervised).sum(),
             "batch_size": float(len(weight)),
             "loss_fallback": lambda: ~counts.any(),
@@ -141,4 +141,4 @@ class EntropyModifier(TokenModifier):
         super().record(measured, losses)
         assert isinstance(measured, EntropyMeasured)
         if measured.report is not None and measured.weights is not None:
-            logger.info("%s", measured.report.with_outcome(measured.weights(), self.get_metrics()))
+            logger.info("%s", measured.report.with_outcome(measured.weights, self.get_metrics()))

@@ -16,11 +16,11 @@ from lossmith.modifiers.summary import Spread
 
 # What is said of each count, where it is not 0.
 IRREGULARITIES = {
-    "certain": "{} positions with no wrong answer probability",
-    "undefined": "{} positions with at most 1 wrong token: no entropy, left out",
-    "clamped": "{} entropies outside [0, 1], clamped",
-    "broken": "{} entropies not finite, left out",
-    "limited": "{} extreme weights limited to max_weight",
+    "certain": "positions with no wrong answer probability",
+    "undefined": "positions with at most 1 wrong token, left out",
+    "clamped": "entropies outside [0, 1], clamped",
+    "broken": "entropies not finite, left out",
+    "limited": "extreme weights, limited to max_weight",
 }
 
 
@@ -39,14 +39,14 @@ class EntropyReport:
         entropy, num_wrong = stats.wrong_entropy, stats.num_wrong
         most = num_wrong.clamp(min=2).to(entropy.dtype).log()
         has_entropy = batch.valid & (num_wrong > 1)
-        relative = entropy / most
+        relative, is_finite = entropy / most, torch.isfinite(entropy)
         # rounding alone takes a uniform distribution past 1
         is_outside = (relative < -1e-6) | (relative > 1 + 1e-6)
         found = {
             "certain": batch.valid & (stats.target_prob >= 1),
-            "undefined": batch.valid & (num_wrong <= 1),
+            "undefined": batch.valid & (num_wrong <= 1) & is_finite,
             "clamped": has_entropy & is_outside,
-            "broken": batch.valid & ~torch.isfinite(entropy),
+            "broken": batch.valid & ~is_finite,
             "limited": is_limited,
         }
         return cls({name: where.sum() for name, where in found.items()})
@@ -57,9 +57,11 @@ class EntropyReport:
 
     def __str__(self) -> str:
         counts = Metrics(self.counts).to_dict()
-        said = [IRREGULARITIES[name].format(int(count)) for name, count in counts.items() if count]
+        said = [f"{IRREGULARITIES[name]}: {int(count)}" for name, count in counts.items() if count]
         if self.weights is not None:
-            said.append(f"sample weights {float(self.weights.min):.4g} to {float(self.weights.max):.4g}")
+            said.append(
+                f"sample weights from {float(self.weights.min()):.4g} to {float(self.weights.max()):.4g}"
+            )
         if self.metrics is not None:
             values = self.metrics.to_dict() if isinstance(self.metrics, Metrics) else dict(self.metrics)
             said.append(

@@ -14,7 +14,7 @@ from lossmith.batch import TokenBatch
 from lossmith.metrics import Source
 from lossmith.modifiers.base import ModelMode
 from lossmith.modifiers.mask_ratio import mask_ratio
-from lossmith.modifiers.summary import spread
+from lossmith.modifiers.summary import Spread
 from lossmith.modifiers.token_modifier import Measure, Measured, TokenModifier
 from lossmith.options import check_order, option
 
@@ -120,16 +120,16 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
         expected = expected_wrongness(mask_ratio(batch)).clamp(min=s.eps)
         factor = (wrongness / expected).pow(s.exponent).clamp(s.min_factor, s.max_factor)
         counts = batch.row_counts > 0
-        wrong, factors = spread(wrongness, counts), spread(factor, counts)
+        wrong, factors = Spread(wrongness, counts), Spread(factor, counts)
         metrics: dict[str, Source] = {
-            "mean_wrongness": lambda: wrong().mean,
-            "min_wrongness": lambda: wrong().min,
-            "max_wrongness": lambda: wrong().max,
-            "wrongness_std": lambda: wrong().std,
-            "mean_factor": lambda: factors().mean,
-            "min_factor": lambda: factors().min,
-            "max_factor": lambda: factors().max,
-            "factor_std": lambda: factors().std,
+            "mean_wrongness": wrong.mean,
+            "min_wrongness": wrong.min,
+            "max_wrongness": wrong.max,
+            "wrongness_std": wrong.std,
+            "mean_factor": factors.mean,
+            "min_factor": factors.min,
+            "max_factor": factors.max,
+            "factor_std": factors.std,
         }
         return lambda stats: Measured(factor, metrics)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
 from lossmith.metrics import Source
-from lossmith.modifiers.summary import spread
+from lossmith.modifiers.summary import Spread
 from lossmith.modifiers.token_modifier import Measured, TokenModifier
 from lossmith.options import check_order, option
 
@@ -72,14 +72,14 @@ class MaskRatioWeightModifier(TokenModifier):
         ratio = mask_ratio(batch)
         weight = (ratio + s.eps).pow(-s.power).clamp(s.min_weight, s.max_weight)
         counts = batch.row_counts > 0
-        ratios, weights = spread(ratio, ratio >= 0), spread(weight, counts)
+        ratios, weights = Spread(ratio, ratio >= 0), Spread(weight, counts)
         metrics: dict[str, Source] = {
-            "mean_mask_ratio": lambda: ratios().mean,
-            "min_mask_ratio": lambda: ratios().min,
-            "max_mask_ratio": lambda: ratios().max,
-            "mean_weight": lambda: weights().mean,
-            "min_weight": lambda: weights().min,
-            "max_weight": lambda: weights().max,
-            "weight_std": lambda: weights().std,
+            "mean_mask_ratio": ratios.mean,
+            "min_mask_ratio": ratios.min,
+            "max_mask_ratio": ratios.max,
+            "mean_weight": weights.mean,
+            "min_weight": weights.min,
+            "max_weight": weights.max,
+            "weight_std": weights.std,
         }
         return Measured(weight if self.weighs else None, metrics)

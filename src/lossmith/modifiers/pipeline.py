@@ -69,6 +69,8 @@ class LossModifierPipeline(Objective):
         if base is None:
             base = Objective([Term("cross_entropy", lambda s, batch: cross_entropy(s, batch.target_weight))])
         super().__init__(ignore_index=base.ignore_index, shift=base.shift, empty=base.empty)
+        if isinstance(base, LossModifierPipeline):
+            raise TypeError("a pipeline cannot be the base of another; give all modifiers to one pipeline")
         if reduction != "auto":
             check_reduction(reduction)
         self.base = base
@@ -228,11 +230,12 @@ class LossModifierPipeline(Objective):
                 torch.full((), targets.numel(), device=targets.device) if mask is None else mask.bool().sum()
             )
         active = self._enabled(mode)
+        ignored = self.ignore_index if ignore_index is None else ignore_index
         return self.base.count(
-            targets,
-            mask=_kept(active, targets, mask),
+            _kept(active, targets, ignored),
+            mask=mask,
             reduction=self._reduction(reduction, active),
-            ignore_index=ignore_index,
+            ignore_index=ignored,
         )
 
     def _evaluate(
@@ -255,9 +258,10 @@ class LossModifierPipeline(Objective):
     ) -> LossOutput:
         active = self._enabled(mode)
         resolved = self._reduction(reduction, active)
+        ignored = self.ignore_index if ignore_index is None else ignore_index
         arguments = {"mask": mask, "denominator": denominator, "input_ids": input_ids}
         for_custom = {**extra, **arguments, "model_mode": mode, "reduction": resolved}
-        for_custom["ignore_index"] = self.ignore_index if ignore_index is None else ignore_index
+        for_custom["ignore_index"] = ignored
         if mode is ModelMode.SEQUENCE_SCORER:
             scores = ScoreBatch(logits, targets, mask, denominator, resolved)
             return evaluate_scores(active, scores, loss, for_custom)
@@ -268,12 +272,12 @@ class LossModifierPipeline(Objective):
             )
         batch, stats_of = self.base.bind(
             logits,
-            targets,
+            _kept(active, targets, ignored),
             stats=stats,
             reduction=resolved,
-            ignore_index=ignore_index,
+            ignore_index=ignored,
             token_weight=token_weight,
-            **(arguments | {"mask": _kept(active, targets, mask)}),
+            **arguments,
         )
         run = TokenRun(
             self.base,
@@ -324,14 +328,10 @@ KNOWN_INPUTS = (
 )
 
 
-def _kept(active: Sequence[BaseLossModifier], targets: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask less the targets that a modifier leaves out."""
-    if mask is not None and mask.is_floating_point():
-        return mask  # which is refused with the reason
+def _kept(active: Sequence[BaseLossModifier], targets: Tensor, ignore_index: int) -> Tensor:
+    """The targets, less those that a modifier leaves out."""
     for modifier in active:
-        kept = (
-            modifier.keeps(targets) if isinstance(modifier, TokenModifier) and modifier.changes_loss else None
-        )
-        if kept is not None:
-            mask = kept if mask is None else (mask != 0) & kept
-    return mask
+        if isinstance(modifier, TokenModifier) and modifier.changes_loss:
+            kept = modifier.keeps(targets)
+            targets = targets if kept is None else targets.masked_fill(~kept, ignore_index)
+    return targets

@@ -29,7 +29,7 @@ class ScorerModifier(ConfiguredModifier):
 
     def record(self, factor: Tensor, metrics: Mapping[str, Source], loss: Tensor) -> None:
         """Keep the metrics of a batch whose loss, detached, was ``loss`` before this factor."""
-        self._metrics = {**metrics, **loss_metrics(loss, loss * factor)}
+        self.keep_metrics({**metrics, **loss_metrics(loss, loss * factor)})
 
     def modify_loss(
         self, logits: Tensor, targets: Tensor, loss: Tensor | None = None, **kwargs: Any

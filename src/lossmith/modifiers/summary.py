@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from lossmith.distributed import masked_mean
 from lossmith.metrics import Source
 
 
-class Spread(NamedTuple):
-    """Mean, extremes and population standard deviation."""
+class Spread:
+    """Mean, extremes and population standard deviation of ``values`` where ``where`` (bool, same shape).
 
-    mean: Tensor
-    min: Tensor
-    max: Tensor
-    std: Tensor
+    All are 0 where that is nowhere.
+    """
 
+    def __init__(self, values: Tensor, where: Tensor) -> None:
+        self._values = values
+        self._where = where
 
-def spread(values: Tensor, where: Tensor) -> Callable[[], Spread]:
-    """The spread of ``values`` where ``where`` (bool, same shape); all 0 where nothing is."""
+    def mean(self) -> Tensor:
+        return masked_mean(self._values, self._where)
 
-    @functools.cache
-    def compute() -> Spread:
-        count = where.sum().clamp(min=1)
-        some = where.any()
-        mean = torch.where(where, values, 0.0).sum() / count
-        deviation = torch.where(where, values - mean, 0.0)
-        lowest = torch.where(where, values, torch.inf).amin()
-        highest = torch.where(where, values, -torch.inf).amax()
-        std = (deviation.square().sum() / count).sqrt()
-        return Spread(mean, torch.where(some, lowest, 0.0), torch.where(some, highest, 0.0), std)
+    def std(self) -> Tensor:
+        return masked_mean((self._values - self.mean()).square(), self._where).sqrt()
 
-    return compute
+    def min(self) -> Tensor:
+        return self._if_any(torch.where(self._where, self._values, torch.inf).amin())
+
+    def max(self) -> Tensor:
+        return self._if_any(torch.where(self._where, self._values, -torch.inf).amax())
+
+    def _if_any(self, value: Tensor) -> Tensor:
+        return torch.where(self._where.any(), value, 0.0)
 
 
 def loss_metrics(original: Tensor, final: Tensor, final_name: str = "final_loss") -> dict[str, Source]:

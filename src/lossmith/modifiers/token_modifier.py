@@ -94,7 +94,7 @@ class TokenModifier(ConfiguredModifier):
 
     def record(self, measured: Measured, losses: SampleLosses) -> None:
         """Keep the metrics of a batch."""
-        self._metrics = {**measured.metrics, **self.loss_metrics(measured, losses)}
+        self.keep_metrics({**measured.metrics, **self.loss_metrics(measured, losses)})
 
     def loss_metrics(self, measured: Measured, losses: SampleLosses) -> Mapping[str, Source]:
         """Metrics that compare losses."""

@@ -1,0 +1,1 @@
+"""What connects lossmith with other frameworks; one file each, imported only when it is used."""

@@ -1,0 +1,138 @@
+"""Judges from folders and files: what is taken, and what is refused with a reason."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+
+from lossmith.integrations.judge import load_judge
+from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 12,
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.enable_progress_bar()
+
+
+def scorer(num_labels: int = 1, **options):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SMALL, num_labels=num_labels, **options)
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def pt_file(tmp_path: Path, content: object) -> Path:
+    path = tmp_path / "judge.pt"
+    torch.save(content, path)
+    return path
+
+
+IDS = torch.arange(20).reshape(2, 10)
+
+
+def test_a_folder(tmp_path):
+    model = scorer(cls_token_id=7)
+    model.save_pretrained(tmp_path)
+    judge = load_judge(tmp_path)
+    expected = model(IDS, attention_mask=torch.ones_like(IDS)).logits.squeeze(-1).sigmoid()
+    torch.testing.assert_close(judge(IDS), expected.detach())
+    assert (judge.cls_token_id, judge.block_size, judge.vocab_size) == (7, 12, 40)
+    assert not judge.training
+    assert not any(parameter.requires_grad for parameter in judge.parameters())
+
+
+@pytest.mark.parametrize("names", [("model", "config"), ("state_dict", "model_args")])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+def test_a_file_of_weights_and_configuration(names, prefix, tmp_path):
+    model = scorer()
+    weights = {prefix + name: value for name, value in model.state_dict().items()}
+    path = pt_file(tmp_path, {names[0]: weights, names[1]: model.config.to_dict(), "iter_num": 5})
+    torch.testing.assert_close(load_judge(path)(IDS), model(IDS).logits.squeeze(-1).sigmoid().detach())
+
+
+def test_dtype_and_the_modifier(tmp_path):
+    scorer().save_pretrained(tmp_path)
+    modifier = SequenceScoringJudgeWeightModifier(
+        {"checkpoint": str(tmp_path), "dtype": "bfloat16", "device": "cpu"}
+    )
+    judge = modifier.judge
+    assert {parameter.dtype for parameter in judge.parameters()} == {torch.bfloat16}
+    assert judge(IDS).dtype == torch.float32
+    modifier.modify_loss(torch.randn(2, 6, 40), torch.randint(40, (2, 6)))
+    assert 0 < modifier.get_metrics()["mean_wrongness"] < 1
+    for dtype in ("auto", None, torch.float32):
+        parameters = load_judge(tmp_path, dtype=dtype, device="auto").parameters()
+        assert {p.dtype for p in parameters} == {torch.float32}
+    with pytest.raises(ValueError, match="dtype='int8'"):
+        load_judge(tmp_path, dtype="int8")
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("the checkpoint ran code",))
+
+
+def test_nothing_is_ever_unpickled(tmp_path):
+    path = pt_file(tmp_path, {"model": Bomb(), "config": {}})
+    with pytest.raises(ValueError, match=r"without running code from it.*save_pretrained"):
+        load_judge(path)
+    folder = tmp_path / "folder"
+    model = scorer()
+    model.config.architectures = ["BertForSequenceClassification"]
+    model.config.save_pretrained(folder)
+    torch.save({"bomb": Bomb()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="safetensors"):
+        load_judge(folder)
+
+
+def test_what_is_refused(tmp_path):
+    def refused(path: Path, message: str) -> None:
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+            load_judge(path)
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value)) < 700
+
+    refused(tmp_path / "absent", "does not exist")
+    refused(tmp_path, "no config.json")
+    (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-100").mkdir()
+    refused(tmp_path, "It holds checkpoints; pass .*checkpoint-100")
+    language_model = tmp_path / "lm"
+    transformers.BertForMaskedLM(scorer().config).save_pretrained(language_model)
+    refused(language_model, "is a BertForMaskedLM; expected a model for sequence classification")
+    two = tmp_path / "two"
+    scorer(num_labels=2).save_pretrained(two)
+    refused(two, "has 2 labels; expected 1")
+    bare = tmp_path / "bare"
+    transformers.BertModel(scorer().config).save_pretrained(bare)
+    config = scorer().config
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(bare)
+    refused(bare, "lacks classifier.bias, classifier.weight")
+
+    state = scorer().state_dict()
+    refused(pt_file(tmp_path, {"model": state}), "holds model; expected 'model', a state dict, and 'config'")
+    refused(pt_file(tmp_path, [1, 2]), "holds a list; expected a dictionary")
+    wrong = {"model": state, "config": {"model_type": "no such thing"}}
+    refused(pt_file(tmp_path, wrong), "cannot be loaded: Unrecognized model")
+    other = {"model": state, "config": {**scorer().config.to_dict(), "hidden_size": 8}}
+    refused(pt_file(tmp_path, other), "cannot be loaded: Error.* in loading state_dict")
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(b"not a checkpoint")
+    refused(damaged, "or is damaged")
