@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class TokenBatch:
         ignore_index: the id that marks tokens without a target.
         shape: the shape [..., T] of the targets as they were given.
         input_ids: [N] the ids that the logits were computed from, or None.
+        segment_ids: [N] which document of a packed row the position of the logits belongs to, or None.
+        features: [N] further numbers of each position, by name.
         share: what a scalar of the whole batch is multiplied by: 1, or this micro-batch's
             part of the caller's denominator.
         count: what this batch alone would be divided by (0-dimensional).
@@ -48,6 +51,8 @@ class TokenBatch:
     count: Tensor
     share: Tensor | float = 1.0
     input_ids: Tensor | None = None
+    segment_ids: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
     target_weight: Tensor | None = None
     num_classes: int | None = None
     shift: bool = False
@@ -89,6 +94,7 @@ class TokenBatch:
         for name, value in chosen.items():
             if isinstance(value, Tensor) and value.dim():
                 chosen[name] = value[index]
+        chosen["features"] = {name: value[index] for name, value in self.features.items()}
         chosen["shape"] = chosen["targets"].shape
         return TokenBatch(**chosen)
 
@@ -100,6 +106,8 @@ def align(
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     input_ids: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    features: Mapping[str, Tensor] | None = None,
     pad_token_id: int | None = None,
     eos_token_id: int | None = None,
     num_classes: int | None = None,
@@ -120,6 +128,8 @@ def align(
             targets and is shifted with them.
         token_weight: [..., T] weights of the targets, shifted with them; detached.
         input_ids: [..., T] what the logits were computed from; never shifted.
+        segment_ids: [..., T] which document of a packed row a token of ``input_ids`` belongs to.
+        features: [..., T] further numbers of each position of the logits, by name.
         pad_token_id: targets that equal it do not count, unless it is also ``eos_token_id``:
             then only the mask can tell padding from an end of sequence.
         eos_token_id: see ``pad_token_id``.
@@ -134,7 +144,8 @@ def align(
     """
     check_targets(targets)
     check_reduction(reduction, empty)
-    for name, value in (("mask", mask), ("token_weight", token_weight), ("input_ids", input_ids)):
+    given = {"mask": mask, "token_weight": token_weight, "input_ids": input_ids, "segment_ids": segment_ids}
+    for name, value in (given | dict(features or {})).items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(
                 f"{name} must be a tensor of shape {list(targets.shape)}; got {type(value).__name__}"
@@ -187,6 +198,8 @@ def align(
         count=own,
         share=scalar_share(own, denominator),
         input_ids=None if input_ids is None else input_ids.reshape(-1),
+        segment_ids=None if segment_ids is None else segment_ids.reshape(-1),
+        features={name: value.reshape(-1) for name, value in (features or {}).items()},
         target_weight=None if counts is None else counts.reshape(-1),
         num_classes=num_classes,
         shift=shift,

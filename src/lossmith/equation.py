@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Literal
 
@@ -78,7 +78,7 @@ class LossOutput:
         num_tokens: how many tokens were supervised (0-dimensional tensor).
         stats: the statistics of every token, flat [N]; asking for one that no term used costs
             another pass over the logits. None where there are no tokens but scores.
-        batch: the tokens as they were aligned, masked and scaled; None likewise.
+        batch: the tokens as they were aligned, masked, scaled and weighed; None likewise.
         contributions: [N] what each token adds to the per-token terms, detached and before ``weigh``.
         metrics: ``loss``, each part, ``nll`` (unsmoothed, temperature 1, a mean over tokens),
             ``perplexity`` and ``accuracy``; computed when they are read.
@@ -146,7 +146,23 @@ def evaluate(
         parts[name] = value * batch.share
     total = reduce(operator.add, parts.values()) if parts else _nothing(stats, batch, per_token)
     metrics = Metrics(_metrics(total, parts, stats, batch))
+    if weight is not None:
+        batch = replace(batch, scale=torch.where(weight == 0, 0.0, batch.scale * weight.detach()))
     return LossOutput(total, parts, batch.num_tokens, stats, batch, contributions, metrics)
+
+
+def with_parts(output: LossOutput, parts: Mapping[str, Tensor]) -> LossOutput:
+    """The output with further parts, weighted and divided already, added to its total."""
+    if not parts:
+        return output
+    twice = [name for name in parts if name in output.parts]
+    if twice:
+        raise ValueError(f"the parts of an objective need distinct names; {twice[0]!r} is there twice")
+    total = reduce(operator.add, parts.values(), output.total)
+    metrics = output.metrics | Metrics(
+        {"loss": total.sum, **{name: part.sum for name, part in parts.items()}}
+    )
+    return replace(output, total=total, parts={**output.parts, **parts}, metrics=metrics)
 
 
 def _nothing(stats: TokenStats, batch: TokenBatch, per_token: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,10 @@ from lossmith.engine.checks import check_logits
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation import LossOutput, PerToken, StatsOf, Term, evaluate
+from lossmith.options import unknown_option
 from lossmith.reduction import Denominator, Empty, Reduction, check_reduction
+
+OWN_INPUTS = ("mask", "token_weight", "input_ids", "segment_ids", "denominator", "scalars", "stats")
 
 
 class Objective(nn.Module):
@@ -41,6 +44,12 @@ class Objective(nn.Module):
     """
 
     class_weight: Tensor | None
+    # Targets that equal it do not count, unless it is the end of a text too: see lossmith.batch.align.
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+    # What evaluate takes besides its own arguments; of these, what belongs to a position [..., T] each.
+    input_names: tuple[str, ...] = ()
+    feature_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -86,8 +95,10 @@ class Objective(nn.Module):
         mask: Tensor | None = None,
         token_weight: Tensor | None = None,
         input_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         denominator: Denominator | None = None,
         scalars: Mapping[str, Tensor] | None = None,
+        **inputs: Any,
     ) -> LossOutput:
         """The loss of ``logits`` [..., V] at ``targets`` [...], with its parts and metrics.
 
@@ -97,18 +108,45 @@ class Objective(nn.Module):
             mask: [..., T] bool or integers, 0 where a target does not count.
             token_weight: [..., T] weights of the targets; they do not enter the denominator.
             input_ids: [..., T] what the logits were computed from.
+            segment_ids: [..., T] which document of a packed row a token of ``input_ids`` belongs to.
             denominator: supervised tokens (or samples) over all micro-batches and ranks.
             scalars: weighted scalars of other tensors to add, by name.
+            inputs: what else the objective takes (``input_names``).
+
+        Raises:
+            TypeError: an input that the objective does not take.
         """
+        self.check_inputs(inputs)
         batch, stats_of = self.bind(
             logits,
             targets,
             mask=mask,
             token_weight=token_weight,
             input_ids=input_ids,
+            segment_ids=segment_ids,
+            features=self.features(inputs),
             denominator=denominator,
         )
-        return evaluate(self.terms(), stats_of, batch, scalars=scalars, per_token=self.reduction == "none")
+        output = evaluate(self.terms(), stats_of, batch, scalars=scalars, per_token=self.reduction == "none")
+        return self.complete(output, inputs)
+
+    def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
+        """The output with the parts that are no terms of the tokens' statistics; a subclass may have some."""
+        return output
+
+    def check_inputs(self, inputs: Iterable[str], more: Iterable[str] = ()) -> None:
+        """
+        Raises:
+            TypeError: a name that :meth:`evaluate` does not know; ``more`` are names that it does.
+        """
+        for name in inputs:
+            if name not in self.input_names and name not in more:
+                known = {*OWN_INPUTS, *self.input_names, *more}
+                raise TypeError(unknown_option(type(self).__name__, name, known))
+
+    def features(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Those of the inputs that belong to a position each."""
+        return {name: inputs[name] for name in self.feature_names if inputs.get(name) is not None}
 
     def bind(
         self,
@@ -173,7 +211,14 @@ class Objective(nn.Module):
         ).count
 
     def _align(self, targets: Tensor, **given: Any) -> TokenBatch:
-        return align(targets, shift=self.shift, empty=self.empty, **given)
+        return align(
+            targets,
+            shift=self.shift,
+            empty=self.empty,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self.eos_token_id,
+            **given,
+        )
 
     def _warn_if_unshifted(self, batch: TokenBatch) -> None:
         """Once, on the first batch: it is a mistake in the wiring, and looking waits for the device."""
@@ -196,6 +241,7 @@ class Objective(nn.Module):
         attention_mask: Tensor | None = None,
         token_weight: Tensor | None = None,
         input_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         denominator: Denominator | None = None,
         num_items_in_batch: Denominator | None = None,
         return_detailed: bool = False,
@@ -211,6 +257,7 @@ class Objective(nn.Module):
             mask=_either("mask", mask, "attention_mask", attention_mask),
             token_weight=token_weight,
             input_ids=input_ids,
+            segment_ids=segment_ids,
             denominator=_either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
             **inputs,
         )

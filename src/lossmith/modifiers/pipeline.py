@@ -18,8 +18,7 @@ from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.modifiers.token_modifier import TokenModifier
 from lossmith.modifiers.token_run import TokenRun
-from lossmith.objective import Objective
-from lossmith.options import unknown_option
+from lossmith.objective import OWN_INPUTS, Objective
 from lossmith.reduction import Denominator, Reduction, check_reduction
 from lossmith.terms.cross_entropy import cross_entropy
 
@@ -175,10 +174,11 @@ class LossModifierPipeline(Objective):
             denominator: supervised tokens (samples, where samples are weighed) over all
                 micro-batches and ranks; :meth:`count` counts a batch's.
             reduction: see the pipeline's; this call's goes first.
-            inputs: ``token_weight``, ``input_ids``, and whatever custom modifiers take.
+            inputs: ``token_weight``, ``input_ids``, ``segment_ids``, what the base objective takes, and
+                whatever custom modifiers take.
 
         Raises:
-            TypeError: an input that neither the pipeline nor a custom modifier can take.
+            TypeError: an input that neither the pipeline, nor its base, nor a custom modifier can take.
         """
         mode = self._mode(model_mode, targets)
         self._check_inputs(inputs)
@@ -253,14 +253,14 @@ class LossModifierPipeline(Objective):
         reduction: AutoReduction = "auto",
         scalars: Mapping[str, Tensor] | None = None,
         token_weight: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        **extra: Any,
+        **inputs: Any,
     ) -> LossOutput:
         active = self._enabled(mode)
         resolved = self._reduction(reduction, active)
         ignored = self.ignore_index if ignore_index is None else ignore_index
-        arguments = {"mask": mask, "denominator": denominator, "input_ids": input_ids}
-        for_custom = {**extra, **arguments, "model_mode": mode, "reduction": resolved}
+        of_batch = {name: inputs.get(name) for name in ("input_ids", "segment_ids")}
+        of_batch |= {"mask": mask, "denominator": denominator}
+        for_custom = {**inputs, **of_batch, "model_mode": mode, "reduction": resolved}
         for_custom["ignore_index"] = ignored
         if mode is ModelMode.SEQUENCE_SCORER:
             scores = ScoreBatch(logits, targets, mask, denominator, resolved)
@@ -277,7 +277,8 @@ class LossModifierPipeline(Objective):
             reduction=resolved,
             ignore_index=ignored,
             token_weight=token_weight,
-            **arguments,
+            features=self.base.features(inputs),
+            **of_batch,
         )
         run = TokenRun(
             self.base,
@@ -287,6 +288,7 @@ class LossModifierPipeline(Objective):
             per_position_loss,
             lambda: sample_ids(logits, softcap=self.base.softcap).reshape(-1),
             {"scalars": scalars, "per_token": resolved == "none"},
+            inputs,
         )
         return run.finish(logits, targets, loss, for_custom)
 
@@ -310,22 +312,10 @@ class LossModifierPipeline(Objective):
     def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Custom modifiers may take anything; without one an unknown name is a mistake."""
         if all(isinstance(m, TokenModifier | ScorerModifier) for m in self.modifiers):
-            for name in inputs:
-                if name not in KNOWN_INPUTS:
-                    raise TypeError(unknown_option("LossModifierPipeline.modify_loss", name, KNOWN_INPUTS))
+            self.base.check_inputs(inputs, more=(*OWN_INPUTS, *PIPELINE_INPUTS))
 
 
-KNOWN_INPUTS = (
-    "mask",
-    "per_position_loss",
-    "ignore_index",
-    "stats",
-    "denominator",
-    "reduction",
-    "scalars",
-    "token_weight",
-    "input_ids",
-)
+PIPELINE_INPUTS = ("loss", "model_mode", "per_position_loss", "ignore_index", "reduction")
 
 
 def _kept(active: Sequence[BaseLossModifier], targets: Tensor, ignore_index: int) -> Tensor:

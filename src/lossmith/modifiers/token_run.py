@@ -30,7 +30,8 @@ class TokenRun:
         batch, stats_of: the bound batch; its statistics are computed once.
         given_loss: [..., T] the caller's per-position loss, in place of the objective's own.
         draw: -> [N] ids drawn from the model's distribution.
-        inputs: further arguments of :func:`lossmith.equation.evaluate`.
+        options: further arguments of :func:`lossmith.equation.evaluate`.
+        inputs: what else the objective was given.
     """
 
     base: Objective
@@ -39,6 +40,7 @@ class TokenRun:
     stats_of: StatsOf
     given_loss: Tensor | None
     draw: Callable[[], Tensor]
+    options: Mapping[str, Any]
     inputs: Mapping[str, Any]
     replaced: dict[int, Tensor] = field(default_factory=dict)  # by the custom modifier at this position
 
@@ -122,12 +124,12 @@ class TokenRun:
             self.stats_of,
             self.batch,
             weigh=self._weigh,
-            **self.inputs,
+            **self.options,
         )
         stats = output.stats
         assert stats is not None
         self.stats_of = lambda candidates: stats  # what is known is not computed again
-        return output
+        return self.base.complete(output, self.inputs)
 
     def _weigh(self, stats: TokenStats, batch: TokenBatch) -> Tensor | None:
         """[N] the product of the samples' weights. All that modifiers look at is read here, so that it is
