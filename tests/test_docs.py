@@ -12,7 +12,9 @@ import pytest
 import lossmith
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ENTRANCES = [ROOT / "docs" / "index.md", ROOT / "docs" / "modifiers.md"]
+LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CORE = [m.name for m in pkgutil.walk_packages(lossmith.__path__, "lossmith.") if ".training" not in m.name]
 
@@ -31,7 +33,7 @@ def test_the_statistics_page_lists_every_statistic():
     assert not [name for name in STATISTIC_NAMES if f"{name}:" not in lossmith.TokenStats.__doc__]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page):
     """The blocks of a page run in turn, as a reader would type them."""
     blocks = CODE.findall(page.read_text())
@@ -40,11 +42,18 @@ def test_the_code_of_a_page_runs(page):
         exec(compile(block, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+    for target in LINK.findall(page.read_text()):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_linked_from_an_entrance():
+    linked = {
+        (page.parent / target).resolve() for page in ENTRANCES for target in LINK.findall(page.read_text())
+    }
+    assert set((ROOT / "docs").rglob("*.md")) - linked <= {ENTRANCES[0]}
 
 
 @pytest.mark.parametrize("module", CORE)

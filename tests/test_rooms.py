@@ -11,13 +11,14 @@ SOURCE = Path(__file__).parents[1] / "src" / "lossmith"
 
 # From the ground up: a room imports from its own folder and from what stands before it here.
 ORDER = [
-    {"options", "distributed"},
+    {"options", "distributed", "stepping"},
     {"engine"},
     {"metrics", "reduction"},
     {"batch"},
     {"terms"},
     {"equation"},
     {"objective"},
+    {"wrapped_objective"},
     {"modifiers", "components"},
     {"objectives"},
     {"functional"},

@@ -254,11 +254,11 @@ class Objective(nn.Module):
         output = self.evaluate(
             logits,
             targets,
-            mask=_either("mask", mask, "attention_mask", attention_mask),
+            mask=either("mask", mask, "attention_mask", attention_mask),
             token_weight=token_weight,
             input_ids=input_ids,
             segment_ids=segment_ids,
-            denominator=_either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
+            denominator=either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
             **inputs,
         )
         return output.as_dict() if return_detailed else output.total
@@ -293,7 +293,8 @@ def _given(stats: TokenStats, batch: TokenBatch) -> StatsOf:
     return stats_of
 
 
-def _either(name: str, value: Any, alias: str, aliased: Any) -> Any:
+def either(name: str, value: Any, alias: str, aliased: Any) -> Any:
+    """An argument under one of its two names."""
     if value is not None and aliased is not None:
         raise TypeError(f"{alias} is another name of {name}; pass one of them")
     return aliased if value is None else value

@@ -55,6 +55,18 @@ def test_a_folder(tmp_path):
     assert not any(parameter.requires_grad for parameter in judge.parameters())
 
 
+def test_a_decoder_judges_the_whole_sequence(tmp_path):
+    """It has no padding token, or one that is drawn: the last token is the last token."""
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SMALL.items() if key != "max_position_embeddings"}
+    for pad in (None, 19):
+        config = transformers.LlamaConfig(**sizes, num_labels=1, pad_token_id=pad)
+        model = transformers.LlamaForSequenceClassification(config).eval()
+        model.save_pretrained(tmp_path)
+        expected = model.score(model.model(IDS).last_hidden_state[:, -1]).squeeze(-1).sigmoid()
+        torch.testing.assert_close(load_judge(tmp_path)(IDS), expected.detach())
+
+
 @pytest.mark.parametrize("names", [("model", "config"), ("state_dict", "model_args")])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
 def test_a_file_of_weights_and_configuration(names, prefix, tmp_path):

@@ -187,3 +187,8 @@ def test_a_custom_metric_has_to_be_a_number(batch):
 def test_the_interface_has_to_be_filled_in():
     with pytest.raises(TypeError, match="modify_loss"):
         BaseLossModifier({})  # pyright: ignore[reportAbstractUsage]
+
+
+def test_custom_modifiers_of_scores_build_on_one_another():
+    p, t = torch.tensor([0.4, 0.6]), torch.tensor([0.0, 1.0])
+    assert LossModifierPipeline([Halved({}), Halved({})])(p, t).item() == pytest.approx(0.04)

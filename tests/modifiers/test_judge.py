@@ -148,3 +148,13 @@ def test_a_judge_that_does_not_fit(batch):
         pipeline_of(lambda ids: torch.zeros(len(ids), 2)).modify_loss(logits, targets)
     with pytest.raises(ValueError, match="the judge knows 5 tokens and the model writes 9"):
         pipeline_of(Judge(vocab_size=5)).modify_loss(logits, targets)
+    with pytest.raises(TypeError, match=r"must return a tensor.*got dict.*SequenceJudge"):
+        pipeline_of(lambda ids: {"logits": ids}).modify_loss(logits, targets)
+
+
+def test_wrongness_outside_its_range_is_clamped(batch):
+    pipeline = pipeline_of(lambda ids: torch.tensor([-1.0, 2.0, 0.5, 0.5]), exponent=0.5)
+    assert pipeline.modify_loss(*batch).isfinite()
+    metrics = pipeline.get_all_metrics()
+    assert metrics["SequenceScoringJudgeWeightModifier.min_wrongness"] == 0
+    assert metrics["SequenceScoringJudgeWeightModifier.max_wrongness"] == 1

@@ -171,6 +171,7 @@ MISTAKES = [
     ({"loss_modifier_enabled": True}, "Did you mean 'loss_modifiers_enabled'"),
     ({"target_smooting_factor": 0.1}, "Did you mean 'target_smoothing_factor'"),
     ({"judge_weight_enabled": True}, "judge_weight"),
+    ({"entropy_enabled": True}, "no option 'entropy_enabled'"),
     ({"entropy_modifier_weight": -1.0}, r"entropy_modifier_weight=-1.0 is out of range.*>= 0"),
     ({"entropy_modifier_weight": float("nan")}, "entropy_modifier_weight=nan is out of range"),
     ({"entropy_modifier_threshold": 1.5}, "entropy_modifier_threshold=1.5.*>= 0 and <= 1"),
@@ -214,6 +215,8 @@ def test_a_mistake_in_a_modifiers_own_mapping():
         lossmith.EntropyModifier({"wieght": 1.0})
     with pytest.raises(ValueError, match="weight=-1 is out of range"):
         lossmith.EntropyModifier({"weight": -1})
+    with pytest.raises(TypeError, match="enabled expects True or False; got 'False'"):
+        lossmith.EntropyModifier({"enabled": "False"})
 
 
 def test_a_config_that_is_none():

@@ -227,7 +227,7 @@ def test_bad_input(batch):
         ({"mask": torch.ones(4, 5, dtype=torch.bool)}, ValueError, "mask must have the targets' shape"),
         ({"modelmode": 1}, TypeError, "no option 'modelmode'"),
         ({"denominators": 1}, TypeError, "Did you mean 'denominator'"),
-        ({"model_mode": "scorer"}, ValueError, "scorer"),
+        ({"model_mode": "scorer"}, ValueError, "model_mode must be one of 'language_model'"),
         ({"denominator": -1}, ValueError, "denominator"),
         (
             {"stats": lossmith.token_stats(logits[:2], targets[:2])},

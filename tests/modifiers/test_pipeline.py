@@ -278,3 +278,39 @@ def test_the_whole_pipeline_compiles(batch):
     torch.testing.assert_close(
         gradient, torch.autograd.grad(pipeline.modify_loss(logits, targets), logits)[0]
     )
+
+
+def test_loss_metrics_are_those_of_the_batch_whatever_it_is_divided_by(batch):
+    """A part of a larger batch reports its own mean, not its share of the whole."""
+    pipeline = pipeline_of("entropy", "smoothing")
+    found = []
+    for denominator in (None, 40):
+        pipeline.modify_loss(*batch, denominator=denominator)
+        found.append(pipeline.get_all_metrics())
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_a_pipeline_can_be_copied_and_pickled(batch):
+    import copy
+    import pickle
+
+    pipeline = LossModifierPipeline([EntropyModifier({"threshold": 0.2}), TargetSmoothingModifier({})])
+    loss = pipeline(*batch)
+    for other in (copy.deepcopy(pipeline), pickle.loads(pickle.dumps(pipeline))):
+        assert torch.equal(other(*batch), loss)
+
+
+def test_a_modifier_is_in_a_pipeline_once():
+    entropy = EntropyModifier({})
+    with pytest.raises(ValueError, match="EntropyModifier is in the pipeline already"):
+        LossModifierPipeline([entropy, entropy])
+
+
+def test_the_names_that_other_libraries_use(batch):
+    logits, targets = batch
+    mask = torch.rand(targets.shape) > 0.3
+    pipeline = pipeline_of("mask ratio")
+    theirs = pipeline.modify_loss(logits, targets, attention_mask=mask, num_items_in_batch=9)
+    torch.testing.assert_close(theirs, pipeline.modify_loss(logits, targets, mask=mask, denominator=9))
+    with pytest.raises(TypeError, match="attention_mask is another name of mask"):
+        pipeline.modify_loss(logits, targets, attention_mask=mask, mask=mask)

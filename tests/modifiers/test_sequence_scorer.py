@@ -250,3 +250,20 @@ def test_global_statistics_are_those_of_the_whole_batch(tmp_path):
     whole = entropy_of("local").modify_loss(logits, targets)
     torch.testing.assert_close(found[0]["global"][1] + found[1]["global"][1], whole)
     assert abs(found[0]["local"][1] + found[1]["local"][1] - whole) > 1e-4
+
+
+def test_other_losses_of_sequences_and_scalars():
+    p, t = torch.rand(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    pipeline = LossModifierPipeline([SequenceScorerVarianceModifier({})])
+    factor = ref.variance_factor(p, t, 2.0, 1.5)
+    errors = (p - t).abs()
+    torch.testing.assert_close(pipeline.modify_loss(p, t, per_position_loss=errors), factor * errors.mean())
+    extra = {"aux": torch.tensor(0.5, dtype=torch.float64)}
+    output = pipeline.evaluate(p, t, scalars=extra, denominator=8)
+    torch.testing.assert_close(output.total, factor * (p - t).square().sum() / 8 + 0.25)
+    with pytest.raises(TypeError, match="token_weight"):
+        pipeline.modify_loss(p, t, token_weight=p)
+    whole_numbers = pipeline.modify_loss(p, torch.tensor([0, 1, 1, 0]))
+    torch.testing.assert_close(
+        whole_numbers, pipeline.modify_loss(p, torch.tensor([0.0, 1.0, 1.0, 0.0])).double()
+    )

@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import pickle
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class SequenceJudge(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         config: Any = model.config
+        # Sequences come without padding; a model that looks for the last token before it must not find any.
+        config.pad_token_id = -1
         own = getattr(config, "cls_token_id", None)
         self.cls_token_id = cls_token_id if own is None else own
         self.block_size: int | None = getattr(config, "max_position_embeddings", None)
@@ -98,8 +100,7 @@ def _from_folder(path: Path) -> tuple[nn.Module, int | None]:
     lacking = sorted(report["missing_keys"])
     if lacking:
         raise ValueError(
-            f"judge checkpoint {path} lacks {', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}: "
-            "it is not a trained sequence scorer"
+            f"judge checkpoint {path} lacks {_some(lacking)}: it is not a trained sequence scorer"
         )
     return model, _cls_of_tokenizer(path)
 
@@ -152,7 +153,7 @@ def _from_file(path: Path) -> tuple[nn.Module, int | None]:
     config = next((saved[name] for name in CONFIG_NAMES if name in saved), None)
     if weights is None or not isinstance(config, Mapping) or "model_type" not in config:
         raise ValueError(
-            f"judge checkpoint {path} holds {', '.join(map(str, saved))}; expected 'model', a state dict, "
+            f"judge checkpoint {path} holds {_some(map(str, saved))}; expected 'model', a state dict, "
             "and 'config', the dictionary of a Hugging Face configuration with its 'model_type'"
         )
     with _explained(path):
@@ -162,6 +163,12 @@ def _from_file(path: Path) -> tuple[nn.Module, int | None]:
         model = AutoModelForSequenceClassification.from_config(built)
         model.load_state_dict({_unwrapped(name): value for name, value in weights.items()})
     return model, None
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few of the names."""
+    names = list(names)
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
 def _unwrapped(name: str) -> str:

@@ -24,6 +24,11 @@ class ModelMode(Enum):
     TOKEN_CLASSIFIER = "token_classifier"
     SEQUENCE_SCORER = "sequence_scorer"
 
+    @classmethod
+    def _missing_(cls, value: object) -> ModelMode:
+        known = ", ".join(repr(mode.value) for mode in cls)
+        raise ValueError(f"model_mode must be one of {known}, or a ModelMode; got {value!r}")
+
 
 class BaseLossModifier(nn.Module, ABC):
     """A loss modifier: write :meth:`modify_loss`, and a pipeline applies it.
@@ -52,7 +57,9 @@ class BaseLossModifier(nn.Module, ABC):
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.config = {} if config is None else config
-        self.enabled = bool(self.config.get("enabled", True))
+        self.enabled = self.config.get("enabled", True)
+        if not isinstance(self.enabled, bool):
+            raise TypeError(f"{self.name}: enabled expects True or False; got {self.enabled!r}")
         self._metrics: Mapping[str, Any] = {}
 
     @property

@@ -124,7 +124,13 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     for name in values:
         if name in known:
             continue
-        if name.startswith(prefixes) or difflib.get_close_matches(name, known, n=1, cutoff=SURELY_MEANT):
+        switch = name.removesuffix("_enabled")
+        is_switch = switch != name and any(prefix.startswith(switch) for prefix in prefixes)
+        if (
+            is_switch
+            or name.startswith(prefixes)
+            or difflib.get_close_matches(name, known, n=1, cutoff=SURELY_MEANT)
+        ):
             raise ValueError(unknown_option("the loss modifiers' configuration", name, known))
 
 

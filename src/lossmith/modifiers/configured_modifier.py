@@ -58,6 +58,9 @@ class ConfiguredModifier(BaseLossModifier):
         compiling = torch.compiler.is_compiling()
         self._metrics = {n: v() if compiling and callable(v) else v for n, v in metrics.items()}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_metrics": {}}  # what is uncomputed cannot be pickled
+
     def extra_repr(self) -> str:
         shown = {"enabled": self.enabled, **asdict(self.settings)}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())

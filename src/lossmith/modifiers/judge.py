@@ -163,8 +163,14 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
             ids = torch.cat([ids.new_full((len(ids), 1), cls_token_id), ids], -1)
         block_size = getattr(self.judge, "block_size", None)
         wrongness = self.judge(ids[:, :block_size])
+        if not isinstance(wrongness, Tensor):
+            raise TypeError(
+                "the judge must return a tensor, one number in [0, 1] a sequence; "
+                f"got {type(wrongness).__name__}. "
+                "A Hugging Face model is made one by lossmith.integrations.judge.SequenceJudge(model)"
+            )
         if wrongness.shape != ids.shape[:1]:
             raise ValueError(
                 f"the judge must return one number a sequence, [{len(ids)}]; got {list(wrongness.shape)}"
             )
-        return wrongness.detach()
+        return wrongness.detach().clamp(0, 1)

@@ -9,23 +9,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lossmith.batch import TokenBatch
 from lossmith.engine.sampling import sample_ids
 from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput, Term
+from lossmith.equation import LossOutput, Term, with_parts
 from lossmith.metrics import Metrics
 from lossmith.modifiers.base import BaseLossModifier, ModelMode
 from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.modifiers.token_modifier import TokenModifier
 from lossmith.modifiers.token_run import TokenRun
-from lossmith.objective import OWN_INPUTS, Objective
+from lossmith.objective import OWN_INPUTS, Objective, either
 from lossmith.reduction import Denominator, Reduction, check_reduction
 from lossmith.terms.cross_entropy import cross_entropy
+from lossmith.wrapped_objective import WrappedObjective
 
 AutoReduction = Literal["auto"] | Reduction
 
 
-class LossModifierPipeline(Objective):
+class LossModifierPipeline(WrappedObjective):
     """An objective and the loss modifiers applied to it, in one pass over the vocabulary.
 
         L = sum_t  scale[t] * (product of the samples' weights) * (the token's loss, as modified)
@@ -66,13 +68,12 @@ class LossModifierPipeline(Objective):
         reduction: AutoReduction = "auto",
     ) -> None:
         if base is None:
-            base = Objective([Term("cross_entropy", lambda s, batch: cross_entropy(s, batch.target_weight))])
-        super().__init__(ignore_index=base.ignore_index, shift=base.shift, empty=base.empty)
+            base = Objective([Term("cross_entropy", _cross_entropy)])
         if isinstance(base, LossModifierPipeline):
             raise TypeError("a pipeline cannot be the base of another; give all modifiers to one pipeline")
         if reduction != "auto":
             check_reduction(reduction)
-        self.base = base
+        super().__init__(base)
         self.modifiers = nn.ModuleList()
         self.model_mode = ModelMode(model_mode)
         self.auto_reduction: AutoReduction = reduction
@@ -87,11 +88,14 @@ class LossModifierPipeline(Objective):
 
         Raises:
             TypeError: it is not a :class:`lossmith.BaseLossModifier`.
+            ValueError: it is in the pipeline already.
         """
         if not isinstance(modifier, BaseLossModifier):
             raise TypeError(
                 f"a modifier must be an instance of a subclass of lossmith.BaseLossModifier; got {modifier!r}"
             )
+        if any(modifier is known for known in self.modifiers):
+            raise ValueError(f"this {modifier.name} is in the pipeline already; make another one")
         self.modifiers.append(modifier)
 
     def get_enabled_modifier_names(self) -> list[str]:
@@ -148,10 +152,12 @@ class LossModifierPipeline(Objective):
         *,
         model_mode: ModelMode | str | None = None,
         mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         per_position_loss: Tensor | None = None,
         ignore_index: int | None = None,
         stats: TokenStats | None = None,
         denominator: Denominator | None = None,
+        num_items_in_batch: Denominator | None = None,
         reduction: AutoReduction = "auto",
         **inputs: Any,
     ) -> Tensor:
@@ -166,13 +172,13 @@ class LossModifierPipeline(Objective):
             targets: [..., T] ids, or [B] numbers of a sequence scorer.
             loss: the reduced loss so far.
             model_mode: what the model predicts; without it SEQUENCE_SCORER where the targets are
-                floating point, and the pipeline's own elsewhere.
-            mask: [..., T] bool or integers, 0 where a target does not count.
+                floating point or shaped like the logits, and the pipeline's own elsewhere.
+            mask, attention_mask: [..., T] bool or integers, 0 where a target does not count.
             per_position_loss: [..., T] the loss of each position, in place of the base objective's.
             ignore_index: the target id of positions without one; the base objective's (-100) if not given.
             stats: :func:`lossmith.token_stats` of these logits at these targets, if they are here already.
-            denominator: supervised tokens (samples, where samples are weighed) over all
-                micro-batches and ranks; :meth:`count` counts a batch's.
+            denominator, num_items_in_batch: supervised tokens (samples, where samples are weighed) over
+                all micro-batches and ranks; :meth:`count` counts a batch's.
             reduction: see the pipeline's; this call's goes first.
             inputs: ``token_weight``, ``input_ids``, ``segment_ids``, what the base objective takes, and
                 whatever custom modifiers take.
@@ -180,7 +186,7 @@ class LossModifierPipeline(Objective):
         Raises:
             TypeError: an input that neither the pipeline, nor its base, nor a custom modifier can take.
         """
-        mode = self._mode(model_mode, targets)
+        mode = self._mode(model_mode, logits, targets)
         self._check_inputs(inputs)
         if loss is not None and not self._enabled(mode):
             return loss
@@ -189,11 +195,11 @@ class LossModifierPipeline(Objective):
             targets,
             loss=loss,
             mode=mode,
-            mask=mask,
+            mask=either("mask", mask, "attention_mask", attention_mask),
             per_position_loss=per_position_loss,
             ignore_index=ignore_index,
             stats=stats,
-            denominator=denominator,
+            denominator=either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
             reduction=reduction,
             **inputs,
         ).total
@@ -208,7 +214,7 @@ class LossModifierPipeline(Objective):
     ) -> LossOutput:
         """The loss with its parts and metrics; the arguments are those of :meth:`modify_loss`."""
         self._check_inputs(inputs)
-        return self._evaluate(logits, targets, mode=self._mode(model_mode, targets), **inputs)
+        return self._evaluate(logits, targets, mode=self._mode(model_mode, logits, targets), **inputs)
 
     def count(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes more)
         self,
@@ -224,7 +230,7 @@ class LossModifierPipeline(Objective):
         Args:
             targets, mask, model_mode, reduction, ignore_index: as for :meth:`modify_loss`.
         """
-        mode = self._mode(model_mode, targets)
+        mode = self._mode(model_mode, None, targets)
         if mode is ModelMode.SEQUENCE_SCORER:
             return (
                 torch.full((), targets.numel(), device=targets.device) if mask is None else mask.bool().sum()
@@ -263,8 +269,11 @@ class LossModifierPipeline(Objective):
         for_custom = {**inputs, **of_batch, "model_mode": mode, "reduction": resolved}
         for_custom["ignore_index"] = ignored
         if mode is ModelMode.SEQUENCE_SCORER:
+            if token_weight is not None:
+                raise TypeError("token_weight weighs tokens, and a sequence scorer has none; leave it out")
             scores = ScoreBatch(logits, targets, mask, denominator, resolved)
-            return evaluate_scores(active, scores, loss, for_custom)
+            output = evaluate_scores(active, scores, loss, per_position_loss, for_custom)
+            return with_parts(output, {k: v * scores.share for k, v in (scalars or {}).items()})
         if per_position_loss is not None and per_position_loss.shape != targets.shape:
             raise ValueError(
                 f"per_position_loss must have the targets' shape {list(targets.shape)}; "
@@ -294,10 +303,11 @@ class LossModifierPipeline(Objective):
 
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 
-    def _mode(self, asked: ModelMode | str | None, targets: Tensor) -> ModelMode:
+    def _mode(self, asked: ModelMode | str | None, logits: Tensor | None, targets: Tensor) -> ModelMode:
         if asked is not None:
             return ModelMode(asked)
-        return ModelMode.SEQUENCE_SCORER if targets.is_floating_point() else self.model_mode
+        are_scores = targets.is_floating_point() or (logits is not None and logits.shape == targets.shape)
+        return ModelMode.SEQUENCE_SCORER if are_scores else self.model_mode
 
     def _reduction(self, asked: AutoReduction, active: Sequence[BaseLossModifier]) -> Reduction:
         if asked == "auto":
@@ -313,6 +323,10 @@ class LossModifierPipeline(Objective):
         """Custom modifiers may take anything; without one an unknown name is a mistake."""
         if all(isinstance(m, TokenModifier | ScorerModifier) for m in self.modifiers):
             self.base.check_inputs(inputs, more=(*OWN_INPUTS, *PIPELINE_INPUTS))
+
+
+def _cross_entropy(stats: TokenStats, batch: TokenBatch) -> Tensor:
+    return cross_entropy(stats, batch.target_weight)
 
 
 PIPELINE_INPUTS = ("loss", "model_mode", "per_position_loss", "ignore_index", "reduction")

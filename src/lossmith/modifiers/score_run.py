@@ -15,7 +15,7 @@ from lossmith.modifiers.base import BaseLossModifier
 from lossmith.modifiers.custom import CustomModifiers
 from lossmith.modifiers.metrics_collector import MetricsCollectorModifier
 from lossmith.modifiers.scorer_modifier import ScorerModifier
-from lossmith.reduction import Denominator, Reduction, token_scale
+from lossmith.reduction import Denominator, Reduction, scalar_share, token_scale
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class ScoreBatch:
         everything = torch.ones_like(self.targets, dtype=torch.bool)
         return everything.reshape(-1) if self.mask is None else self.mask.reshape(-1) != 0
 
+    @property
+    def share(self) -> Tensor | float:
+        """This batch's part of the caller's denominator."""
+        return scalar_share(self.valid.sum().float(), self.denominator)
+
     def flat(self) -> tuple[Tensor, Tensor]:
         """Predictions and targets, [B] and [B], in at least fp32."""
         dtype = torch.promote_types(self.predictions.dtype, torch.float32)
@@ -74,18 +79,22 @@ def evaluate_scores(
     modifiers: Sequence[BaseLossModifier],
     batch: ScoreBatch,
     loss: Tensor | None,
+    per_position_loss: Tensor | None,
     for_custom: Mapping[str, Any],
 ) -> LossOutput:
-    """The loss (squared error unless ``loss`` is given), modified.
+    """The loss (squared error unless another is given), modified.
 
     Args:
         modifiers: the enabled ones, in order.
         batch: the predictions and targets.
         loss: the caller's reduced loss.
+        per_position_loss: [B] the caller's loss of each sequence.
         for_custom: further arguments of custom modifiers.
     """
     predictions, targets = (values.detach() for values in batch.flat())
-    unmodified = batch.reduce(batch.squared_errors()) if loss is None else loss
+    losses = batch.squared_errors() if per_position_loss is None else per_position_loss
+    losses = losses.reshape(batch.targets.shape)
+    unmodified = batch.reduce(losses) if loss is None else loss
     product: Tensor | float = 1.0
     for modifier in modifiers:
         if isinstance(modifier, ScorerModifier):
@@ -100,16 +109,21 @@ def evaluate_scores(
         num_scores, nothing = batch.valid.sum(), torch.zeros(0, device=of.device)
         return LossOutput(total, {name: total}, num_scores, None, None, nothing, Metrics({"loss": total.sum}))
 
+    replaced: dict[int, Tensor] = {}  # by the custom modifier at this position
+
+    def arguments(position: int, _: LossOutput) -> dict[str, Any]:
+        before = [p for p in replaced if p < position]
+        so_far = replaced[max(before)] if before else losses
+        return {**for_custom, "stats": None, "per_position_loss": so_far}
+
+    def put(position: int, given: Tensor) -> LossOutput:
+        replaced[position] = given
+        return output("custom_loss", batch.reduce(given))
+
     custom = [
         (position, modifier)
         for position, modifier in enumerate(modifiers)
         if not isinstance(modifier, ScorerModifier | MetricsCollectorModifier)
     ]
-    per_position = batch.squared_errors().reshape(batch.targets.shape)
-    return CustomModifiers(
-        custom,
-        batch.predictions,
-        batch.targets,
-        lambda position, so_far: {**for_custom, "stats": None, "per_position_loss": per_position},
-        lambda position, losses: output("custom_loss", batch.reduce(losses)),
-    ).apply(output("squared_error" if loss is None else "loss", unmodified))
+    first = output("squared_error" if loss is None else "loss", unmodified)
+    return CustomModifiers(custom, batch.predictions, batch.targets, arguments, put).apply(first)

@@ -151,6 +151,9 @@ class TokenRun:
         """Let every modifier keep its metrics."""
         if self._token_losses is None:
             return
-        rows = [self.batch.rows(v).sum(-1) for v in (*self._token_losses, output.contributions)]
+        # of this batch alone, also where it is a part of a larger one
+        share = torch.as_tensor(self.batch.share, device=output.contributions.device)
+        share = torch.where(share == 0, 1.0, share)
+        rows = [self.batch.rows(v).sum(-1) / share for v in (*self._token_losses, output.contributions)]
         for modifier, measured in self._measured.items():
             modifier.record(measured, SampleLosses(*rows))
