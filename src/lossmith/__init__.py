@@ -5,41 +5,71 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lossmith.batch import TokenBatch
+    from lossmith.components.component import Component, Weighted
+    from lossmith.components.contrastive import Contrastive
+    from lossmith.components.diversity import ExpertDiversity
+    from lossmith.components.moe import MoEBalance, RouterZLoss
+    from lossmith.components.mtp import MTP
+    from lossmith.components.repetition import EarlyEOS, ImmediateRepetition, NgramRepetition
+    from lossmith.components.token_losses import ConfidenceCalibration, ConfidencePenalty, Focal, ZLoss
     from lossmith.corpus_perplexity import Perplexity
     from lossmith.engine.stats import TokenStats
     from lossmith.equation import LossOutput, Term
     from lossmith.functional import cross_entropy, perplexity, ranking_loss, token_stats
     from lossmith.metrics import Metrics
-    from lossmith.modifiers import (
-        BaseLossModifier,
-        EntropyModifier,
-        LossModifierPipeline,
-        MaskRatioWeightModifier,
-        MetricsCollectorModifier,
-        ModelMode,
-        SequenceScorerCorrelationModifier,
-        SequenceScorerVarianceModifier,
-        SequenceScoringJudgeWeightModifier,
-        TargetSmoothingModifier,
-        create_loss_modifier_pipeline,
-    )
+    from lossmith.modifiers.base import BaseLossModifier, ModelMode
+    from lossmith.modifiers.config import create_loss_modifier_pipeline
+    from lossmith.modifiers.entropy import EntropyModifier
+    from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier
+    from lossmith.modifiers.mask_ratio import MaskRatioWeightModifier
+    from lossmith.modifiers.metrics_collector import MetricsCollectorModifier
+    from lossmith.modifiers.pipeline import LossModifierPipeline
+    from lossmith.modifiers.sequence_correlation import SequenceScorerCorrelationModifier
+    from lossmith.modifiers.sequence_variance import SequenceScorerVarianceModifier
+    from lossmith.modifiers.target_smoothing import TargetSmoothingModifier
     from lossmith.objective import Objective
+    from lossmith.objectives.adaptive import AdaptiveCrossEntropyLoss
+    from lossmith.objectives.composed import ComposedLoss
     from lossmith.objectives.cross_entropy import CrossEntropyLoss
+    from lossmith.objectives.nvamp import NVAMPLoss
+    from lossmith.objectives.renamed import AdaptiveMTPLoss, AntiRepetitionLoss, DeepSeekLoss
+    from lossmith.objectives.unified import UnifiedLoss, create_unified_loss
+    from lossmith.temperature import AdaptiveTemperature
+    from lossmith.wrapped_objective import WrappedObjective
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaptiveCrossEntropyLoss": "objectives.adaptive",
+    "AdaptiveMTPLoss": "objectives.renamed",
+    "AdaptiveTemperature": "temperature",
+    "AntiRepetitionLoss": "objectives.renamed",
     "BaseLossModifier": "modifiers.base",
+    "Component": "components.component",
+    "ComposedLoss": "objectives.composed",
+    "ConfidenceCalibration": "components.token_losses",
+    "ConfidencePenalty": "components.token_losses",
+    "Contrastive": "components.contrastive",
     "CrossEntropyLoss": "objectives.cross_entropy",
+    "DeepSeekLoss": "objectives.renamed",
+    "EarlyEOS": "components.repetition",
     "EntropyModifier": "modifiers.entropy",
+    "ExpertDiversity": "components.diversity",
+    "Focal": "components.token_losses",
+    "ImmediateRepetition": "components.repetition",
     "LossModifierPipeline": "modifiers.pipeline",
     "LossOutput": "equation",
+    "MTP": "components.mtp",
     "MaskRatioWeightModifier": "modifiers.mask_ratio",
     "Metrics": "metrics",
     "MetricsCollectorModifier": "modifiers.metrics_collector",
+    "MoEBalance": "components.moe",
     "ModelMode": "modifiers.base",
+    "NVAMPLoss": "objectives.nvamp",
+    "NgramRepetition": "components.repetition",
     "Objective": "objective",
     "Perplexity": "corpus_perplexity",
+    "RouterZLoss": "components.moe",
     "SequenceScorerCorrelationModifier": "modifiers.sequence_correlation",
     "SequenceScorerVarianceModifier": "modifiers.sequence_variance",
     "SequenceScoringJudgeWeightModifier": "modifiers.judge",
@@ -47,7 +77,12 @@ _HOMES = {
     "Term": "equation",
     "TokenBatch": "batch",
     "TokenStats": "engine.stats",
+    "UnifiedLoss": "objectives.unified",
+    "Weighted": "components.component",
+    "WrappedObjective": "wrapped_objective",
+    "ZLoss": "components.token_losses",
     "create_loss_modifier_pipeline": "modifiers.config",
+    "create_unified_loss": "objectives.unified",
     "cross_entropy": "functional",
     "perplexity": "functional",
     "ranking_loss": "functional",
@@ -55,17 +90,36 @@ _HOMES = {
 }
 
 __all__ = [
+    "MTP",
+    "AdaptiveCrossEntropyLoss",
+    "AdaptiveMTPLoss",
+    "AdaptiveTemperature",
+    "AntiRepetitionLoss",
     "BaseLossModifier",
+    "Component",
+    "ComposedLoss",
+    "ConfidenceCalibration",
+    "ConfidencePenalty",
+    "Contrastive",
     "CrossEntropyLoss",
+    "DeepSeekLoss",
+    "EarlyEOS",
     "EntropyModifier",
+    "ExpertDiversity",
+    "Focal",
+    "ImmediateRepetition",
     "LossModifierPipeline",
     "LossOutput",
     "MaskRatioWeightModifier",
     "Metrics",
     "MetricsCollectorModifier",
+    "MoEBalance",
     "ModelMode",
+    "NVAMPLoss",
+    "NgramRepetition",
     "Objective",
     "Perplexity",
+    "RouterZLoss",
     "SequenceScorerCorrelationModifier",
     "SequenceScorerVarianceModifier",
     "SequenceScoringJudgeWeightModifier",
@@ -73,7 +127,12 @@ __all__ = [
     "Term",
     "TokenBatch",
     "TokenStats",
+    "UnifiedLoss",
+    "Weighted",
+    "WrappedObjective",
+    "ZLoss",
     "create_loss_modifier_pipeline",
+    "create_unified_loss",
     "cross_entropy",
     "perplexity",
     "ranking_loss",

@@ -40,6 +40,7 @@ class TokenBatch:
         count: what this batch alone would be divided by (0-dimensional).
         target_weight: [N] the class weights of the targets, or None.
         num_classes: V, where it was given.
+        pad_token_id: the id of padding, or None.
         shift: whether the last position of a row has no target by construction.
     """
 
@@ -55,6 +56,7 @@ class TokenBatch:
     features: Mapping[str, Tensor] = field(default_factory=dict)
     target_weight: Tensor | None = None
     num_classes: int | None = None
+    pad_token_id: int | None = None
     shift: bool = False
 
     @property
@@ -202,6 +204,7 @@ def align(
         features={name: value.reshape(-1) for name, value in (features or {}).items()},
         target_weight=None if counts is None else counts.reshape(-1),
         num_classes=num_classes,
+        pad_token_id=None if pad_token_id == eos_token_id else pad_token_id,
         shift=shift,
     )
 

@@ -11,17 +11,51 @@ StatsScope = Literal["local", "global"]
 STATS_SCOPES = ("local", "global")
 
 
+_no_collectives = False
+
+
+class no_collectives:
+    """``with no_collectives():`` sums over ranks are left out; for runs whose numbers nobody wants."""
+
+    def __enter__(self) -> None:
+        global _no_collectives
+        self._before, _no_collectives = _no_collectives, True
+
+    def __exit__(self, *_: object) -> None:
+        global _no_collectives
+        _no_collectives = self._before
+
+
+def num_ranks() -> int:
+    """How many ranks there are; 1 without a process group."""
+    if _no_collectives or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size()
+
+
 def sum_over_ranks(values: Tensor, scope: StatsScope) -> Tensor:
     """The sum of detached ``values`` over all ranks; ``values`` where the scope is local.
 
     Every rank has to call this alike.
     """
-    is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    if scope == "local" or is_alone:
+    if scope == "local" or num_ranks() == 1:
         return values
     total = values.detach().clone()
     torch.distributed.all_reduce(total)
     return total
+
+
+def gather_over_ranks(values: Tensor) -> Tensor:
+    """Detached ``values`` [n] of all ranks, one after another; n may differ."""
+    if num_ranks() == 1:
+        return values.detach()
+    sizes = [torch.zeros((), dtype=torch.long, device=values.device) for _ in range(num_ranks())]
+    torch.distributed.all_gather(sizes, torch.tensor(len(values), device=values.device))
+    longest = int(max(sizes))
+    padded = torch.nn.functional.pad(values.detach(), (0, longest - len(values)), value=-torch.inf)
+    found = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(found, padded)
+    return torch.cat(found)
 
 
 def masked_mean(values: Tensor, where: Tensor, scope: StatsScope = "local") -> Tensor:

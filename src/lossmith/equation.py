@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lossmith.batch import TokenBatch
+from lossmith.distributed import masked_mean
 from lossmith.engine.stats import TokenStats
 from lossmith.metrics import Metrics
 
@@ -103,6 +104,7 @@ def evaluate(
     batch: TokenBatch,
     *,
     weigh: Weigh | None = None,
+    reads: Callable[[TokenStats], object] | None = None,
     scalars: Mapping[str, Tensor] | None = None,
     per_token: bool = False,
 ) -> LossOutput:
@@ -114,6 +116,7 @@ def evaluate(
         batch: the aligned batch.
         weigh: (detached stats, batch) -> [N] what every term of a token is multiplied by, or None
             for 1. It is also where to look at statistics that no term reads, in the same pass.
+        reads: reads what will be wanted of the statistics afterwards, to be computed with the rest.
         scalars: weighted scalars of other tensors, by name.
         per_token: return [..., T] values (the reduction ``none``) rather than their sum.
     """
@@ -122,6 +125,10 @@ def evaluate(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the parts of an objective need distinct names; {twice!r} is there twice")
+    if per_token and scalars:
+        raise ValueError(
+            f"the scalars {', '.join(scalars)} belong to no token; reduction='none' has no place for them"
+        )
     candidates, columns = _gather_candidates(terms, batch)
     stats = stats_of(candidates)
     views = [stats if c is None else stats.with_candidates(c) for c in columns]
@@ -131,6 +138,8 @@ def evaluate(
             term.values(of if c is None else of.with_candidates(c), batch)
         if weigh is not None:
             weigh(of.detach(), batch)
+        if reads is not None:
+            reads(of.detach())
 
     stats.announce(read)
     weight = None if weigh is None else weigh(stats.detach(), batch)
@@ -190,7 +199,7 @@ def _metrics(
     total: Tensor, parts: Mapping[str, Tensor], stats: TokenStats, batch: TokenBatch
 ) -> dict[str, Callable[[], Tensor]]:
     def mean(of: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return lambda: (of().detach() * batch.valid).sum() / batch.num_tokens.clamp(min=1)
+        return lambda: masked_mean(of().detach().to(batch.scale.dtype), batch.valid)
 
     nll = mean(lambda: stats.unscaled.nll)
     return {

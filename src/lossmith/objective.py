@@ -18,6 +18,7 @@ from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation import LossOutput, PerToken, StatsOf, Term, evaluate
 from lossmith.options import unknown_option
 from lossmith.reduction import Denominator, Empty, Reduction, check_reduction
+from lossmith.temperature import AdaptiveTemperature
 
 OWN_INPUTS = ("mask", "token_weight", "input_ids", "segment_ids", "denominator", "scalars", "stats")
 
@@ -45,8 +46,8 @@ class Objective(nn.Module):
 
     class_weight: Tensor | None
     # Targets that equal it do not count, unless it is the end of a text too: see lossmith.batch.align.
-    pad_token_id: int | None = None
-    eos_token_id: int | None = None
+    pad_token_id: int | None
+    eos_token_id: int | None
     # What evaluate takes besides its own arguments; of these, what belongs to a position [..., T] each.
     input_names: tuple[str, ...] = ()
     feature_names: tuple[str, ...] = ()
@@ -59,20 +60,21 @@ class Objective(nn.Module):
         ignore_index: int = -100,
         shift: bool = False,
         empty: Empty = "zero",
-        temperature: float = 1.0,
+        temperature: float | Tensor | AdaptiveTemperature = 1.0,
         softcap: float | None = None,
         class_weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_reduction(reduction, empty)
-        SweepOptions(temperature, softcap)
         self.reduction: Reduction = reduction
         self.ignore_index = ignore_index
         self.shift = shift
         self.empty: Empty = empty
+        self.pad_token_id = self.eos_token_id = None
         self.temperature = temperature
         self.softcap = softcap
         self.register_buffer("class_weight", class_weight)
+        _sweep_options(temperature, softcap, class_weight)  # which refuses what cannot be
         self._terms = tuple(terms)
         self._shift_was_checked = False
 
@@ -127,12 +129,34 @@ class Objective(nn.Module):
             features=self.features(inputs),
             denominator=denominator,
         )
-        output = evaluate(self.terms(), stats_of, batch, scalars=scalars, per_token=self.reduction == "none")
-        return self.complete(output, inputs)
+        output = evaluate(
+            self.terms(),
+            stats_of,
+            batch,
+            reads=self.reads,
+            scalars=scalars,
+            per_token=self.reduction == "none",
+        )
+        return self.complete(output, {"attention_mask": mask, **inputs})
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         """The output with the parts that are no terms of the tokens' statistics; a subclass may have some."""
+        if isinstance(self.temperature, AdaptiveTemperature) and torch.is_grad_enabled():
+            assert output.stats is not None
+            assert output.batch is not None
+            nll = torch.where(output.batch.valid, output.stats.unscaled.nll.detach(), 0.0)
+            self.temperature.observe(nll.sum(), output.num_tokens)
         return output
+
+    def reads(self, stats: TokenStats) -> None:
+        """Read what :meth:`complete` is going to read, so that it is computed with the rest."""
+        if isinstance(self.temperature, AdaptiveTemperature):
+            _ = stats.unscaled.nll
+
+    @property
+    def sweep_options(self) -> SweepOptions:
+        """How the logits are read."""
+        return _sweep_options(self.temperature, self.softcap, self.class_weight)
 
     def check_inputs(self, inputs: Iterable[str], more: Iterable[str] = ()) -> None:
         """
@@ -166,7 +190,7 @@ class Objective(nn.Module):
             reduction, ignore_index: instead of the objective's own.
         """
         check_logits(logits, targets)
-        options = SweepOptions(self.temperature, self.softcap, self.class_weight)
+        options = self.sweep_options
         ignored = self.ignore_index if ignore_index is None else ignore_index
         batch = self._align(
             targets,
@@ -264,6 +288,13 @@ class Objective(nn.Module):
         return output.as_dict() if return_detailed else output.total
 
 
+def _sweep_options(
+    temperature: float | Tensor | AdaptiveTemperature, softcap: float | None, class_weight: Tensor | None
+) -> SweepOptions:
+    now = temperature.value if isinstance(temperature, AdaptiveTemperature) else temperature
+    return SweepOptions(now, softcap, class_weight)
+
+
 def _given(stats: TokenStats, batch: TokenBatch) -> StatsOf:
     """The caller's statistics, flat.
 
@@ -274,10 +305,10 @@ def _given(stats: TokenStats, batch: TokenBatch) -> StatsOf:
         raise ValueError(
             f"stats must be those of the targets, {list(batch.shape)}; got {list(stats.targets.shape)}"
         )
-    flat = stats.reshape(batch.targets.shape)
+    theirs = stats.targets.reshape(-1)
     # elsewhere looking would wait for the device
     looks = batch.targets.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and ((flat.targets != batch.targets) & batch.valid).nonzero().numel():
+    if looks and ((theirs != batch.targets) & batch.valid).nonzero().numel():
         raise ValueError(
             "stats are of other targets than these. With shift=True logits[t] predict targets[t + 1]; "
             "pass the statistics of those"
@@ -288,7 +319,7 @@ def _given(stats: TokenStats, batch: TokenBatch) -> StatsOf:
             raise ValueError(
                 "a term reads the logits of candidate ids, which the given stats do not have; leave stats out"
             )
-        return flat
+        return stats.restrict(batch.targets, batch.ignore_index)
 
     return stats_of
 

@@ -163,6 +163,8 @@ def read_options(
 
 
 def _typed(value: Any, wanted: Any, key: str) -> Any:
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):
+        value = value.item()  # a scalar of numpy is a number
     if wanted is bool and isinstance(value, bool):
         return value
     if wanted is int and isinstance(value, int) and not isinstance(value, bool):

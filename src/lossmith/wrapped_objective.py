@@ -9,8 +9,22 @@ from torch import Tensor
 
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
+from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation import LossOutput, PerToken, StatsOf, Term
 from lossmith.objective import Objective
+
+# Options that the objective inside decides on.
+OF_THE_BASE = (
+    "reduction",
+    "ignore_index",
+    "shift",
+    "empty",
+    "temperature",
+    "softcap",
+    "class_weight",
+    "pad_token_id",
+    "eos_token_id",
+)
 
 
 class WrappedObjective(Objective):
@@ -24,11 +38,20 @@ class WrappedObjective(Objective):
     """
 
     def __init__(self, base: Objective) -> None:
-        super().__init__(ignore_index=base.ignore_index, shift=base.shift, empty=base.empty)
+        super().__init__()
         self.base = base
-        self.reduction = base.reduction
-        self.pad_token_id, self.eos_token_id = base.pad_token_id, base.eos_token_id
+        for name in OF_THE_BASE:  # asked of the base whenever they are read
+            vars(self).pop(name, None)
+            self._buffers.pop(name, None)
         self.input_names, self.feature_names = base.input_names, base.feature_names
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__
+        return getattr(found("base"), name) if name in OF_THE_BASE else found(name)
+
+    @property
+    def sweep_options(self) -> SweepOptions:
+        return self.base.sweep_options
 
     def token_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         return self.base.token_loss(stats, batch)
@@ -41,6 +64,9 @@ class WrappedObjective(Objective):
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         return self.base.complete(output, inputs)
+
+    def reads(self, stats: TokenStats) -> None:
+        self.base.reads(stats)
 
     def count(self, targets: Tensor, **options: Any) -> Tensor:
         return self.base.count(targets, **options)

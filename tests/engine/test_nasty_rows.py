@@ -327,3 +327,17 @@ def test_one_class_costs_nothing(dtype):
     assert stats.predicted.tolist() == [0, 0]
     assert torch.equal(stats.top_prob, torch.ones(2, dtype=stats.nll.dtype))
     assert torch.equal(stats.logsumexp, z.detach().to(stats.nll.dtype).squeeze(-1))
+
+
+def test_a_row_that_nobody_has_a_gradient_for_gets_none(arithmetic):
+    """Also where its logits are no numbers: 0 * NaN would be NaN."""
+    logits = torch.randn(3, 6)
+    logits[1] = torch.nan
+    logits.requires_grad_()
+    stats = lossmith.token_stats(logits, torch.tensor([1, 2, 3]))
+    kept = stats.restrict(torch.tensor([1, IGNORE, 3]), IGNORE)
+    loss = (kept.nll + kept.entropy + kept.total_nll).sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite()
+    assert gradient[[0, 2]].isfinite().all()
+    assert not gradient[1].any()

@@ -148,3 +148,68 @@ def test_what_is_refused(tmp_path):
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(b"not a checkpoint")
     refused(damaged, "or is damaged")
+
+
+def test_a_judge_never_waits_for_the_device(tmp_path):
+    from unittest import mock
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("this waits for the device")
+
+    for name in ("Bert", "ModernBert"):
+        config = getattr(transformers, f"{name}Config")(
+            **SMALL,
+            num_labels=1,
+            pad_token_id=0,
+            cls_token_id=1,
+            sep_token_id=2,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        getattr(transformers, f"{name}ForSequenceClassification")(config).save_pretrained(tmp_path)
+        judge = load_judge(tmp_path)
+        with mock.patch.multiple(torch.Tensor, item=refuse, tolist=refuse, __bool__=refuse):
+            wrongness = judge(IDS)
+        assert wrongness.shape == (2,)
+
+
+def test_code_in_a_folder_is_not_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "evil.Config"}}')
+    (tmp_path / "evil.py").write_text("raise SystemExit('the checkpoint ran code')")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_judge(tmp_path)
+
+
+def test_a_folder_that_is_damaged(tmp_path):
+    model = scorer()
+
+    def refused(change, message: str) -> None:
+        folder = tmp_path / message.replace(" ", "_")
+        model.save_pretrained(folder)
+        change(folder)
+        with pytest.raises(ValueError, match="cannot be loaded") as caught:
+            load_judge(folder)
+        assert str(folder) in str(caught.value)
+
+    refused(lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "weights")
+    refused(lambda f: (f / "config.json").write_text('{"model_type": "bert", "hidden_size": "x"}'), "sizes")
+    refused(lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer")
+    folder = tmp_path / "fine"
+    model.save_pretrained(folder)
+    for device in ("banana", "cuda" if not torch.cuda.is_available() else "banana"):
+        with pytest.raises(ValueError, match=f"{folder} cannot be loaded"):
+            load_judge(folder, device=device)
+
+
+def test_the_length_that_a_model_really_takes(tmp_path):
+    config = transformers.RobertaConfig(**SMALL, num_labels=1)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    judge = load_judge(tmp_path)
+    assert judge.block_size == 10  # of 12, as its positions begin at 2
+    judge(torch.zeros(1, 10, dtype=torch.long))
+
+
+def test_a_cls_token_outside_the_vocabulary(tmp_path):
+    scorer(cls_token_id=400).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cls_token_id=400, outside its vocabulary of 40"):
+        load_judge(tmp_path)

@@ -112,8 +112,9 @@ def test_the_judge_is_not_a_part_of_the_loss():
     pipeline = pipeline_of(judge)
     assert list(pipeline.parameters()) == []
     assert pipeline.state_dict() == {}
-    pipeline.train()
-    assert not judge.training
+    judge.train()  # with the model that it is a part of, say
+    pipeline.modify_loss(torch.randn(2, 3, 9), torch.ones(2, 3, dtype=torch.long))
+    assert judge.modes == [(False, False)]
 
 
 def test_an_exponent_of_zero_does_not_ask(batch):

@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from lossmith.engine.raw import GROUP_OF, Needs, raw_dtype, raw_names
+from lossmith.engine.raw_stats import RawStats
 
 # A gap this wide leaves nothing of the smaller side, in any dtype; +-inf would make 0 * inf.
 _WIDE = 1e4
-
-# Computes groups of raw statistics: (of the logits over the temperature, of the logits as they are).
-Fetch = Callable[[Needs, "Needs | None"], "tuple[dict[str, Tensor], dict[str, Tensor] | None]"]
 
 
 class statistic:
@@ -39,86 +34,6 @@ class statistic:
     def __get__(self, owner: TokenStats, kind: type) -> Tensor:
         value = owner.__dict__[self.name] = self.function(owner)
         return value
-
-
-class RawStats:
-    """The raw statistics [N] of a batch of tokens, fetched when they are first read.
-
-    Two views of the same logits: 0, over the temperature, and 1, as they are. They are one
-    where there is no temperature. What is fetched together shares one pass.
-    """
-
-    def __init__(
-        self,
-        targets: Tensor,
-        fetch: Fetch,
-        *,
-        ignore_index: int = -100,
-        candidates: Tensor | None = None,
-        has_temperature: bool = False,
-        dtype: torch.dtype = torch.float32,
-        default_needs: Needs = Needs.CORE,
-    ) -> None:
-        self.targets = targets
-        self.ignore_index = ignore_index
-        self.candidates = candidates
-        self.has_temperature = has_temperature
-        self.dtype = dtype
-        self._fetch = fetch
-        self._default_needs = default_needs
-        self._values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-
-    def add(self, needs: Needs, needs_unscaled: Needs | None = None) -> None:
-        """Fetch what of these groups is not here yet, in one pass."""
-        missing, missing_unscaled = self._missing(0, needs), self._missing(1, needs_unscaled)
-        if missing is None and missing_unscaled is None:
-            return
-        fetched = self._fetch(missing or Needs.CORE, missing_unscaled)
-        for values, new in zip(self._values, fetched, strict=True):
-            values.update({name: v for name, v in (new or {}).items() if name not in values})
-
-    def _missing(self, view: int, needs: Needs | None) -> Needs | None:
-        names = () if needs is None else raw_names(needs)
-        groups = [GROUP_OF[name] for name in names if name not in self._values[view]]
-        return reduce(or_, groups) if groups else None
-
-    def read(self, view: int, name: str) -> Tensor:
-        """A raw statistic, flat; read unannounced, it brings the default groups along."""
-        if name not in self._values[view]:
-            needs = GROUP_OF[name] if self._values[0] else GROUP_OF[name] | self._default_needs
-            self.add(*((needs, None) if view == 0 else (Needs.CORE, needs)))
-        return self._values[view][name]
-
-    def needs_of(self, function: Callable[[TokenStats], Any]) -> tuple[Needs, Needs | None]:
-        """The groups of each view that ``function`` reads, found by running it on blank statistics."""
-        asked: list[Needs | None] = [None, None]
-
-        def blank(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
-            values = []
-            for view, group in enumerate((needs, needs_unscaled)):
-                if group is not None:
-                    asked[view] = group | (asked[view] or Needs.CORE)
-                values.append(
-                    None if group is None else {name: self._blank(name) for name in raw_names(group)}
-                )
-            return tuple(values)  # type: ignore[return-value]
-
-        record = RawStats(
-            self.targets,
-            blank,
-            ignore_index=self.ignore_index,
-            candidates=self.candidates,
-            has_temperature=self.has_temperature,
-            dtype=self.dtype,
-        )
-        with torch.no_grad():
-            function(TokenStats(record))
-        return asked[0] or Needs.CORE, asked[1]
-
-    def _blank(self, name: str) -> Tensor:
-        width = () if name != "candidate_logits" or self.candidates is None else self.candidates.shape[-1:]
-        dtype = raw_dtype(name, self.dtype)
-        return torch.zeros((self.targets.numel(), *width), dtype=dtype, device=self.targets.device)
 
 
 class TokenStats:
@@ -193,7 +108,7 @@ class TokenStats:
 
     def announce(self, function: Callable[[TokenStats], Any]) -> TokenStats:
         """Compute, in one pass, what ``function`` is going to read; returns self."""
-        self._raw.add(*self._raw.needs_of(lambda blank: function(blank.reshape(self._shape))))
+        self._raw.add(*self._raw.needs_of(lambda blank: function(TokenStats(blank, shape=self._shape))))
         return self
 
     @property
@@ -212,6 +127,11 @@ class TokenStats:
     def reshape(self, shape: torch.Size) -> TokenStats:
         """The same statistics with their tokens laid out as ``shape``."""
         return self._also(shape=shape)
+
+    def restrict(self, targets: Tensor, ignore_index: int) -> TokenStats:
+        """The same statistics, flat, as if only these ``targets`` [N] had been given: where one is
+        ``ignore_index`` nothing of the logits is left, and no gradient flows."""
+        return TokenStats(self._raw.restrict(targets, ignore_index))
 
     @property
     def targets(self) -> Tensor:

@@ -8,6 +8,8 @@ arithmetic is ``rows_native``'s where that takes the rows, and ``rows_torch``'s 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from lossmith.engine.blocks import Blocks, accumulation_dtype, grad_in_blocks, s
 from lossmith.engine.checks import check_ids
 from lossmith.engine.memory import fresh
 from lossmith.engine.raw import Needs, View, ignored_fill, raw_dtype, raw_names
-from lossmith.engine.stats import RawStats, TokenStats
+from lossmith.engine.raw_stats import RawStats
+from lossmith.engine.stats import TokenStats
 
 # Elements in a block: on a CPU two fp32 buffers of it stay in the last-level cache; elsewhere
 # launches are what a small block would cost, and this bounds the extra memory.
@@ -154,6 +157,10 @@ def row_grad_op(
         for divisor, group, values, given in zip((temperature, None), groups, known, upstream, strict=True)
         if _present(given)
     ]
+    # A row that nobody has a gradient for gets exactly 0, also where its logits are no numbers.
+    given = [gradient != 0 for view in views for gradient in view.grads.values()]
+    wanted = reduce(or_, (rows if rows.dim() == 1 else rows.any(-1) for rows in given))
+    targets = targets.reshape(-1).masked_fill(~wanted, ignore_index)
     if rows_native.takes(logits, softcap):
         shape = (targets.numel(), logits.shape[-1])
         result = fresh(shape, dtype=logits.dtype, device=logits.device, zero=False)

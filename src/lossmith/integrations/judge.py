@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import pickle
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 REMEDY = "pip install 'lossmith[train]'"
 WEIGHT_NAMES = ("model", "state_dict", "model_state_dict")
+TRIAL_LENGTH = 8
 LONGEST_REASON = 300  # characters of a library's message
 CONFIG_NAMES = ("config", "model_config", "model_args")
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
@@ -27,22 +27,24 @@ WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.comp
 class SequenceJudge(nn.Module):
     """A sequence classifier of one label, read as a judge: ids [B, L] -> wrongness [B] in [0, 1].
 
+    Args:
+        model: the classifier, a Hugging Face model; it is put into evaluation mode.
+        cls_token_id: the token that a sequence begins with, unless the model's configuration says.
+        block_size: the longest sequence, that token included; None for any.
+
     Attributes:
-        model: the classifier, a Hugging Face model.
-        cls_token_id: the token that a sequence begins with, or None.
-        block_size: the longest sequence, that token included.
         vocab_size: how many tokens it knows.
     """
 
-    def __init__(self, model: nn.Module, cls_token_id: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, cls_token_id: int | None = None, block_size: int | None = None
+    ) -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         config: Any = model.config
-        # Sequences come without padding; a model that looks for the last token before it must not find any.
-        config.pad_token_id = -1
         own = getattr(config, "cls_token_id", None)
         self.cls_token_id = cls_token_id if own is None else own
-        self.block_size: int | None = getattr(config, "max_position_embeddings", None)
+        self.block_size = block_size
         self.vocab_size: int = config.vocab_size
         self.eval()
 
@@ -50,7 +52,8 @@ class SequenceJudge(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if next(self.model.parameters()).device != ids.device:
             self.model.to(ids.device)
-        scores = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits  # [B, 1]
+        # No attention mask: there is no padding, and models look into a mask, which waits for the device.
+        scores = self.model(input_ids=ids).logits  # [B, 1]
         return scores.float().squeeze(-1).sigmoid()
 
 
@@ -77,10 +80,36 @@ def load_judge(checkpoint: str | Path, *, device: Any = None, dtype: Any = None)
             f"judge checkpoint {path} does not exist. Pass the folder of a trained sequence scorer"
         )
     model, cls_token_id = _from_folder(path) if path.is_dir() else _from_file(path)
-    model = model.to(_dtype(dtype, path))  # type: ignore[arg-type]
-    if device is not None and str(device) != "auto":
-        model = model.to(device)
-    return SequenceJudge(model, cls_token_id)
+    # A model that looks for the last token before the padding must not take a token for padding.
+    model.config.pad_token_id = -1  # type: ignore[union-attr]
+    model = model.requires_grad_(False).to(_dtype(dtype, path))
+    judge = SequenceJudge(model, cls_token_id=cls_token_id)
+    if judge.cls_token_id is not None and not 0 <= judge.cls_token_id < judge.vocab_size:
+        raise ValueError(
+            f"judge checkpoint {path} has cls_token_id={judge.cls_token_id}, outside its vocabulary of "
+            f"{judge.vocab_size}"
+        )
+    with _explained(path):
+        judge.block_size = _longest(judge)
+        if device is not None and str(device) != "auto":
+            judge = judge.to(device)
+    return judge
+
+
+def _longest(judge: SequenceJudge) -> int | None:
+    """The longest sequence that the model really takes, found by trying; None where it states no length."""
+    stated = getattr(judge.model.config, "max_position_embeddings", None) or 0
+    if stated <= 0:
+        judge(torch.zeros(1, TRIAL_LENGTH, dtype=torch.long))
+        return None
+    # Some architectures count positions from 2.
+    for length in (stated, stated - 2):
+        try:
+            judge(torch.zeros(1, length, dtype=torch.long))
+        except (IndexError, RuntimeError):  # past the end of a table of positions
+            continue
+        return length
+    raise ValueError(f"it takes neither {stated} tokens, which its configuration states, nor {stated - 2}")
 
 
 def _from_folder(path: Path) -> tuple[nn.Module, int | None]:
@@ -91,11 +120,15 @@ def _from_folder(path: Path) -> tuple[nn.Module, int | None]:
         hint = f"It holds checkpoints; pass {inside[-1]}" if inside else "Pass what save_pretrained wrote"
         raise ValueError(f"judge checkpoint {path} has no config.json. {hint}")
     with _explained(path):
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     _require_scorer(config, path)
     with _explained(path):
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     lacking = sorted(report["missing_keys"])
     if lacking:
@@ -110,7 +143,7 @@ def _explained(path: Path) -> Iterator[None]:
     """Errors of the libraries, with the checkpoint's name and at a readable length."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # the libraries' errors are many
         reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
         raise ValueError(f"judge checkpoint {path} cannot be loaded: {reason}") from error
 
@@ -133,7 +166,9 @@ def _cls_of_tokenizer(path: Path) -> int | None:
 
     if not (path / "tokenizer_config.json").is_file():
         return None
-    return AutoTokenizer.from_pretrained(path, local_files_only=True).cls_token_id
+    with _explained(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return tokenizer.cls_token_id
 
 
 def _from_file(path: Path) -> tuple[nn.Module, int | None]:
@@ -141,7 +176,7 @@ def _from_file(path: Path) -> tuple[nn.Module, int | None]:
 
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged file fails in many ways
         raise ValueError(
             f"judge checkpoint {path} cannot be read without running code from it, which is refused, or is "
             "damaged. Save it again as torch.save({'model': model.state_dict(), "
@@ -173,8 +208,8 @@ def _some(names: Iterable[str]) -> str:
 
 def _unwrapped(name: str) -> str:
     """A parameter's name without what wrappers of the model put before it."""
-    for wrapper in WRAPPERS:
-        name = name.removeprefix(wrapper)
+    while name.startswith(WRAPPERS):
+        name = name.split(".", 1)[1]
     return name
 
 

@@ -26,6 +26,9 @@ class ModelMode(Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> ModelMode:
+        for mode in cls:
+            if isinstance(value, str) and value.lower() == mode.value:
+                return mode
         known = ", ".join(repr(mode.value) for mode in cls)
         raise ValueError(f"model_mode must be one of {known}, or a ModelMode; got {value!r}")
 
@@ -39,6 +42,7 @@ class BaseLossModifier(nn.Module, ABC):
     Attributes:
         enabled: whether the pipeline applies it; may be changed at any time.
         config: the mapping that it was made from.
+        name: what it is called in metrics and messages; its class's name.
         _metrics: numbers, or tensors of one element, to be shown by the last call.
 
     Example:
@@ -57,15 +61,13 @@ class BaseLossModifier(nn.Module, ABC):
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.config = {} if config is None else config
+        self.name = type(self).__name__
+        if not isinstance(self.config, Mapping):
+            raise TypeError(f"{self.name}: config must be a mapping; got {type(config).__name__}")
         self.enabled = self.config.get("enabled", True)
         if not isinstance(self.enabled, bool):
             raise TypeError(f"{self.name}: enabled expects True or False; got {self.enabled!r}")
         self._metrics: Mapping[str, Any] = {}
-
-    @property
-    def name(self) -> str:
-        """What the modifier is called in metrics: its class's name."""
-        return type(self).__name__
 
     def supports_mode(self, mode: ModelMode) -> bool:
         """Whether the modifier means something for such a model; the pipeline passes over it otherwise."""

@@ -13,7 +13,7 @@ from lossmith.modifiers.entropy import EntropyModifier
 from lossmith.modifiers.judge import Judge, SequenceScoringJudgeWeightModifier
 from lossmith.modifiers.mask_ratio import MaskRatioWeightModifier
 from lossmith.modifiers.metrics_collector import MetricsCollectorModifier
-from lossmith.modifiers.pipeline import LossModifierPipeline
+from lossmith.modifiers.pipeline import AutoReduction, LossModifierPipeline
 from lossmith.modifiers.sequence_correlation import SequenceScorerCorrelationModifier
 from lossmith.modifiers.sequence_variance import SequenceScorerVarianceModifier
 from lossmith.modifiers.target_smoothing import TargetSmoothingModifier
@@ -30,6 +30,9 @@ MODIFIERS: tuple[type[ConfiguredModifier], ...] = (
     SequenceScorerCorrelationModifier,
     MetricsCollectorModifier,
 )
+PREFIXES = ("loss_modifiers_", *(modifier.prefix for modifier in MODIFIERS))
+# What of the rest of a training configuration is the judge's too.
+JUDGE_KEYS = ("device", "dtype")
 # A key this close to one of ours was meant to be it, whatever else the configuration holds.
 SURELY_MEANT = 0.87
 
@@ -62,7 +65,8 @@ def create_loss_modifier_pipeline(
     config: Any,
     *,
     base: Objective | None = None,
-    model_mode: ModelMode | str = ModelMode.LANGUAGE_MODEL,
+    model_mode: ModelMode | str | None = None,
+    reduction: AutoReduction = "auto",
     judge: Judge | None = None,
 ) -> LossModifierPipeline:
     """The pipeline that flat keys describe: ``entropy_modifier_enabled``, ``target_smoothing_factor`` ...
@@ -71,7 +75,7 @@ def create_loss_modifier_pipeline(
         config: a mapping, a dataclass, a namespace or an OmegaConf config. It may hold other keys, of
             which ``device`` and ``dtype`` are the judge's too. ``None`` stands for the default.
         base: the objective that is modified; plain cross-entropy if not given.
-        model_mode: what the model predicts.
+        model_mode, reduction: see :class:`lossmith.LossModifierPipeline`.
         judge: used in place of the checkpoint ``judge_weight_checkpoint``.
 
     Returns:
@@ -91,7 +95,7 @@ def create_loss_modifier_pipeline(
     """
     values = {name: value for name, value in _items(config).items() if value is not None}
     _refuse_unknown(values)
-    pipeline = LossModifierPipeline(base=base, model_mode=model_mode)
+    pipeline = LossModifierPipeline(base=base, model_mode=model_mode, reduction=reduction)
     is_on = _switch(values, MASTER)
     for modifier in MODIFIERS:
         own = _own(modifier, values)
@@ -99,39 +103,51 @@ def create_loss_modifier_pipeline(
         if not (_switch(values, modifier.enabled_key) and is_on):
             continue
         if modifier is SequenceScoringJudgeWeightModifier:
-            own |= {"judge": judge, "device": values.get("device"), "dtype": values.get("dtype")}
+            own |= {"judge": judge, **{name: values.get(name) for name in JUDGE_KEYS}}
         pipeline.add_modifier(modifier(own))
     return pipeline
 
 
 def _items(config: Any) -> dict[str, Any]:
-    """The keys and values of whatever holds them."""
+    """The names in whatever holds them, with the values of those that are ours, or could be."""
     if isinstance(config, Mapping):
-        return {str(name): value for name, value in config.items()}
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
-    if hasattr(config, "__dict__") and not isinstance(config, type):
-        return dict(vars(config))
-    raise TypeError(
-        "config must be a mapping, a dataclass, a namespace or an OmegaConf config; "
-        f"got {type(config).__name__}"
-    )
+        names, read = list(config), config.__getitem__
+    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+        names, read = [spec.name for spec in dataclasses.fields(config)], config.__getattribute__
+    elif hasattr(config, "__dict__") and not isinstance(config, type):
+        declared = [name for name in (*KEYS, *ALIASES, *JUDGE_KEYS) if hasattr(config, name)]
+        names, read = [*vars(config), *declared], config.__getattribute__  # also those of its class
+    else:
+        raise TypeError(
+            "config must be a mapping, a dataclass, a namespace or an OmegaConf config; "
+            f"got {type(config).__name__}"
+        )
+    ours = {*KEYS, *ALIASES, *JUDGE_KEYS}
+    return {str(name): read(name) if name in ours else True for name in names}
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
-    prefixes = ("loss_modifiers_", *(modifier.prefix for modifier in MODIFIERS))
     known = [*KEYS, *ALIASES]
-    for name in values:
-        if name in known:
-            continue
-        switch = name.removesuffix("_enabled")
-        is_switch = switch != name and any(prefix.startswith(switch) for prefix in prefixes)
-        if (
-            is_switch
-            or name.startswith(prefixes)
-            or difflib.get_close_matches(name, known, n=1, cutoff=SURELY_MEANT)
-        ):
+    unknown = [name for name in values if name not in known and name not in JUDGE_KEYS]
+    # Next to keys of other things, such a name may be one of those; alone it is a mistake.
+    are_all_ours = all(_looks_like_ours(name) for name in unknown)
+    for name in unknown:
+        is_close = difflib.get_close_matches(name, known, n=1, cutoff=SURELY_MEANT)
+        if is_close or name.startswith(PREFIXES) or _is_switch(name) or are_all_ours:
             raise ValueError(unknown_option("the loss modifiers' configuration", name, known))
+
+
+def _is_switch(name: str) -> bool:
+    """`entropy_enabled` for `entropy_modifier_enabled`, and the like."""
+    switch = name.removesuffix("_enabled")
+    return switch != name and any(prefix.startswith(switch) for prefix in PREFIXES)
+
+
+def _looks_like_ours(name: str) -> bool:
+    """Whether it begins and ends like one of our keys: `entropy_weight`."""
+    words = name.split("_")
+    keys = [key.split("_") for key in (*KEYS, *ALIASES)]
+    return any(words[0] == key[0] and (words[-1] == key[-1] or len(words) < 3) for key in keys)
 
 
 def _switch(values: Mapping[str, Any], key: str) -> bool:

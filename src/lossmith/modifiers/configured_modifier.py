@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lossmith.metrics import Source
+from lossmith.metrics import Metrics, Source
 from lossmith.modifiers.base import BaseLossModifier
 from lossmith.options import read_options
 
@@ -59,7 +59,7 @@ class ConfiguredModifier(BaseLossModifier):
         self._metrics = {n: v() if compiling and callable(v) else v for n, v in metrics.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_metrics": {}}  # what is uncomputed cannot be pickled
+        return {**self.__dict__, "_metrics": Metrics(self._metrics).to_dict()}  # computed, to be pickled
 
     def extra_repr(self) -> str:
         shown = {"enabled": self.enabled, **asdict(self.settings)}

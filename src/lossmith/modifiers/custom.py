@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,8 +48,12 @@ class CustomModifiers:
         return output
 
     def _answer(self, position: int, modifier: BaseLossModifier, output: LossOutput) -> Tensor | PerPosition:
-        arguments = self.arguments(position, output)
+        arguments = _accepted(modifier, self.arguments(position, output))
         answer = modifier.modify_loss(self.logits, self.targets, output.total, **arguments)
+        modifier._metrics = {
+            name: value.detach() if isinstance(value, Tensor) else value  # not the whole graph until the next
+            for name, value in modifier._metrics.items()
+        }
         if isinstance(answer, Mapping):
             per_position = answer.get("per_position_loss")
             if isinstance(per_position, Tensor):
@@ -73,6 +78,15 @@ class PerPosition:
     """An answer that takes the place of the per-position loss, [..., T]."""
 
     loss: Tensor
+
+
+def _accepted(modifier: BaseLossModifier, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the modifier's own signature takes."""
+    parameters = inspect.signature(modifier.modify_loss).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(arguments)
+    taken = {parameter.name for parameter in parameters}
+    return {name: value for name, value in arguments.items() if name in taken}
 
 
 def _shaped(loss: Tensor, targets: Tensor, modifier: BaseLossModifier) -> Tensor:

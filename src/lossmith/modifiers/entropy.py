@@ -140,5 +140,6 @@ class EntropyModifier(TokenModifier):
     def record(self, measured: Measured, losses: SampleLosses) -> None:
         super().record(measured, losses)
         assert isinstance(measured, EntropyMeasured)
-        if measured.report is not None and measured.weights is not None:
+        is_told = measured.report is not None and not torch.compiler.is_compiling()
+        if is_told and measured.report is not None and measured.weights is not None:
             logger.info("%s", measured.report.with_outcome(measured.weights, self.get_metrics()))

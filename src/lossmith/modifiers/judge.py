@@ -83,14 +83,17 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
         given = dict(config or {})
         judge, device, dtype = given.pop("judge", None), given.pop("device", None), given.pop("dtype", None)
         super().__init__(given)
-        if judge is None and self.enabled:
-            judge = self._load(device, dtype)
-        if isinstance(judge, nn.Module):
-            judge.eval()
+        self._place = {"device": device, "dtype": dtype}
         # Not a submodule: the judge is neither trained nor saved with the loss.
         object.__setattr__(self, "judge", judge)
+        if judge is None and self.enabled:
+            self._load()
 
-    def _load(self, device: Any, dtype: Any) -> Judge:
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return state | {"judge": None} if self.settings.checkpoint else state
+
+    def _load(self) -> None:
         if not self.settings.checkpoint:
             raise ValueError(
                 f"{self.name} needs a judge: pass checkpoint (in a flat configuration "
@@ -98,7 +101,8 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
             )
         # Reading checkpoints takes Hugging Face's transformers, which the core does not depend on.
         integration = import_module("lossmith.integrations.judge")
-        return integration.load_judge(self.settings.checkpoint, device=device, dtype=dtype)
+        judge = integration.load_judge(self.settings.checkpoint, **self._place)
+        object.__setattr__(self, "judge", judge)
 
     def supports_mode(self, mode: ModelMode) -> bool:
         return mode is ModelMode.LANGUAGE_MODEL
@@ -115,6 +119,8 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
         if not self.weighs:
             return lambda stats: Measured()  # and not a random number is drawn
         s = self.settings
+        if self.judge is None:  # it was disabled, or is a copy
+            self._load()
         self._check_vocabulary(batch)
         wrongness = self._wrongness(self._sequences(batch, draw())).to(batch.scale.dtype)
         expected = expected_wrongness(mask_ratio(batch)).clamp(min=s.eps)
@@ -162,6 +168,8 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
         if cls_token_id is not None:
             ids = torch.cat([ids.new_full((len(ids), 1), cls_token_id), ids], -1)
         block_size = getattr(self.judge, "block_size", None)
+        if isinstance(self.judge, nn.Module) and self.judge.training:
+            self.judge.eval()
         wrongness = self.judge(ids[:, :block_size])
         if not isinstance(wrongness, Tensor):
             raise TypeError(

@@ -57,7 +57,7 @@ class MetricsCollectorModifier(TokenModifier):
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         super().__init__(config)
         self.register_buffer("error_ema", torch.zeros(()))
-        self.register_buffer("num_batches", torch.zeros(()))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
 
     def supports_mode(self, mode: ModelMode) -> bool:
         return True
@@ -88,18 +88,23 @@ class MetricsCollectorModifier(TokenModifier):
         """Record the errors of a sequence scorer: detached [B] and [B], where ``where``."""
         error = (predictions - targets).abs()
         relative = masked_mean(error / targets.abs().clamp(min=self.settings.eps), where)
-        decay = self.settings.ema_decay
-        self.num_batches = self.num_batches.to(relative.device) + 1
-        self.error_ema = self.error_ema.to(relative) * decay + relative * (1 - decay)
+        if torch.is_grad_enabled():  # an evaluation is no part of the running average
+            self._take_in(relative, where.any() & torch.isfinite(relative))
         # the average of a few batches weighs the zero that it started from
-        started = 1 - decay**self.num_batches
+        started = 1 - self.settings.ema_decay ** self.num_batches.clamp(min=1)
         self._metrics = {
             "mean_absolute_error": masked_mean(error, where),
             "mean_absolute_relative_error": relative,
             "mean_absolute_relative_error_ema": self.error_ema / started,
         }
 
+    def _take_in(self, error: Tensor, counts: Tensor) -> None:
+        decay = self.settings.ema_decay
+        average = self.error_ema.to(error)
+        self.error_ema = torch.where(counts, average * decay + error * (1 - decay), average)
+        self.num_batches = self.num_batches.to(error.device) + counts
+
     def reset_metrics(self) -> None:
         super().reset_metrics()
-        self.error_ema.zero_()
-        self.num_batches.zero_()
+        self.error_ema = torch.zeros_like(self.error_ema)
+        self.num_batches = torch.zeros_like(self.num_batches)

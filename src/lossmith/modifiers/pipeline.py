@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -39,7 +40,8 @@ class LossModifierPipeline(WrappedObjective):
     Args:
         modifiers: the modifiers.
         base: the objective that is modified; plain cross-entropy if not given.
-        model_mode: what the model predicts.
+        model_mode: what the model predicts; if not given, it shows from the batch: a prediction and a target
+            a sequence are a SEQUENCE_SCORER's, anything else a LANGUAGE_MODEL's.
         reduction: ``auto`` is ``sequence_mean`` where a modifier weighs samples, and the base
             objective's own elsewhere; or any of :class:`lossmith.Objective`.
 
@@ -64,7 +66,7 @@ class LossModifierPipeline(WrappedObjective):
         modifiers: Iterable[BaseLossModifier] = (),
         *,
         base: Objective | None = None,
-        model_mode: ModelMode | str = ModelMode.LANGUAGE_MODEL,
+        model_mode: ModelMode | str | None = None,
         reduction: AutoReduction = "auto",
     ) -> None:
         if base is None:
@@ -75,7 +77,7 @@ class LossModifierPipeline(WrappedObjective):
             check_reduction(reduction)
         super().__init__(base)
         self.modifiers = nn.ModuleList()
-        self.model_mode = ModelMode(model_mode)
+        self.model_mode = None if model_mode is None else ModelMode(model_mode)
         self.auto_reduction: AutoReduction = reduction
         self._is_disabled = False
         for modifier in modifiers:
@@ -133,6 +135,10 @@ class LossModifierPipeline(WrappedObjective):
             number = names.count(modifier.name)
             label = modifier.name if number == 1 else f"{modifier.name}_{number}"
             found = modifier.get_metrics()
+            if not isinstance(found, Mapping):
+                raise TypeError(
+                    f"{modifier.name}.get_metrics must return a mapping; got {type(found).__name__}"
+                )
             metrics = found if isinstance(found, Metrics) else Metrics(found)
             everything |= metrics.prefixed(f"{label}.")
         return everything.to_dict()
@@ -171,10 +177,10 @@ class LossModifierPipeline(WrappedObjective):
             logits: [..., T, V]; of a sequence scorer the predictions [B] in [0, 1].
             targets: [..., T] ids, or [B] numbers of a sequence scorer.
             loss: the reduced loss so far.
-            model_mode: what the model predicts; without it SEQUENCE_SCORER where the targets are
-                floating point or shaped like the logits, and the pipeline's own elsewhere.
+            model_mode: what the model predicts, in place of the pipeline's.
             mask, attention_mask: [..., T] bool or integers, 0 where a target does not count.
-            per_position_loss: [..., T] the loss of each position, in place of the base objective's.
+            per_position_loss: [..., T] the loss of each position, in place of the base objective's
+                (what that makes of it, say by a focal weight, or adds to it, stays).
             ignore_index: the target id of positions without one; the base objective's (-100) if not given.
             stats: :func:`lossmith.token_stats` of these logits at these targets, if they are here already.
             denominator, num_items_in_batch: supervised tokens (samples, where samples are weighed) over
@@ -188,7 +194,9 @@ class LossModifierPipeline(WrappedObjective):
         """
         mode = self._mode(model_mode, logits, targets)
         self._check_inputs(inputs)
-        if loss is not None and not self._enabled(mode):
+        if loss is not None and not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a tensor; got {type(loss).__name__}")
+        if loss is not None and not self._enabled(mode) and not inputs.get("scalars"):
             return loss
         return self._evaluate(
             logits,
@@ -210,10 +218,16 @@ class LossModifierPipeline(WrappedObjective):
         targets: Tensor,
         *,
         model_mode: ModelMode | str | None = None,
+        mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        denominator: Denominator | None = None,
+        num_items_in_batch: Denominator | None = None,
         **inputs: Any,
     ) -> LossOutput:
         """The loss with its parts and metrics; the arguments are those of :meth:`modify_loss`."""
         self._check_inputs(inputs)
+        inputs["mask"] = either("mask", mask, "attention_mask", attention_mask)
+        inputs["denominator"] = either("denominator", denominator, "num_items_in_batch", num_items_in_batch)
         return self._evaluate(logits, targets, mode=self._mode(model_mode, logits, targets), **inputs)
 
     def count(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes more)
@@ -262,6 +276,9 @@ class LossModifierPipeline(WrappedObjective):
         **inputs: Any,
     ) -> LossOutput:
         active = self._enabled(mode)
+        for modifier in self.modifiers:
+            if modifier not in active:
+                vars(modifier)["_metrics"] = {}  # of a batch that is no longer the last
         resolved = self._reduction(reduction, active)
         ignored = self.ignore_index if ignore_index is None else ignore_index
         of_batch = {name: inputs.get(name) for name in ("input_ids", "segment_ids")}
@@ -295,19 +312,21 @@ class LossModifierPipeline(WrappedObjective):
             batch,
             stats_of,
             per_position_loss,
-            lambda: sample_ids(logits, softcap=self.base.softcap).reshape(-1),
+            lambda: sample_ids(logits, softcap=self.base.sweep_options.softcap).reshape(-1),
+            denominator is not None or resolved not in ("sum", "none"),
             {"scalars": scalars, "per_token": resolved == "none"},
-            inputs,
+            {"attention_mask": mask, **inputs},
         )
         return run.finish(logits, targets, loss, for_custom)
 
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 
     def _mode(self, asked: ModelMode | str | None, logits: Tensor | None, targets: Tensor) -> ModelMode:
-        if asked is not None:
-            return ModelMode(asked)
-        are_scores = targets.is_floating_point() or (logits is not None and logits.shape == targets.shape)
-        return ModelMode.SEQUENCE_SCORER if are_scores else self.model_mode
+        if asked is not None or self.model_mode is not None:
+            return ModelMode(self.model_mode if asked is None else asked)
+        are_flat = targets.dim() <= 1 and (logits is None or logits.dim() == 1 or logits.shape[-1] == 1)
+        is_scored = targets.is_floating_point() or (logits is not None and logits.shape == targets.shape)
+        return ModelMode.SEQUENCE_SCORER if are_flat and is_scored else ModelMode.LANGUAGE_MODEL
 
     def _reduction(self, asked: AutoReduction, active: Sequence[BaseLossModifier]) -> Reduction:
         if asked == "auto":
@@ -319,16 +338,21 @@ class LossModifierPipeline(WrappedObjective):
         weighs = any(isinstance(m, TokenModifier) and m.weighs for m in active)
         return "sequence_mean" if weighs and own in ("mean", "token_mean") else own
 
-    def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Custom modifiers may take anything; without one an unknown name is a mistake."""
-        if all(isinstance(m, TokenModifier | ScorerModifier) for m in self.modifiers):
-            self.base.check_inputs(inputs, more=(*OWN_INPUTS, *PIPELINE_INPUTS))
+    def _check_inputs(self, inputs: Iterable[str]) -> None:
+        """Custom modifiers may take anything but what is nearly a name of ours; without one an unknown name
+        is a mistake."""
+        ours = (*OWN_INPUTS, *PIPELINE_INPUTS)
+        if any(not isinstance(m, TokenModifier | ScorerModifier) for m in self.modifiers):
+            known = (*ours, *self.base.input_names)
+            inputs = [n for n in inputs if n in known or difflib.get_close_matches(n, known, 1, NEARLY)]
+        self.base.check_inputs(inputs, more=ours)
 
 
 def _cross_entropy(stats: TokenStats, batch: TokenBatch) -> Tensor:
     return cross_entropy(stats, batch.target_weight)
 
 
+NEARLY = 0.85
 PIPELINE_INPUTS = ("loss", "model_mode", "per_position_loss", "ignore_index", "reduction")
 
 

@@ -38,13 +38,18 @@ class ScoreBatch:
             raise TypeError(
                 f"a sequence scorer's predictions must be floating point; got {self.predictions.dtype}"
             )
-        if self.predictions.numel() != self.targets.numel() or not self.targets.numel():
+        fits = self.predictions.shape in (self.targets.shape, (*self.targets.shape, 1))
+        if not fits or self.targets.dim() > 1 or not self.targets.numel():
             raise ValueError(
                 "a sequence scorer has one prediction and one target a sequence, [B] and [B], at least one; "
                 f"got {list(self.predictions.shape)} and {list(self.targets.shape)}"
             )
-        if self.mask is not None and self.mask.numel() != self.targets.numel():
+        if self.mask is not None and self.mask.shape != self.targets.shape:
             raise ValueError(f"mask must be [B] = {list(self.targets.shape)}; got {list(self.mask.shape)}")
+        if self.mask is not None and self.mask.is_floating_point():
+            raise TypeError(
+                f"mask must be bool or integer, 0 where a sequence does not count; got {self.mask.dtype}"
+            )
 
     @property
     def valid(self) -> Tensor:
@@ -70,9 +75,9 @@ class ScoreBatch:
         return shares.reshape(self.targets.shape) if self.reduction == "none" else shares.sum()
 
     def squared_errors(self) -> Tensor:
-        """[B] squared errors."""
+        """[B] squared errors; 0 where a sequence does not count, whatever stands there."""
         predictions, targets = self.flat()
-        return (predictions - targets).square()
+        return torch.where(self.valid, predictions - targets, 0.0).square()
 
 
 def evaluate_scores(
@@ -99,13 +104,13 @@ def evaluate_scores(
     for modifier in modifiers:
         if isinstance(modifier, ScorerModifier):
             factor, metrics = modifier.factor(predictions, targets, batch.valid)
-            modifier.record(factor, metrics, unmodified.detach())
-            product = product * factor.detach().to(unmodified.dtype)
+            modifier.record(factor, metrics, unmodified.detach().mean())
+            product = product * factor.detach()
         elif isinstance(modifier, MetricsCollectorModifier):
             modifier.observe_scores(predictions, targets, batch.valid)
 
     def output(name: str, of: Tensor) -> LossOutput:
-        total = of * product if isinstance(product, Tensor) else of
+        total = (of * product).to(of.dtype) if isinstance(product, Tensor) else of
         num_scores, nothing = batch.valid.sum(), torch.zeros(0, device=of.device)
         return LossOutput(total, {name: total}, num_scores, None, None, nothing, Metrics({"loss": total.sum}))
 

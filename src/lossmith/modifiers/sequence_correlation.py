@@ -93,9 +93,12 @@ class SequenceScorerCorrelationModifier(ScorerModifier):
         """Pearson's c, 0 where predictions are constant, and whether there is anything to rank."""
         scope, eps = self.settings.stats_scope, self.settings.eps
         x = predictions - masked_mean(predictions, where, scope)
-        y = targets - masked_mean(targets, where, scope)
+        mean = masked_mean(targets, where, scope)
+        y = targets - mean
         xy, xx, yy = (masked_mean(product, where, scope) for product in (x * y, x * x, y * y))
         count = sum_over_ranks(where.sum(), scope)
-        is_defined = (count > 1) & (yy.sqrt() > eps)
+        # the mean of equal numbers may be a rounding error away from them
+        rounding = 8 * torch.finfo(targets.dtype).eps * mean.abs()
+        is_defined = (count > 1) & (yy.sqrt() > eps + rounding)
         c = xy / (xx.sqrt().clamp(min=eps) * yy.sqrt().clamp(min=eps))
         return torch.where(is_defined, c.clamp(-1, 1), 0.0), is_defined

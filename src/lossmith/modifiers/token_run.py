@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput, PerToken, StatsOf, evaluate
+from lossmith.equation import LossOutput, PerToken, StatsOf, evaluate, with_parts
 from lossmith.modifiers.base import BaseLossModifier
 from lossmith.modifiers.custom import CustomModifiers
 from lossmith.modifiers.token_modifier import Measure, Measured, SampleLosses, TokenModifier
@@ -30,6 +30,7 @@ class TokenRun:
         batch, stats_of: the bound batch; its statistics are computed once.
         given_loss: [..., T] the caller's per-position loss, in place of the objective's own.
         draw: -> [N] ids drawn from the model's distribution.
+        is_mean: whether losses are divided by anything.
         options: further arguments of :func:`lossmith.equation.evaluate`.
         inputs: what else the objective was given.
     """
@@ -40,6 +41,7 @@ class TokenRun:
     stats_of: StatsOf
     given_loss: Tensor | None
     draw: Callable[[], Tensor]
+    is_mean: bool
     options: Mapping[str, Any]
     inputs: Mapping[str, Any]
     replaced: dict[int, Tensor] = field(default_factory=dict)  # by the custom modifier at this position
@@ -92,7 +94,8 @@ class TokenRun:
         with torch.set_grad_enabled(torch.is_grad_enabled() and (bool(custom) or not stays)):
             output = self._evaluate()
         if stays and loss is not None:
-            output = replace(output, total=loss, parts={"loss": loss})
+            scalars = {name: part for name, part in output.parts.items() if name in self._scalars()}
+            output = with_parts(replace(output, total=loss, parts={"loss": loss}), scalars)
         output = CustomModifiers(
             custom,
             logits,
@@ -106,6 +109,9 @@ class TokenRun:
         ).apply(output)
         self._record(output)
         return output
+
+    def _scalars(self) -> Mapping[str, Tensor]:
+        return self.options.get("scalars") or {}
 
     def _put(self, position: int, loss: Tensor) -> LossOutput:
         """The objective with the loss that the custom modifier at this position made of each token."""
@@ -124,6 +130,7 @@ class TokenRun:
             self.stats_of,
             self.batch,
             weigh=self._weigh,
+            reads=self.base.reads,
             **self.options,
         )
         stats = output.stats
@@ -137,12 +144,12 @@ class TokenRun:
         if not self._measures:
             return None
         self._measured = {modifier: measure(stats) for modifier, measure in self._measures.items()}
-        self._token_losses = (
-            self._unmodified(stats, batch).detach() * batch.scale,
-            self.token_loss()(stats, batch).detach() * batch.scale,
-        )
+        losses = (self._unmodified(stats, batch).detach(), self.token_loss()(stats, batch).detach())
+        before, after = (torch.where(batch.scale == 0, 0.0, loss * batch.scale) for loss in losses)
+        self._token_losses = (before, after)
         product = None
-        for measured in self._measured.values():
+        # in an order of their own, so that the last digit does not depend on that of the list
+        for _, measured in sorted(self._measured.items(), key=lambda found: found[0].name):
             if measured.weight is not None:
                 product = measured.weight if product is None else product * measured.weight
         return None if product is None else batch.spread(product.to(batch.scale.dtype))
@@ -151,9 +158,10 @@ class TokenRun:
         """Let every modifier keep its metrics."""
         if self._token_losses is None:
             return
-        # of this batch alone, also where it is a part of a larger one
-        share = torch.as_tensor(self.batch.share, device=output.contributions.device)
-        share = torch.where(share == 0, 1.0, share)
-        rows = [self.batch.rows(v).sum(-1) / share for v in (*self._token_losses, output.contributions)]
+        # means of this batch alone, also where it is a part of a larger one, or its losses are summed
+        divisor = self.batch.share if self.is_mean else self.batch.count
+        divisor = torch.as_tensor(divisor, device=output.contributions.device)
+        divisor = torch.where(divisor == 0, 1.0, divisor)
+        rows = [self.batch.rows(v).sum(-1) / divisor for v in (*self._token_losses, output.contributions)]
         for modifier, measured in self._measured.items():
             modifier.record(measured, SampleLosses(*rows))

@@ -13,6 +13,7 @@ from lossmith.equation import PerToken, Term
 from lossmith.objective import Objective
 from lossmith.options import strict_options
 from lossmith.reduction import Empty, Reduction
+from lossmith.temperature import AdaptiveTemperature
 from lossmith.terms.confidence import confidence_penalty as negative_entropy
 from lossmith.terms.cross_entropy import SmoothingMode, check_smoothing, cross_entropy, smooth
 from lossmith.terms.focal import focal
@@ -51,7 +52,7 @@ class CrossEntropyLoss(Objective):
         smoothing_mode: SmoothingMode = "uniform",
         special_tokens: Sequence[int] = (),
         class_weight: Tensor | None = None,
-        temperature: float = 1.0,
+        temperature: float | Tensor | AdaptiveTemperature = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
         focal_gamma: float = 0.0,
@@ -114,5 +115,6 @@ class CrossEntropyLoss(Objective):
 
     def extra_repr(self) -> str:
         shown = ("label_smoothing", "temperature", "softcap", "z_loss", "focal_gamma", "confidence_penalty")
-        changed = [f"{n}={getattr(self, n)}" for n in shown if getattr(self, n) not in (None, 0.0, 1.0)]
+        values = {name: getattr(self, name) for name in shown}
+        changed = [f"{n}={v}" for n, v in values.items() if isinstance(v, int | float) and v not in (0, 1)]
         return ", ".join([f"reduction={self.reduction!r}", *changed])

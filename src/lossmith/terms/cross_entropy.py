@@ -57,8 +57,10 @@ def smooth(
         total, classes = total - torch.where(own.isinf(), 0.0, own), classes - 1
     eps: float | Tensor = label_smoothing
     if special_tokens:
-        special = torch.tensor(list(special_tokens), device=batch.targets.device)
-        eps = label_smoothing * (~torch.isin(batch.targets, special)).to(loss.dtype)
+        is_special = torch.zeros_like(batch.valid)
+        for token in special_tokens:  # a tensor of them would be copied to the device in every step
+            is_special = is_special | (batch.targets == token)
+        eps = label_smoothing * (~is_special).to(loss.dtype)
     return (1 - eps) * loss + eps * total / classes.clamp(min=1)
 
 

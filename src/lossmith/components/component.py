@@ -1,0 +1,86 @@
+"""``Component``: one part of a composed objective; subclass it to add your own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lossmith.engine.stats import TokenStats
+from lossmith.equation import LossOutput, Term
+
+
+class Component(nn.Module):
+    """One part of a :class:`lossmith.ComposedLoss`: override one of the three methods.
+
+    Attributes:
+        required: names of the inputs without which it raises.
+        optional: names of the inputs that it uses when they are given.
+        per_position: those of them that belong to a position each, [..., T]; a term finds them
+            flat, [N], in ``batch.features``.
+
+    Example:
+        >>> import torch, lossmith
+        >>> class ShortText(lossmith.Component):
+        ...     required = ("lengths",)
+        ...     def scalar(self, inputs, output):
+        ...         return inputs["lengths"].float().mean()
+        >>> criterion = lossmith.ComposedLoss(
+        ...     lossmith.CrossEntropyLoss(), components={"short": lossmith.Weighted(ShortText(), 0.1)}
+        ... )
+        >>> logits, targets = torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.long)
+        >>> loss = criterion(logits, targets, lengths=torch.tensor([3.0, 5.0]), return_detailed=True)
+        >>> round(loss["short"].item(), 4)
+        0.4
+    """
+
+    required: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
+    per_position: ClassVar[tuple[str, ...]] = ()
+
+    def term(self) -> Term | None:
+        """A per-token term on the model's statistics, summed over tokens with all others. Its name is the
+        component's in the composition, whatever it says."""
+        return None
+
+    def reads(self, stats: TokenStats) -> None:
+        """Read what the other methods are going to read of ``output.stats``, so that it is computed in the
+        one pass."""
+
+    def scalar(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor | None:
+        """A number made of other tensors, for example a mean over the batch. Where a batch is split, it
+        counts for this part's share.
+
+        Args:
+            inputs: what the objective was given, by name.
+            output: what the per-token terms came to, with ``stats`` and ``batch``.
+        """
+        return None
+
+    def token_sum(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor | None:
+        """A sum over tokens, each times its ``output.batch.scale``: divided like the terms, and not again.
+
+        Args:
+            inputs, output: as for :meth:`scalar`.
+        """
+        return None
+
+
+class Weighted(nn.Module):
+    """A component and what it is multiplied by; 0 is as good as absent.
+
+    Args:
+        component: the component.
+        weight: its coefficient.
+    """
+
+    def __init__(self, component: Component, weight: float = 1.0) -> None:
+        super().__init__()
+        if not isinstance(component, Component):
+            raise TypeError(f"Weighted takes a lossmith.Component; got {type(component).__name__}")
+        self.component = component
+        self.weight = weight
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}"

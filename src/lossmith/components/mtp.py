@@ -1,0 +1,185 @@
+"""``MTP``: multi-token prediction, heads on the hidden states that look further ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lossmith.batch import TokenBatch
+from lossmith.components.component import Component
+from lossmith.engine.stats import TokenStats
+from lossmith.engine.sweep_options import SweepOptions
+from lossmith.equation import LossOutput
+from lossmith.terms.confidence_weight import (
+    SCORES,
+    check_confidence_weight,
+    confidence,
+    confidence_weight,
+)
+
+
+class MTP(Component):
+    """Cross-entropy of heads k = 1..K on hidden[t] that predict y[t+k], where the main loss has y[t].
+
+        1/K sum_k sum_t scale[t+k] w[t] nll_k[t]
+
+    with the main loss's own share of each target, so that what is masked there is masked here, and
+    nothing is predicted across rows or segments.
+
+    Args:
+        vocab_size: V.
+        hidden_size: D; not needed where the model has heads of its own and passes ``additional_logits``.
+        num_future_tokens: K.
+        shared_projection: one unembedding for all heads, each with a transform [D, D] of its own before
+            it: the model's if ``lm_head_weight`` is given, else one more matrix. Without it, K matrices.
+        adaptive: weigh each token by the confidence of the main prediction; see
+            :func:`lossmith.terms.confidence_weight.confidence_weight`.
+        threshold, weight_range: of that weight.
+
+    Inputs: ``hidden_states`` [B, T, D], or ``additional_logits``: K tensors [B, T, V] (or one [K, B, T, V]);
+    ``lm_head_weight`` [V, D]; ``confidence_scores`` [B, T].
+
+    Source: Gloeckle et al., Better & Faster Large Language Models via Multi-token Prediction, 2024.
+    """
+
+    optional = ("hidden_states", "additional_logits", "lm_head_weight", SCORES)
+    per_position = (SCORES,)
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int | None = None,
+        *,
+        num_future_tokens: int = 3,
+        shared_projection: bool = False,
+        adaptive: bool = False,
+        threshold: float = 0.7,
+        weight_range: tuple[float, float] = (0.5, 1.5),
+    ) -> None:
+        super().__init__()
+        if num_future_tokens < 1:
+            raise ValueError(f"num_future_tokens must be >= 1; got {num_future_tokens}")
+        check_confidence_weight(threshold, weight_range)
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        self.num_future_tokens = num_future_tokens
+        self.shared_projection = shared_projection
+        self.adaptive, self.threshold, self.weight_range = adaptive, threshold, weight_range
+        self.heads = nn.ModuleList()
+        self.unembedding: nn.Linear | None = None
+        if hidden_size is None:
+            return
+        if shared_projection:
+            self.heads.extend(nn.Linear(hidden_size, hidden_size) for _ in range(num_future_tokens))
+            self.unembedding = nn.Linear(hidden_size, vocab_size, bias=False)
+        else:
+            self.heads.extend(
+                nn.Linear(hidden_size, vocab_size, bias=False) for _ in range(num_future_tokens)
+            )
+
+    def reads(self, stats: TokenStats) -> None:
+        if self.adaptive:
+            _ = stats.unscaled.top_prob
+
+    def token_sum(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor:
+        batch, stats = output.batch, output.stats
+        assert batch is not None
+        assert stats is not None
+        weight = None
+        if self.adaptive:
+            certainty = confidence(stats.detach(), batch)
+            weight = confidence_weight(certainty, threshold=self.threshold, weight_range=self.weight_range)
+        total = torch.zeros((), dtype=batch.scale.dtype, device=batch.scale.device)
+        for ahead, logits in enumerate(self._logits(inputs, batch), start=1):
+            targets, scale = _further_ahead(batch, ahead)
+            nll = SweepOptions().stats(logits, targets, ignore_index=batch.ignore_index).compute("nll").nll
+            shares = torch.where(scale == 0, 0.0, nll * scale)
+            total = total + (shares if weight is None else shares * weight).sum()
+        return total / self.num_future_tokens
+
+    def _logits(self, inputs: Mapping[str, Any], batch: TokenBatch) -> Sequence[Tensor]:
+        """[N, V] of each head, made one at a time."""
+        given, hidden = inputs.get("additional_logits"), inputs.get("hidden_states")
+        if given is not None:
+            return [self._checked(logits, batch) for logits in self._of_model(given)]
+        if hidden is None or not self.heads:
+            raise ValueError(
+                "multi-token prediction needs hidden_states=[B, T, D] (and hidden_size=D when the loss is "
+                "made), or the logits of the model's own heads as additional_logits"
+            )
+        if hidden.shape[-1] != self.hidden_size or hidden[..., 0].numel() != len(batch.targets):
+            raise ValueError(
+                f"hidden_states must be [..., T, D] with D = hidden_size = {self.hidden_size} at the "
+                f"targets' positions {list(batch.shape)}; got {list(hidden.shape)}"
+            )
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return _Heads(self, flat, inputs.get("lm_head_weight"))
+
+    def _of_model(self, given: Any) -> list[Tensor]:
+        logits = list(given)
+        if len(logits) != self.num_future_tokens:
+            raise ValueError(
+                f"additional_logits must be the logits of num_future_tokens={self.num_future_tokens} heads; "
+                f"got {len(logits)}"
+            )
+        return logits
+
+    def _checked(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        if logits.shape[:-1] != batch.shape:
+            raise ValueError(
+                f"additional_logits must be [K, ..., T, V] at the targets' positions {list(batch.shape)}; "
+                f"got {list(logits.shape)} for a head"
+            )
+        return logits.reshape(-1, logits.shape[-1])
+
+    def project(self, head: int, hidden: Tensor, lm_head_weight: Tensor | None) -> Tensor:
+        """[N, V] logits of a head at hidden [N, D]."""
+        projected = self.heads[head](hidden.to(next(self.heads.parameters()).dtype))
+        if not self.shared_projection:
+            return projected
+        projected = projected + hidden  # near the identity, the model's own prediction
+        if lm_head_weight is not None:
+            return F.linear(projected.to(lm_head_weight.dtype), lm_head_weight)
+        assert self.unembedding is not None
+        return self.unembedding(projected)
+
+
+class _Heads(Sequence[Tensor]):
+    """The heads' logits, each made when it is its turn."""
+
+    def __init__(self, mtp: MTP, hidden: Tensor, lm_head_weight: Tensor | None) -> None:
+        self.mtp, self.hidden, self.lm_head_weight = mtp, hidden, lm_head_weight
+
+    def __len__(self) -> int:
+        return self.mtp.num_future_tokens
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= len(self):
+            raise IndexError(index)
+        return self.mtp.project(index, self.hidden, self.lm_head_weight)
+
+
+def _further_ahead(batch: TokenBatch, ahead: int) -> tuple[Tensor, Tensor]:
+    """Targets [N] and scales [N] of ``ahead`` positions further on in the row, within the segment."""
+    targets, scale = batch.rows(batch.targets), batch.rows(batch.scale)
+    valid = batch.rows(batch.valid)
+    if batch.segment_ids is not None:
+        segments = batch.rows(batch.segment_ids)
+        valid = valid & (segments == segments.roll(ahead, -1))  # of the position there and of the one here
+    moved = [_earlier(values, ahead, fill) for values, fill in ((targets, batch.ignore_index), (scale, 0.0))]
+    is_there = _earlier(valid, ahead, False)
+    return (
+        moved[0].masked_fill(~is_there, batch.ignore_index).reshape(-1),
+        moved[1].masked_fill(~is_there, 0.0).reshape(-1),
+    )
+
+
+def _earlier(values: Tensor, by: int, fill: float | bool) -> Tensor:
+    """values[:, t + by] at t, ``fill`` at the end."""
+    out = torch.full_like(values, fill)
+    if by < values.shape[-1]:
+        out[:, :-by] = values[:, by:]
+    return out

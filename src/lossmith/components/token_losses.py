@@ -1,0 +1,62 @@
+"""Per-token losses as components: focal, z-loss, confidence penalty, calibration of a confidence head."""
+
+from __future__ import annotations
+
+from lossmith.components.component import Component
+from lossmith.equation import Term
+from lossmith.terms.confidence import confidence_penalty
+from lossmith.terms.confidence_weight import SCORES, calibration
+from lossmith.terms.focal import focal
+from lossmith.terms.z_loss import z_loss
+
+
+class Focal(Component):
+    """Focal loss beside the main one: alpha (1 - p_y)^gamma nll.
+
+    Args:
+        gamma: >= 0.
+        alpha: a constant factor.
+
+    Source: Lin et al., Focal Loss for Dense Object Detection, 2017.
+    """
+
+    def __init__(self, gamma: float = 2.0, alpha: float = 1.0) -> None:
+        super().__init__()
+        if gamma < 0:
+            raise ValueError(f"gamma must be >= 0; got {gamma}")
+        self.gamma, self.alpha = gamma, alpha
+
+    def term(self) -> Term:
+        return Term("focal", lambda stats, _: self.alpha * focal(stats, stats.nll, gamma=self.gamma))
+
+
+class ZLoss(Component):
+    """logsumexp(z)^2 at temperature 1.
+
+    Source: de Brebisson and Vincent, The Z-loss, 2016.
+    """
+
+    def term(self) -> Term:
+        return Term("z_loss", lambda stats, _: z_loss(stats))
+
+
+class ConfidencePenalty(Component):
+    """The negative entropy of the prediction, -H(p).
+
+    Source: Pereyra et al., Regularizing Neural Networks by Penalizing Confident Output
+    Distributions, 2017.
+    """
+
+    def term(self) -> Term:
+        return Term("confidence_penalty", lambda stats, _: confidence_penalty(stats))
+
+
+class ConfidenceCalibration(Component):
+    """Binary cross-entropy of ``confidence_scores`` [..., T] against "the top-1 prediction was right"; 0
+    where no scores are given."""
+
+    optional = (SCORES,)
+    per_position = (SCORES,)
+
+    def term(self) -> Term:
+        return Term("calibration", calibration)

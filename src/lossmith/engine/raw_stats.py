@@ -1,0 +1,123 @@
+"""``RawStats``: the raw statistics of a batch, fetched when they are first read, and together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.distributed import no_collectives
+from lossmith.engine.raw import GROUP_OF, Needs, ignored_fill, raw_dtype, raw_names
+
+# Computes groups of raw statistics: (of the logits over the temperature, of the logits as they are).
+Fetch = Callable[[Needs, "Needs | None"], "tuple[dict[str, Tensor], dict[str, Tensor] | None]"]
+
+
+class RawStats:
+    """The raw statistics [N] of a batch of tokens, fetched when they are first read.
+
+    Two views of the same logits: 0, over the temperature, and 1, as they are. They are one
+    where there is no temperature. What is fetched together shares one pass.
+    """
+
+    def __init__(
+        self,
+        targets: Tensor,
+        fetch: Fetch,
+        *,
+        ignore_index: int = -100,
+        candidates: Tensor | None = None,
+        has_temperature: bool = False,
+        dtype: torch.dtype = torch.float32,
+        default_needs: Needs = Needs.CORE,
+    ) -> None:
+        self.targets = targets
+        self.ignore_index = ignore_index
+        self.candidates = candidates
+        self.has_temperature = has_temperature
+        self.dtype = dtype
+        self._fetch = fetch
+        self._default_needs = default_needs
+        self._values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+
+    def add(self, needs: Needs | None, needs_unscaled: Needs | None = None) -> None:
+        """Fetch what of these groups is not here yet, in one pass."""
+        missing, missing_unscaled = self._missing(0, needs), self._missing(1, needs_unscaled)
+        if missing is None and missing_unscaled is None:
+            return
+        fetched = self._fetch(missing or Needs.CORE, missing_unscaled)
+        for values, new in zip(self._values, fetched, strict=True):
+            values.update({name: v for name, v in (new or {}).items() if name not in values})
+
+    def _missing(self, view: int, needs: Needs | None) -> Needs | None:
+        names = () if needs is None else raw_names(needs)
+        groups = [GROUP_OF[name] for name in names if name not in self._values[view]]
+        return reduce(or_, groups) if groups else None
+
+    def read(self, view: int, name: str) -> Tensor:
+        """A raw statistic, flat; read unannounced, it brings the default groups along."""
+        if name not in self._values[view]:
+            needs = GROUP_OF[name] if self._values[0] else GROUP_OF[name] | self._default_needs
+            self.add(*((needs, None) if view == 0 else (Needs.CORE, needs)))
+        return self._values[view][name]
+
+    def needs_of(self, function: Callable[[RawStats], Any]) -> tuple[Needs | None, Needs | None]:
+        """The groups of each view that ``function`` reads, found by running it on blank statistics."""
+        asked: list[Needs | None] = [None, None]
+
+        def blank(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
+            values = []
+            for view, group in enumerate((needs, needs_unscaled)):
+                if group is not None:
+                    asked[view] = group | (asked[view] or Needs.CORE)
+                values.append(
+                    None if group is None else {name: self._blank(name) for name in raw_names(group)}
+                )
+            return tuple(values)  # type: ignore[return-value]
+
+        record = RawStats(
+            self.targets,
+            blank,
+            ignore_index=self.ignore_index,
+            candidates=self.candidates,
+            has_temperature=self.has_temperature,
+            dtype=self.dtype,
+        )
+        with torch.no_grad(), no_collectives():
+            function(record)
+        return asked[0], asked[1]
+
+    def _blank(self, name: str) -> Tensor:
+        width = () if name != "candidate_logits" or self.candidates is None else self.candidates.shape[-1:]
+        dtype = raw_dtype(name, self.dtype)
+        return torch.zeros((self.targets.numel(), *width), dtype=dtype, device=self.targets.device)
+
+    def restrict(self, targets: Tensor, ignore_index: int) -> RawStats:
+        """The same, as if only these ``targets`` [N] had been given: elsewhere those of an ignored row."""
+        valid = targets != ignore_index
+
+        def fetch(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
+            self.add(needs, needs_unscaled)
+            return tuple(  # type: ignore[return-value]
+                None if group is None else {n: _where(valid, self.read(view, n), n) for n in raw_names(group)}
+                for view, group in enumerate((needs, needs_unscaled))
+            )
+
+        return RawStats(
+            targets,
+            fetch,
+            ignore_index=ignore_index,
+            candidates=self.candidates,
+            has_temperature=self.has_temperature,
+            dtype=self.dtype,
+        )
+
+
+def _where(valid: Tensor, value: Tensor, name: str) -> Tensor:
+    """A raw statistic at the valid positions, and that of an ignored one elsewhere."""
+    valid = valid if value.dim() == 1 else valid.unsqueeze(-1)
+    return torch.where(valid, value, ignored_fill(name))

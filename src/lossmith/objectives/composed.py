@@ -1,0 +1,102 @@
+"""``ComposedLoss``: a primary objective and weighted components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lossmith.components.component import Component, Weighted
+from lossmith.engine.stats import TokenStats
+from lossmith.equation import LossOutput, PerToken, Term, with_parts
+from lossmith.objective import Objective
+from lossmith.wrapped_objective import WrappedObjective
+
+
+class ComposedLoss(WrappedObjective):
+    """A primary objective plus weighted components, in one pass over the vocabulary.
+
+        L = primary + sum_k weight_k component_k
+
+    Args:
+        primary: the main objective.
+        components: by name, each a :class:`lossmith.Weighted` or a bare component (weight 1). Terms share
+            the primary's pass and its denominator.
+
+    Attributes:
+        base: the primary.
+        components: the weighted components, by name.
+
+    Example:
+        >>> import torch, lossmith
+        >>> criterion = lossmith.ComposedLoss(
+        ...     lossmith.CrossEntropyLoss(label_smoothing=0.1),
+        ...     components={"repeat": lossmith.Weighted(lossmith.ImmediateRepetition(), 0.5)},
+        ... )
+        >>> logits = torch.randn(2, 8, 50, requires_grad=True)
+        >>> loss = criterion(logits, torch.randint(50, (2, 8)))
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self, primary: Objective, components: Mapping[str, Weighted | Component] | None = None
+    ) -> None:
+        super().__init__(primary)
+        self.components = nn.ModuleDict()
+        for name, given in (components or {}).items():
+            self.components[name] = given if isinstance(given, Weighted) else Weighted(given)
+        for _, component, _ in self._active():
+            names = (*component.required, *component.optional)
+            self.input_names += tuple(n for n in names if n not in self.input_names and n not in BOUND)
+            self.feature_names += tuple(n for n in component.per_position if n not in self.feature_names)
+
+    def _active(self) -> list[tuple[str, Component, float]]:
+        """Components whose weight is not 0."""
+        found: list[tuple[str, Component, float]] = []
+        for name, weighted in self.components.items():
+            assert isinstance(weighted, Weighted)
+            if weighted.weight != 0:
+                found.append((name, weighted.component, weighted.weight))
+        return found
+
+    def terms(self, token_loss: PerToken | None = None) -> Sequence[Term]:
+        terms = list(self.base.terms(token_loss))
+        for name, component, weight in self._active():
+            term = component.term()
+            if term is not None:
+                terms.append(replace(term, name=name, coefficient=weight * term.coefficient))
+        return terms
+
+    def features(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        for name, component, _ in self._active():
+            for needed in component.required:
+                if inputs.get(needed) is None:
+                    raise ValueError(
+                        f"the component {name!r} ({type(component).__name__}) needs {needed}; "
+                        f"pass {needed}=..., or give the component a weight of 0"
+                    )
+        return super().features(inputs)
+
+    def reads(self, stats: TokenStats) -> None:
+        self.base.reads(stats)
+        for _, component, _ in self._active():
+            component.reads(stats)
+
+    def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
+        output = self.base.complete(output, inputs)
+        assert output.batch is not None
+        parts: dict[str, Tensor] = {}
+        for name, component, weight in self._active():
+            scalar = component.scalar(inputs, output)
+            if scalar is not None:
+                parts[name] = weight * scalar * output.batch.share
+            token_sum = component.token_sum(inputs, output)
+            if token_sum is not None:
+                parts[name] = parts.get(name, 0.0) + weight * token_sum
+        return with_parts(output, parts)
+
+
+# Inputs that every objective aligns with its targets; a component finds them in the batch.
+BOUND = ("input_ids", "segment_ids")

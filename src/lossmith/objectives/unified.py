@@ -1,0 +1,278 @@
+"""``UnifiedLoss``: one constructor for cross-entropy and every component; underneath, a composition."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.equation import LossOutput
+from lossmith.metrics import Metrics
+from lossmith.objective import either
+from lossmith.objectives.composed import ComposedLoss
+from lossmith.objectives.unified_parts import (
+    BalanceMode,
+    FocalMode,
+    MTPType,
+    PrimaryLossType,
+    check_options,
+    make_components,
+    make_primary,
+)
+from lossmith.options import strict_options
+from lossmith.reduction import Denominator, Empty, Reduction
+from lossmith.temperature import AdaptiveTemperature
+from lossmith.terms.confidence_weight import SCORES
+
+INPUTS = (
+    "hidden_states",
+    "lm_head_weight",
+    "gate_logits",
+    "expert_indices",
+    "expert_outputs",
+    "additional_logits",
+    SCORES,
+    "contrastive_pairs",
+)
+
+
+class UnifiedLoss(ComposedLoss):
+    """Cross-entropy and, as far as they are switched on, components, in one pass over the vocabulary.
+
+        L = main + mtp_weight MTP + ngram_penalty_weight n-gram + immediate_repetition_weight immediate
+            + eos_penalty_weight early EOS + gradient_balance_weight MoE balance + focal_weight focal
+            + diversity_weight diversity + contrastive_weight contrastive + auxiliary_weight auxiliary
+
+    Args:
+        vocab_size: V.
+        hidden_size: D, for heads of multi-token prediction.
+        primary_loss_type: ``standard`` cross-entropy; ``deepseek``: with a temperature, adaptive or not;
+            ``adaptive_mtp``: weighted by the confidence of the prediction.
+        label_smoothing, ignore_index, reduction, shift, empty: see :func:`lossmith.cross_entropy`.
+        initial_temperature, adaptive_temperature, temperature_bounds: of the ``deepseek`` primary; see
+            :class:`lossmith.AdaptiveTemperature`.
+        use_mtp, num_future_tokens, mtp_weight, mtp_type, shared_projection: multi-token prediction; see
+            :class:`lossmith.MTP`. ``adaptive`` weighs tokens by confidence.
+        adaptive_threshold, adaptive_weight_range: of the confidence weights.
+        use_ngram_penalty, ngram_size, ngram_penalty_weight, ngram_window_size: see
+            :class:`lossmith.NgramRepetition`.
+        use_immediate_repetition_penalty, immediate_repetition_weight, immediate_repetition_threshold: see
+            :class:`lossmith.ImmediateRepetition`.
+        eos_token_id, min_sequence_length, eos_penalty_weight: see :class:`lossmith.EarlyEOS`; on where an id
+            is given and the weight is not 0.
+        pad_token_id: targets that equal it do not count, unless it is the ``eos_token_id`` too.
+        use_moe_balancing, num_experts, gradient_balance_weight, target_expert_usage, moe_top_k,
+            moe_balance_mode, router_z_loss_weight: see :class:`lossmith.MoEBalance` and
+            :class:`lossmith.RouterZLoss`.
+        use_focal_loss, focal_gamma, focal_alpha, focal_weight, focal_mode: ``add`` a focal loss, or let it
+            ``replace`` the main one.
+        use_diversity_loss, diversity_weight: see :class:`lossmith.ExpertDiversity`.
+        use_contrastive_loss, contrastive_weight, contrastive_temperature, contrastive_margin: see
+            :class:`lossmith.Contrastive`.
+        use_auxiliary_loss, auxiliary_weight: the confidence penalty, see :class:`lossmith.ConfidencePenalty`.
+        z_loss: coefficient of the squared log-sum-exp.
+        track_statistics: keep running means of the parts for :meth:`get_loss_statistics`.
+
+    Raises:
+        TypeError: an unknown option; the message names the nearest.
+        ValueError: an option out of range, or a component switched on without what it needs.
+
+    Example:
+        >>> import torch, lossmith
+        >>> loss_fn = lossmith.UnifiedLoss(
+        ...     vocab_size=50, use_ngram_penalty=True, use_immediate_repetition_penalty=True
+        ... )
+        >>> logits = torch.randn(2, 16, 50, requires_grad=True)
+        >>> parts = loss_fn(logits, torch.randint(50, (2, 16)), return_detailed=True)
+        >>> sorted(parts)
+        ['immediate_repetition_penalty', 'main_loss', 'ngram_penalty', 'total_loss']
+        >>> parts["total_loss"].backward()
+    """
+
+    @strict_options
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int | None = None,
+        primary_loss_type: PrimaryLossType = "deepseek",
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        initial_temperature: float = 1.0,
+        adaptive_temperature: bool = False,
+        temperature_bounds: tuple[float, float] = (0.5, 2.0),
+        use_mtp: bool = False,
+        num_future_tokens: int = 3,
+        mtp_weight: float = 0.1,
+        mtp_type: MTPType = "deepseek",
+        shared_projection: bool = False,
+        adaptive_threshold: float = 0.7,
+        adaptive_weight_range: tuple[float, float] = (0.5, 1.5),
+        use_ngram_penalty: bool = False,
+        ngram_size: int = 4,
+        ngram_penalty_weight: float = 0.1,
+        ngram_window_size: int = 50,
+        use_immediate_repetition_penalty: bool = False,
+        immediate_repetition_weight: float = 0.5,
+        immediate_repetition_threshold: int = 2,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        min_sequence_length: int = 20,
+        eos_penalty_weight: float = 0.05,
+        use_moe_balancing: bool = False,
+        num_experts: int | None = None,
+        gradient_balance_weight: float = 0.1,
+        target_expert_usage: float | Sequence[float] | None = None,
+        moe_top_k: int | None = None,
+        moe_balance_mode: BalanceMode = "loss",
+        router_z_loss_weight: float = 0.0,
+        use_focal_loss: bool = False,
+        focal_gamma: float = 2.0,
+        focal_alpha: float = 1.0,
+        focal_weight: float = 0.2,
+        focal_mode: FocalMode = "add",
+        use_diversity_loss: bool = False,
+        diversity_weight: float = 0.05,
+        use_contrastive_loss: bool = False,
+        contrastive_weight: float = 0.1,
+        contrastive_temperature: float = 0.07,
+        contrastive_margin: float = 0.5,
+        use_auxiliary_loss: bool = False,
+        auxiliary_weight: float = 0.1,
+        z_loss: float = 0.0,
+        reduction: Reduction = "mean",
+        shift: bool = False,
+        empty: Empty = "zero",
+        track_statistics: bool = True,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        chosen = SimpleNamespace(**options)
+        check_options(chosen)
+        super().__init__(make_primary(chosen), make_components(chosen))
+        self.vocab_size = vocab_size
+        self.primary_loss_type: PrimaryLossType = primary_loss_type
+        self.track_statistics = track_statistics
+        self.input_names = tuple(dict.fromkeys((*self.input_names, *INPUTS)))
+        self._sums: dict[str, Tensor] = {}
+        self._num_batches = 0
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the documented order of arguments)
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        lm_head_weight: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        gate_logits: Any = None,
+        expert_indices: Any = None,
+        expert_outputs: Any = None,
+        additional_logits: Any = None,
+        confidence_scores: Tensor | None = None,
+        contrastive_pairs: tuple[Tensor, Tensor] | None = None,
+        denominator: Denominator | None = None,
+        return_detailed: bool = False,
+        **inputs: Any,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss; with ``return_detailed`` a dict of its weighted parts, which sum to ``total_loss``.
+
+        Args:
+            logits: [..., T, V].
+            targets: [..., T] ids, ``ignore_index`` where there is none.
+            attention_mask: [..., T] bool or integers, 0 where a target does not count.
+            hidden_states: [B, T, D], for multi-token prediction and the contrastive loss.
+            lm_head_weight: [V, D], the unembedding that heads with ``shared_projection`` share.
+            input_ids: [..., T], the context of the repetition penalties; without it the targets before.
+            gate_logits, expert_indices: of the routers; see :class:`lossmith.MoEBalance`.
+            expert_outputs: see :class:`lossmith.ExpertDiversity`.
+            additional_logits: of the model's own heads; see :class:`lossmith.MTP`.
+            confidence_scores: [..., T] of a confidence head, in [0, 1].
+            contrastive_pairs: two views of the samples; see :class:`lossmith.Contrastive`.
+            denominator: supervised tokens over all micro-batches and ranks (``num_items_in_batch`` is another
+                name of it).
+            return_detailed: return the parts.
+            inputs: ``segment_ids``, ``token_weight``, ``mask``: see :meth:`lossmith.Objective.evaluate`.
+
+        Raises:
+            ValueError: a component is on and its input is missing; the message names both.
+        """
+        mask = either("mask", inputs.pop("mask", None), "attention_mask", attention_mask)
+        given = inputs.pop("num_items_in_batch", None)
+        output = self.evaluate(
+            logits,
+            targets,
+            mask=mask,
+            denominator=either("denominator", denominator, "num_items_in_batch", given),
+            input_ids=input_ids,
+            hidden_states=hidden_states,
+            lm_head_weight=lm_head_weight,
+            gate_logits=gate_logits,
+            expert_indices=expert_indices,
+            expert_outputs=expert_outputs,
+            additional_logits=additional_logits,
+            confidence_scores=confidence_scores,
+            contrastive_pairs=contrastive_pairs,
+            **inputs,
+        )
+        return self.detailed(output) if return_detailed else output.total
+
+    def detailed(self, output: LossOutput) -> dict[str, Tensor]:
+        """The parts by their documented names: ``main_loss``, one of each component, ``total_loss``."""
+        own = [part for name, part in output.parts.items() if name not in self.components]
+        main = reduce(operator.add, own)
+        parts = {name: part for name, part in output.parts.items() if name in self.components}
+        return {"main_loss": main, **parts, "total_loss": output.total}
+
+    def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
+        output = super().complete(output, inputs)
+        if self.track_statistics and not torch.compiler.is_compiling():
+            for name, part in self.detailed(output).items():
+                value = part.detach().sum()
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._num_batches += 1
+        return output
+
+    def get_loss_statistics(self) -> dict[str, float]:
+        """Means of the parts over the batches since the last reset, ``num_batches`` and the temperature; one
+        synchronisation."""
+        means: dict[str, Any] = {name: total / self._num_batches for name, total in self._sums.items()}
+        temperature = self.base.temperature
+        if isinstance(temperature, AdaptiveTemperature):
+            temperature = temperature.value
+        return Metrics({**means, "num_batches": self._num_batches, "temperature": temperature}).to_dict()
+
+    def reset_statistics(self) -> None:
+        """Begin the means anew."""
+        self._sums, self._num_batches = {}, 0
+
+
+def create_unified_loss(config: Any) -> UnifiedLoss:
+    """The :class:`UnifiedLoss` that a configuration describes.
+
+    Args:
+        config: a mapping of the constructor's options; or a dataclass, a namespace or any object with them as
+            attributes, of which it takes those that it knows.
+
+    Raises:
+        TypeError: an option of a mapping that is unknown; the message names the nearest.
+
+    Example:
+        >>> import lossmith
+        >>> loss_fn = lossmith.create_unified_loss({"vocab_size": 50, "use_ngram_penalty": True})
+        >>> list(loss_fn.components)
+        ['ngram_penalty']
+    """
+    known = [name for name in inspect.signature(UnifiedLoss).parameters if name != "self"]
+    if isinstance(config, Mapping):
+        options = {str(name): value for name, value in config.items()}
+    else:
+        options = {name: getattr(config, name) for name in known if hasattr(config, name)}
+    if "vocab_size" not in options:
+        raise TypeError("the configuration of a UnifiedLoss needs vocab_size")
+    return UnifiedLoss(**options)

@@ -1,0 +1,163 @@
+"""What the flags of ``UnifiedLoss`` stand for: a primary objective and components, built from the options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lossmith.components.component import Component, Weighted
+from lossmith.components.contrastive import Contrastive
+from lossmith.components.diversity import ExpertDiversity
+from lossmith.components.moe import MoEBalance, RouterZLoss
+from lossmith.components.mtp import MTP
+from lossmith.components.repetition import EarlyEOS, ImmediateRepetition, NgramRepetition
+from lossmith.components.token_losses import ConfidenceCalibration, ConfidencePenalty, Focal
+from lossmith.objectives.adaptive import AdaptiveCrossEntropyLoss
+from lossmith.objectives.cross_entropy import CrossEntropyLoss
+from lossmith.temperature import AdaptiveTemperature
+
+PrimaryLossType = Literal["standard", "deepseek", "adaptive_mtp"]
+MTPType = Literal["deepseek", "adaptive"]
+FocalMode = Literal["add", "replace"]
+BalanceMode = Literal["loss", "bias"]
+CHOICES = {
+    "primary_loss_type": PrimaryLossType,
+    "mtp_type": MTPType,
+    "focal_mode": FocalMode,
+    "moe_balance_mode": BalanceMode,
+}
+# How strongly a supplied confidence head learns to be right.
+CALIBRATION_WEIGHT = 0.01
+
+
+def check_options(o: Any) -> None:
+    """
+    Raises:
+        ValueError: options of :class:`lossmith.UnifiedLoss` that cannot be, or do not go together.
+    """
+    for name, known in CHOICES.items():
+        if getattr(o, name) not in get_args(known):
+            expected = ", ".join(map(repr, get_args(known)))
+            raise ValueError(f"{name} must be one of {expected}; got {getattr(o, name)!r}")
+    if o.primary_loss_type != "deepseek" and (o.adaptive_temperature or o.initial_temperature != 1.0):
+        raise ValueError(
+            f"a temperature belongs to primary_loss_type='deepseek', and this is {o.primary_loss_type!r}; "
+            "leave initial_temperature and adaptive_temperature out, or change the type"
+        )
+    if o.use_moe_balancing and o.num_experts is None:
+        raise ValueError("use_moe_balancing needs num_experts, how many experts a router chooses from")
+
+
+def make_primary(o: Any) -> CrossEntropyLoss:
+    """The main loss that the options describe."""
+    replaced = o.use_focal_loss and o.focal_mode == "replace"
+    options = {
+        "label_smoothing": o.label_smoothing,
+        "ignore_index": o.ignore_index,
+        "focal_gamma": o.focal_gamma if replaced else 0.0,
+        "z_loss": o.z_loss,
+        "reduction": o.reduction,
+        "shift": o.shift,
+        "empty": o.empty,
+    }
+    primary: CrossEntropyLoss
+    if o.primary_loss_type == "adaptive_mtp":
+        primary = AdaptiveCrossEntropyLoss(**_confidence(o), **options)
+    elif o.adaptive_temperature:
+        temperature = AdaptiveTemperature(o.initial_temperature, bounds=o.temperature_bounds)
+        primary = CrossEntropyLoss(temperature=temperature, **options)
+    else:
+        primary = CrossEntropyLoss(temperature=o.initial_temperature, **options)
+    primary.pad_token_id, primary.eos_token_id = o.pad_token_id, o.eos_token_id
+    return primary
+
+
+@dataclass(frozen=True)
+class Part:
+    """When a component is there, how much it weighs, and how it is made; each a function of the options."""
+
+    is_on: Callable[[Any], bool]
+    weight: Callable[[Any], float]
+    make: Callable[[Any], Component]
+
+
+# By the name that the part has in the detailed result.
+PARTS = {
+    "mtp_loss": Part(
+        lambda o: o.use_mtp,
+        lambda o: o.mtp_weight,
+        lambda o: MTP(
+            o.vocab_size,
+            o.hidden_size,
+            num_future_tokens=o.num_future_tokens,
+            shared_projection=o.shared_projection,
+            adaptive=_is_adaptive(o),
+            **_confidence(o),
+        ),
+    ),
+    "confidence_loss": Part(
+        lambda o: o.primary_loss_type == "adaptive_mtp" or (o.use_mtp and o.mtp_type == "adaptive"),
+        lambda o: CALIBRATION_WEIGHT,
+        lambda o: ConfidenceCalibration(),
+    ),
+    "ngram_penalty": Part(
+        lambda o: o.use_ngram_penalty,
+        lambda o: o.ngram_penalty_weight,
+        lambda o: NgramRepetition(o.ngram_size, o.ngram_window_size),
+    ),
+    "immediate_repetition_penalty": Part(
+        lambda o: o.use_immediate_repetition_penalty,
+        lambda o: o.immediate_repetition_weight,
+        lambda o: ImmediateRepetition(o.immediate_repetition_threshold),
+    ),
+    "eos_penalty": Part(
+        lambda o: o.eos_token_id is not None,
+        lambda o: o.eos_penalty_weight,
+        lambda o: EarlyEOS(o.eos_token_id, o.min_sequence_length),
+    ),
+    "moe_balance_loss": Part(
+        lambda o: o.use_moe_balancing,
+        lambda o: o.gradient_balance_weight,
+        lambda o: MoEBalance(
+            o.num_experts,
+            target_expert_usage=o.target_expert_usage,
+            mode=o.moe_balance_mode,
+            top_k=o.moe_top_k,
+        ),
+    ),
+    "router_z_loss": Part(lambda o: True, lambda o: o.router_z_loss_weight, lambda o: RouterZLoss()),
+    "focal_loss": Part(
+        lambda o: o.use_focal_loss and o.focal_mode == "add",
+        lambda o: o.focal_weight,
+        lambda o: Focal(o.focal_gamma, o.focal_alpha),
+    ),
+    "diversity_loss": Part(
+        lambda o: o.use_diversity_loss, lambda o: o.diversity_weight, lambda o: ExpertDiversity()
+    ),
+    "contrastive_loss": Part(
+        lambda o: o.use_contrastive_loss,
+        lambda o: o.contrastive_weight,
+        lambda o: Contrastive(o.contrastive_temperature, o.contrastive_margin),
+    ),
+    "auxiliary_loss": Part(
+        lambda o: o.use_auxiliary_loss, lambda o: o.auxiliary_weight, lambda o: ConfidencePenalty()
+    ),
+}
+
+
+def make_components(o: Any) -> dict[str, Weighted]:
+    """The components that are switched on, weighted; a weight of 0 switches off."""
+    return {
+        name: Weighted(part.make(o), part.weight(o))
+        for name, part in PARTS.items()
+        if part.is_on(o) and part.weight(o) != 0
+    }
+
+
+def _is_adaptive(o: Any) -> bool:
+    return o.primary_loss_type == "adaptive_mtp" or o.mtp_type == "adaptive"
+
+
+def _confidence(o: Any) -> dict[str, Any]:
+    return {"threshold": o.adaptive_threshold, "weight_range": o.adaptive_weight_range}

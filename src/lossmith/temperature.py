@@ -1,0 +1,91 @@
+"""``AdaptiveTemperature``: a temperature of the loss that follows how steady training is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lossmith.distributed import sum_over_ranks
+from lossmith.stepping import Stepped
+
+
+class AdaptiveTemperature(Stepped):
+    """A temperature that falls while the loss is steady and rises while it is not.
+
+        cv = std / mean of the last ``window`` steps' negative log-likelihoods (unsmoothed, temperature 1)
+        T <- T (1 - rate) where cv < low,  T (1 + rate) where cv > high,  within the bounds
+
+    It moves once per optimizer step, after ``optimizer.step()``, when ``window`` steps have been seen;
+    over ranks all take the same. Its state is in buffers. A model trained at T < 1 is flatter than
+    it looks in training.
+
+    Args:
+        initial: where it begins.
+        bounds: the lowest and the highest temperature.
+        rate: how far it moves in a step.
+        window: how many steps are looked at.
+        low, high: coefficients of variation below and above which it moves.
+
+    Attributes:
+        value: the temperature, a 0-dimensional tensor.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    value: Tensor
+    history: Tensor
+    num_steps: Tensor
+    pending: Tensor
+
+    def __init__(
+        self,
+        initial: float = 1.0,
+        *,
+        bounds: tuple[float, float] = (0.5, 2.0),
+        rate: float = 0.01,
+        window: int = 100,
+        low: float = 0.05,
+        high: float = 0.1,
+    ) -> None:
+        super().__init__()
+        bottom, top = bounds
+        if not 0 < bottom <= initial <= top:
+            raise ValueError(
+                "expected 0 < lowest <= initial <= highest temperature; "
+                f"got bounds={tuple(bounds)} and {initial}"
+            )
+        if not 0 <= rate < 1:
+            raise ValueError(f"rate must be in [0, 1); got {rate}")
+        if window < 2:
+            raise ValueError(f"window must be at least 2 steps; got {window}")
+        if not 0 <= low <= high:
+            raise ValueError(f"expected 0 <= low <= high; got {low} and {high}")
+        self.bounds, self.rate, self.low, self.high = (bottom, top), rate, low, high
+        self.register_buffer("value", torch.tensor(float(initial)))
+        self.register_buffer("history", torch.zeros(window))
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("pending", torch.zeros(2, dtype=torch.float64))  # sum of the nll, and of tokens
+
+    def observe(self, nll_sum: Tensor, num_tokens: Tensor) -> None:
+        """Take in a batch: the summed negative log-likelihood of its tokens, and how many they are."""
+        seen = torch.stack([nll_sum.detach(), num_tokens.to(nll_sum.dtype)])
+        self.pending = self.pending.to(seen.device) + seen
+        self.has_news = True
+
+    def advance(self) -> None:
+        nll_sum, num_tokens = sum_over_ranks(self.pending, "global").unbind()
+        self.pending = torch.zeros_like(self.pending)
+        window = len(self.history)
+        slot = torch.arange(window, device=self.history.device) == self.num_steps % window
+        mean_nll = (nll_sum / num_tokens.clamp(min=1)).to(self.history)
+        self.history = torch.where(slot, mean_nll, self.history)
+        self.num_steps = self.num_steps + 1
+        variation = self.history.std(correction=0) / self.history.mean().clamp(min=1e-12)
+        change = torch.where(variation < self.low, 1 - self.rate, 1.0)
+        change = torch.where(variation > self.high, 1 + self.rate, change)
+        moved = (self.value * change).clamp(*self.bounds)
+        self.value = torch.where(self.num_steps >= window, moved, self.value)
+
+    def extra_repr(self) -> str:
+        return f"bounds={self.bounds}, rate={self.rate}, window={len(self.history)}"

@@ -1,0 +1,119 @@
+"""Which tokens would repeat something: candidate ids [N, K] for unlikelihood, -1 where there is none.
+
+Vectorised over how far back one looks: integer tensors [B, T, offsets], no loop over tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lossmith.batch import TokenBatch
+
+NONE = -1
+
+
+def context(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """What has been read at each position, x [B, T], and which document of the row it belongs to, [B, T].
+
+    x[t] is the last token seen where y[t] is predicted: the input, or without it the target before.
+    -1 where nothing is known, which matches nothing.
+    """
+    if batch.input_ids is not None:
+        tokens = batch.rows(batch.input_ids)
+    else:
+        targets = batch.rows(batch.targets)
+        before = torch.roll(targets, 1, dims=-1)
+        before[:, 0] = NONE
+        tokens = before.masked_fill(before == batch.ignore_index, NONE)
+    if batch.segment_ids is None:
+        return tokens, torch.zeros_like(tokens)
+    return tokens, batch.rows(batch.segment_ids)
+
+
+def ngram_candidates(batch: TokenBatch, *, ngram_size: int, window: int) -> Tensor:
+    """[N, window - ngram_size + 1] tokens that would complete an n-gram of the last ``window`` tokens again.
+
+        { x[j+n-1] : max(0, m-w) <= j <= m-n,  x[j..j+n-2] = x[m-n+1..m-1] },   m = t + 1 tokens seen
+
+    Args:
+        batch: the batch.
+        ngram_size: n >= 1; 1 makes candidates of all tokens in the window.
+        window: w >= n, how many of the last tokens are looked at.
+    """
+    tokens, segments = context(batch)
+    num_offsets = min(window - ngram_size + 1, tokens.shape[-1])
+    earlier, segments_then = (_looking_back(values, num_offsets) for values in (tokens, segments))
+    same = (earlier == tokens.unsqueeze(-1)) & (segments_then == segments.unsqueeze(-1)) & (earlier >= 0)
+    # offset s: x[u] = x[u - s] at the n - 1 positions u up to t, then x[t + 1 - s] would come again
+    is_match = torch.ones_like(same)
+    for step in range(ngram_size - 1):
+        is_match &= _moved(same, step, fill=False)
+    completing = torch.cat([tokens.unsqueeze(-1), earlier[..., :-1]], -1)
+    completing_segments = torch.cat([segments.unsqueeze(-1), segments_then[..., :-1]], -1)
+    is_match &= completing_segments == segments.unsqueeze(-1)
+    return _candidates(batch, torch.where(is_match, completing, NONE))
+
+
+def immediate_candidates(batch: TokenBatch, *, threshold: int) -> Tensor:
+    """[N, 1] the last token, where it has come ``threshold`` times in a row or more.
+
+    Args:
+        batch: the batch.
+        threshold: k >= 1 equal tokens.
+    """
+    tokens, segments = context(batch)
+    is_repeated = (tokens == _moved(tokens, 1, fill=NONE)) & (segments == _moved(segments, 1, fill=NONE))
+    is_run = tokens >= 0
+    for step in range(threshold - 1):
+        is_run = is_run & _moved(is_repeated, step, fill=False)
+    return _candidates(batch, torch.where(is_run, tokens, NONE).unsqueeze(-1))
+
+
+def early_eos_candidates(batch: TokenBatch, *, eos_token_id: int, min_length: int) -> Tensor:
+    """[N, 1] the end of sequence, before ``min_length`` supervised tokens of the document.
+
+    Args:
+        batch: the batch.
+        eos_token_id: the end of sequence.
+        min_length: supervised tokens before which it is early.
+    """
+    valid = batch.rows(batch.valid)
+    seen = valid.cumsum(-1) - valid.long()  # supervised tokens of the row before this one
+    if batch.segment_ids is not None:
+        segments = batch.rows(batch.segment_ids)
+        starts = segments != _moved(segments, 1, fill=NONE)
+        starts[:, 0] = True
+        at_start = torch.where(starts, seen, 0).cummax(-1).values
+        seen = seen - at_start
+    early = torch.where(seen < min_length, eos_token_id, NONE)
+    return _candidates(batch, early.unsqueeze(-1))
+
+
+def _candidates(batch: TokenBatch, ids: Tensor) -> Tensor:
+    """Ids [B, T, K] as candidates [N, K]: each id once, and never the target or an ignored position's."""
+    ids = ids.reshape(len(batch.targets), -1)
+    if ids.shape[-1] > 1:
+        ids = ids.sort(-1, descending=True).values
+        repeats = torch.zeros_like(ids, dtype=torch.bool)
+        repeats[:, 1:] = ids[:, 1:] == ids[:, :-1]
+        ids = ids.masked_fill(repeats, NONE)
+    ids = ids.masked_fill(ids == batch.targets.unsqueeze(-1), NONE)
+    if batch.pad_token_id is not None:
+        ids = ids.masked_fill(ids == batch.pad_token_id, NONE)
+    return ids.masked_fill(~batch.valid.unsqueeze(-1), NONE)
+
+
+def _looking_back(values: Tensor, num_offsets: int) -> Tensor:
+    """[B, T, S] values[t - s] for s = 1..S; -1 before the beginning."""
+    padded = torch.nn.functional.pad(values, (num_offsets, 0), value=NONE)
+    return padded[:, :-1].unfold(-1, num_offsets, 1).flip(-1)
+
+
+def _moved(values: Tensor, by: int, *, fill: float | bool) -> Tensor:
+    """values[:, t - by] at t, ``fill`` at the beginning."""
+    if by == 0:
+        return values
+    out = torch.full_like(values, fill)
+    out[:, by:] = values[:, :-by]
+    return out

@@ -1,0 +1,65 @@
+"""Confidence weighting: tokens that the model is sure of count more, others less."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lossmith.batch import TokenBatch
+from lossmith.engine.stats import TokenStats
+
+# Name of the input, [..., T] in [0, 1], with the scores of a confidence head.
+SCORES = "confidence_scores"
+
+
+def confidence(stats: TokenStats, batch: TokenBatch) -> Tensor:
+    """c, [N]: the supplied scores, or the largest probability of the prediction; detached."""
+    scores = batch.features.get(SCORES)
+    return (stats.unscaled.top_prob if scores is None else scores).detach()
+
+
+def confidence_weight(
+    confidence: Tensor, *, threshold: float = 0.7, weight_range: tuple[float, float] = (0.5, 1.5)
+) -> Tensor:
+    """The weight [N] of tokens predicted with a confidence c: linear from (0, lo) to (tau, 1) to (1, hi).
+
+        lo + (1 - lo) c / tau                    c <= tau
+        1 + (hi - 1) (c - tau) / (1 - tau)       c > tau
+
+    Args:
+        confidence: [N] in [0, 1].
+        threshold: tau, in (0, 1).
+        weight_range: (lo, hi).
+    """
+    low, high = weight_range
+    below = low + (1 - low) * confidence / threshold
+    above = 1 + (high - 1) * (confidence - threshold) / (1 - threshold)
+    return torch.where(confidence <= threshold, below, above)
+
+
+def calibration(stats: TokenStats, batch: TokenBatch) -> Tensor:
+    """Binary cross-entropy [N] of the supplied confidence against "the most likely token was right".
+
+    0 where no scores are supplied. It is what a confidence head learns from: its weights alone would
+    teach it to lower the loss by lowering itself.
+    """
+    scores = batch.features.get(SCORES)
+    if scores is None:
+        return torch.zeros_like(batch.scale)
+    eps = torch.finfo(torch.float32).eps
+    c = scores.to(batch.scale.dtype).clamp(eps, 1 - eps)
+    return -torch.where(stats.unscaled.correct, c.log(), torch.log1p(-c))
+
+
+def check_confidence_weight(threshold: float, weight_range: tuple[float, float]) -> None:
+    """
+    Raises:
+        ValueError: a threshold outside (0, 1), or a range that does not hold 1.
+    """
+    low, high = weight_range
+    if not 0 < threshold < 1:
+        raise ValueError(f"adaptive_threshold must be in (0, 1); got {threshold}")
+    if not 0 <= low <= 1 <= high:
+        raise ValueError(
+            f"adaptive_weight_range must be (lo, hi) with 0 <= lo <= 1 <= hi; got {weight_range}"
+        )

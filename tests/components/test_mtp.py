@@ -1,0 +1,182 @@
+"""Multi-token prediction against a loop over heads and positions."""
+
+import pytest
+import torch
+
+from lossmith import (
+    MTP,
+    ComposedLoss,
+    CrossEntropyLoss,
+    LossModifierPipeline,
+    MaskRatioWeightModifier,
+    Weighted,
+)
+
+IGNORE = -100
+B, T, D, V, K = 2, 7, 5, 6, 3
+
+
+def batch(dtype=torch.float64):
+    rng = torch.Generator().manual_seed(1)
+    logits = torch.randn(B, T, V, generator=rng, dtype=dtype, requires_grad=True)
+    hidden = torch.randn(B, T, D, generator=rng, dtype=dtype, requires_grad=True)
+    targets = torch.randint(V, (B, T), generator=rng)
+    targets[0, 2], targets[1, 5:] = IGNORE, IGNORE
+    return logits, hidden, targets
+
+
+def composed(mtp: MTP, weight: float = 0.4, **options) -> ComposedLoss:
+    return ComposedLoss(CrossEntropyLoss(**options), {"mtp": Weighted(mtp.double(), weight)})
+
+
+def naive(head_logits, targets, scale, segments=None, weight=None):
+    """1/K sum_k sum_t scale[t+k] w[t] nll of y[t+k] under head k at t."""
+    total = torch.zeros((), dtype=torch.float64)
+    for k, logits in enumerate(head_logits, start=1):
+        log_p = logits.log_softmax(-1)
+        for b in range(B):
+            for t in range(T - k):
+                y = targets[b, t + k]
+                together = segments is None or segments[b, t] == segments[b, t + k]
+                if y != IGNORE and together:
+                    w = 1.0 if weight is None else weight[b, t]
+                    total = total - w * scale[b, t + k] * log_p[b, t, y]
+    return total / len(head_logits)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("has_segments", [False, True])
+def test_value_and_gradients_are_those_of_the_loop(shared, has_segments):
+    logits, hidden, targets = batch()
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 2, 2]]) if has_segments else None
+    mtp = MTP(V, D, num_future_tokens=K, shared_projection=shared)
+    criterion = composed(mtp)
+    part = criterion.evaluate(logits, targets, hidden_states=hidden, segment_ids=segments).parts["mtp"]
+    heads = [mtp.project(k, hidden.reshape(-1, D), None).reshape(B, T, V) for k in range(K)]
+    scale = torch.full((B, T), 1.0 / (targets != IGNORE).sum().item(), dtype=torch.float64)
+    expected = 0.4 * naive(heads, targets, scale, segments)
+    torch.testing.assert_close(part, expected)
+    wanted = [hidden, *mtp.parameters()]
+    for ours, theirs in zip(
+        torch.autograd.grad(part, wanted), torch.autograd.grad(expected, wanted), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.any()
+
+
+def test_the_main_loss_is_not_touched_and_the_total_adds_up():
+    logits, hidden, targets = batch()
+    criterion = composed(MTP(V, D))
+    output = criterion.evaluate(logits, targets, hidden_states=hidden)
+    torch.testing.assert_close(output.total, CrossEntropyLoss()(logits, targets) + output.parts["mtp"])
+
+
+def test_one_unembedding_is_really_shared():
+    independent, shared = (
+        MTP(V, D, num_future_tokens=K),
+        MTP(V, D, num_future_tokens=K, shared_projection=True),
+    )
+    assert sum(p.numel() for p in independent.parameters()) == K * V * D
+    assert sum(p.numel() for p in shared.parameters()) == K * (D * D + D) + V * D
+    logits, hidden, targets = batch()
+    unembedding = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    part = (
+        composed(shared)
+        .evaluate(logits, targets, hidden_states=hidden, lm_head_weight=unembedding)
+        .parts["mtp"]
+    )
+    part.backward()
+    assert unembedding.grad.any()
+    assert shared.unembedding.weight.grad is None
+
+
+def test_the_models_own_heads():
+    logits, _, targets = batch()
+    given = [torch.randn(B, T, V, dtype=torch.float64, requires_grad=True) for _ in range(K)]
+    scale = torch.full((B, T), 1.0 / (targets != IGNORE).sum().item(), dtype=torch.float64)
+    expected = 0.4 * naive(given, targets, scale)
+    for heads in (given, torch.stack(given)):
+        part = composed(MTP(V, num_future_tokens=K)).evaluate(logits, targets, additional_logits=heads)
+        torch.testing.assert_close(part.parts["mtp"], expected)
+
+
+def test_confidence_weights():
+    logits, hidden, targets = batch()
+    mtp = MTP(V, D, num_future_tokens=2, adaptive=True, threshold=0.4, weight_range=(0.2, 1.8))
+    heads = [mtp.double().project(k, hidden.reshape(-1, D), None).reshape(B, T, V) for k in range(2)]
+    scale = torch.full((B, T), 1.0 / (targets != IGNORE).sum().item(), dtype=torch.float64)
+    top = logits.softmax(-1).amax(-1).detach()
+    scores = torch.rand(B, T, dtype=torch.float64)
+    for given, c in ((None, top), (scores, scores)):
+        weight = torch.where(c <= 0.4, 0.2 + 0.8 * c / 0.4, 1 + 0.8 * (c - 0.4) / 0.6)
+        part = (
+            composed(mtp)
+            .evaluate(logits, targets, hidden_states=hidden, confidence_scores=given)
+            .parts["mtp"]
+        )
+        # at a masked position there is no prediction to be sure of
+        weight = torch.where((targets == IGNORE) & (given is None), 1.8, weight)
+        torch.testing.assert_close(part, 0.4 * naive(heads, targets, scale, weight=weight))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_nothing_flows_to_the_main_prediction_and_it_is_swept_once(adaptive, count_ops):
+    logits, hidden, targets = batch()
+    criterion = composed(MTP(V, D, num_future_tokens=2, adaptive=adaptive))
+    with count_ops as ops:
+        output = criterion.evaluate(logits, targets, hidden_states=hidden)
+    assert ops.passes == (3, 0)  # the main prediction's, and one a head
+    (gradient,) = torch.autograd.grad(output.parts["mtp"], logits, allow_unused=True)
+    assert gradient is None or not gradient.any()
+
+
+def test_short_rows_have_nothing_ahead():
+    mtp = MTP(V, D, num_future_tokens=3)
+    for length in (1, 2, 3):
+        logits = torch.randn(2, length, V, requires_grad=True)
+        hidden = torch.randn(2, length, D, requires_grad=True)
+        criterion = ComposedLoss(CrossEntropyLoss(), {"mtp": Weighted(mtp.float(), 0.1)})
+        parts = criterion.evaluate(
+            logits, torch.ones(2, length, dtype=torch.long), hidden_states=hidden
+        ).parts
+        sum(parts.values()).backward()
+        assert parts["mtp"].isfinite()
+        assert (parts["mtp"] == 0) == (length == 1)
+
+
+def test_split_batches_and_weights_of_samples():
+    logits, hidden, targets = batch()
+    mtp = MTP(V, D, num_future_tokens=2)
+    criterion = composed(mtp)
+    whole = criterion(logits, targets, hidden_states=hidden)
+    count = criterion.count(targets)
+    halves = [
+        criterion(logits[b : b + 1], targets[b : b + 1], hidden_states=hidden[b : b + 1], denominator=count)
+        for b in range(B)
+    ]
+    torch.testing.assert_close(sum(halves), whole)
+    pipeline = LossModifierPipeline([MaskRatioWeightModifier({"power": 1.0})], base=criterion)
+    output = pipeline.evaluate(logits, targets, hidden_states=hidden)
+    heads = [mtp.project(k, hidden.reshape(-1, D), None).reshape(B, T, V) for k in range(2)]
+    valid = targets != IGNORE
+    weight = T / valid.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True) / B
+    torch.testing.assert_close(output.parts["mtp"], 0.4 * naive(heads, targets, weight.double().expand(B, T)))
+
+
+def test_what_is_missing_or_does_not_fit():
+    logits, hidden, targets = batch()
+    cases = [
+        (MTP(V, D), {}, "needs hidden_states"),
+        (MTP(V), {"hidden_states": hidden}, "hidden_size=D when the loss is made"),
+        (MTP(V, D + 1), {"hidden_states": hidden}, "hidden_size = 6"),
+        (MTP(V, D), {"hidden_states": hidden[:, 1:]}, r"positions \[2, 7\]"),
+        (MTP(V), {"additional_logits": [logits]}, "num_future_tokens=3 heads; got 1"),
+        (MTP(V), {"additional_logits": [logits[:, 1:]] * 3}, r"positions \[2, 7\]; got \[2, 6, 6\]"),
+    ]
+    for mtp, inputs, message in cases:
+        with pytest.raises(ValueError, match=message):
+            composed(mtp)(logits, targets, **inputs)
+    with pytest.raises(ValueError, match="num_future_tokens must be >= 1"):
+        MTP(V, D, num_future_tokens=0)
+    with pytest.raises(ValueError, match="adaptive_threshold"):
+        MTP(V, D, threshold=1.0)

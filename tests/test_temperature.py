@@ -1,0 +1,108 @@
+"""The adaptive temperature: when it moves, by how much, and that it moves once a step."""
+
+import copy
+
+import pytest
+import torch
+
+from lossmith import AdaptiveTemperature, CrossEntropyLoss
+
+
+def fed(losses, **options) -> AdaptiveTemperature:
+    temperature = AdaptiveTemperature(**options)
+    for loss in losses:
+        temperature.observe(torch.tensor(float(loss) * 4), torch.tensor(4))
+        temperature.on_optimizer_step()
+    return temperature
+
+
+def by_hand(losses, initial=1.0, bounds=(0.5, 2.0), rate=0.01, window=100, low=0.05, high=0.1) -> float:
+    value = initial
+    for step in range(1, len(losses) + 1):
+        if step < window:
+            continue
+        recent = torch.tensor(losses[step - window : step], dtype=torch.float64)
+        variation = (recent.std(unbiased=False) / recent.mean()).item()
+        value *= 1 - rate if variation < low else 1 + rate if variation > high else 1
+        value = min(max(value, bounds[0]), bounds[1])
+    return value
+
+
+@pytest.mark.parametrize("swing", [0.0, 0.07, 0.5])
+def test_it_is_its_rule(swing):
+    losses = [3.0 + (3.0 * swing if i % 2 else -3.0 * swing) for i in range(40)]
+    temperature = fed(losses, window=10)
+    assert temperature.value.item() == pytest.approx(by_hand(losses, window=10), rel=1e-5)
+    direction = (temperature.value > 1).item() - (temperature.value < 1).item()
+    assert direction == {0.0: -1, 0.07: 0, 0.5: 1}[swing]
+
+
+def test_it_stays_within_its_bounds_and_waits_for_its_window():
+    assert fed([2.0] * 99).value == 1
+    assert fed([2.0] * 100).value == pytest.approx(0.99)
+    assert fed([2.0] * 60, window=5, bounds=(0.9, 1.1)).value == pytest.approx(0.9)
+    assert fed([1.0, 3.0] * 30, window=5, bounds=(0.9, 1.1)).value == pytest.approx(1.1)
+
+
+def train(criterion, num_steps, micro_batches=2):
+    weight = torch.nn.Parameter(torch.zeros(5))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    targets = torch.ones(2, 3, dtype=torch.long)
+    for _ in range(num_steps):
+        for _ in range(micro_batches):
+            criterion(weight.expand(2, 3, 5), targets).backward()
+        optimizer.step()
+
+
+def test_it_advances_by_itself_once_an_optimizer_step():
+    criterion = CrossEntropyLoss(temperature=AdaptiveTemperature(window=3))
+    train(criterion, 5)
+    assert criterion.temperature.num_steps == 5
+    assert criterion.temperature.value == pytest.approx(0.99**3)
+    criterion.temperature.on_optimizer_step()  # said again, it is not done again
+    assert criterion.temperature.num_steps == 5
+    with torch.no_grad():
+        criterion(torch.zeros(1, 2, 5), torch.ones(1, 2, dtype=torch.long))
+    criterion.temperature.on_optimizer_step()  # an evaluation is no step
+    assert criterion.temperature.num_steps == 5
+
+
+def test_the_loss_is_taken_at_it_and_it_is_driven_by_the_plain_one(count_ops):
+    criterion = CrossEntropyLoss(temperature=AdaptiveTemperature(2.0, window=2), z_loss=0.1)
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    targets = torch.randint(5, (2, 3))
+    with count_ops as ops:
+        loss = criterion(logits, targets)
+        loss.backward()
+    assert ops.passes == (1, 1)
+    plain = CrossEntropyLoss(temperature=2.0, z_loss=0.1)
+    torch.testing.assert_close(loss, plain(logits, targets))
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert criterion.temperature.pending.tolist() == pytest.approx([nll.item(), 6])
+
+
+def test_its_state_is_saved_and_copied():
+    criterion = CrossEntropyLoss(temperature=AdaptiveTemperature(window=3))
+    train(criterion, 4)
+    fresh = CrossEntropyLoss(temperature=AdaptiveTemperature(window=3))
+    fresh.load_state_dict(criterion.state_dict())
+    twin = copy.deepcopy(criterion)
+    for other in (criterion, fresh, twin):
+        train(other, 2)
+    values = [c.temperature.value.item() for c in (criterion, fresh, twin)]
+    assert values == pytest.approx([0.99**4] * 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"initial": 3.0}, "lowest <= initial <= highest"),
+        ({"bounds": (0.0, 1.0)}, "0 < lowest"),
+        ({"rate": 1.0}, "rate"),
+        ({"window": 1}, "window"),
+        ({"low": 0.2, "high": 0.1}, "low <= high"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveTemperature(**options)
