@@ -13,7 +13,7 @@ import lossmith
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-ENTRANCES = [ROOT / "docs" / "index.md", ROOT / "docs" / "modifiers.md"]
+ENTRANCES = [ROOT / "docs" / name for name in ("index.md", "modifiers.md", "unified.md")]
 LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CORE = [m.name for m in pkgutil.walk_packages(lossmith.__path__, "lossmith.") if ".training" not in m.name]

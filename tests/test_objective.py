@@ -320,8 +320,9 @@ def test_forward_knows_the_names_that_trainers_use():
     )
     detailed = objective(logits, targets, return_detailed=True)
     assert torch.equal(detailed["total_loss"], objective(logits, targets))
-    with pytest.raises(TypeError, match="attention_mask is another name of mask"):
-        objective(logits, targets, mask=mask, attention_mask=mask)
+    # both: one for the targets, one for what components make of other tensors
+    both = objective(logits, targets, mask=mask, attention_mask=torch.ones_like(mask))
+    assert torch.equal(both, objective(logits, targets, mask=mask))
     with pytest.raises(TypeError, match="num_items_in_batch is another name of denominator"):
         objective(logits, targets, denominator=3, num_items_in_batch=3)
 

@@ -81,6 +81,15 @@ def test_the_loss_is_taken_at_it_and_it_is_driven_by_the_plain_one(count_ops):
     assert criterion.temperature.pending.tolist() == pytest.approx([nll.item(), 6])
 
 
+def test_a_step_without_tokens_says_nothing():
+    temperature = fed([2.0] * 6, window=3)
+    before, steps = temperature.value.clone(), temperature.num_steps.clone()
+    temperature.observe(torch.tensor(0.0), torch.tensor(0))
+    temperature.on_optimizer_step()
+    assert torch.equal(temperature.value, before)
+    assert torch.equal(temperature.num_steps, steps)
+
+
 def test_its_state_is_saved_and_copied():
     criterion = CrossEntropyLoss(temperature=AdaptiveTemperature(window=3))
     train(criterion, 4)

@@ -164,6 +164,10 @@ def with_parts(output: LossOutput, parts: Mapping[str, Tensor]) -> LossOutput:
     """The output with further parts, weighted and divided already, added to its total."""
     if not parts:
         return output
+    if output.total.dim():
+        raise ValueError(
+            f"the parts {', '.join(parts)} belong to no token; reduction='none' has no place for them"
+        )
     twice = [name for name in parts if name in output.parts]
     if twice:
         raise ValueError(f"the parts of an objective need distinct names; {twice[0]!r} is there twice")

@@ -18,9 +18,20 @@ from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation import LossOutput, PerToken, StatsOf, Term, evaluate
 from lossmith.options import unknown_option
 from lossmith.reduction import Denominator, Empty, Reduction, check_reduction
+from lossmith.stepping import Stepped
 from lossmith.temperature import AdaptiveTemperature
 
-OWN_INPUTS = ("mask", "token_weight", "input_ids", "segment_ids", "denominator", "scalars", "stats")
+OWN_INPUTS = (
+    "mask",
+    "attention_mask",
+    "token_weight",
+    "input_ids",
+    "segment_ids",
+    "denominator",
+    "num_items_in_batch",
+    "scalars",
+    "stats",
+)
 
 
 class Objective(nn.Module):
@@ -95,10 +106,12 @@ class Objective(nn.Module):
         targets: Tensor,
         *,
         mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         token_weight: Tensor | None = None,
         input_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
         denominator: Denominator | None = None,
+        num_items_in_batch: Denominator | None = None,
         scalars: Mapping[str, Tensor] | None = None,
         **inputs: Any,
     ) -> LossOutput:
@@ -108,10 +121,12 @@ class Objective(nn.Module):
             logits: [..., T, V].
             targets: [..., T] ids, or unshifted labels with ``shift``.
             mask: [..., T] bool or integers, 0 where a target does not count.
+            attention_mask: another name of it; where both are given, this one is for what components
+                make of other tensors, and ``mask`` for the targets.
             token_weight: [..., T] weights of the targets; they do not enter the denominator.
             input_ids: [..., T] what the logits were computed from.
             segment_ids: [..., T] which document of a packed row a token of ``input_ids`` belongs to.
-            denominator: supervised tokens (or samples) over all micro-batches and ranks.
+            denominator, num_items_in_batch: supervised tokens (or samples) over all micro-batches and ranks.
             scalars: weighted scalars of other tensors to add, by name.
             inputs: what else the objective takes (``input_names``).
 
@@ -119,6 +134,7 @@ class Objective(nn.Module):
             TypeError: an input that the objective does not take.
         """
         self.check_inputs(inputs)
+        mask, attention_mask = both_masks(mask, attention_mask)
         batch, stats_of = self.bind(
             logits,
             targets,
@@ -127,7 +143,7 @@ class Objective(nn.Module):
             input_ids=input_ids,
             segment_ids=segment_ids,
             features=self.features(inputs),
-            denominator=denominator,
+            denominator=either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
         )
         output = evaluate(
             self.terms(),
@@ -137,7 +153,7 @@ class Objective(nn.Module):
             scalars=scalars,
             per_token=self.reduction == "none",
         )
-        return self.complete(output, {"attention_mask": mask, **inputs})
+        return self.complete(output, {"attention_mask": attention_mask, **inputs})
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         """The output with the parts that are no terms of the tokens' statistics; a subclass may have some."""
@@ -157,6 +173,13 @@ class Objective(nn.Module):
     def sweep_options(self) -> SweepOptions:
         """How the logits are read."""
         return _sweep_options(self.temperature, self.softcap, self.class_weight)
+
+    def on_optimizer_step(self) -> None:
+        """Let state that moves once per optimizer step move. After the ``step()`` of PyTorch's optimizers it
+        does so by itself; this is for others."""
+        for module in self.modules():
+            if isinstance(module, Stepped):
+                module.on_optimizer_step()
 
     def check_inputs(self, inputs: Iterable[str], more: Iterable[str] = ()) -> None:
         """
@@ -257,34 +280,11 @@ class Objective(nn.Module):
             )
 
     def forward(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        *,
-        mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        denominator: Denominator | None = None,
-        num_items_in_batch: Denominator | None = None,
-        return_detailed: bool = False,
-        **inputs: Any,
+        self, logits: Tensor, targets: Tensor, *, return_detailed: bool = False, **inputs: Any
     ) -> Tensor | dict[str, Tensor]:
-        """The loss; with ``return_detailed`` a dict of the parts and ``total_loss``.
-
-        ``attention_mask`` is another name of ``mask``, ``num_items_in_batch`` of ``denominator``.
-        """
-        output = self.evaluate(
-            logits,
-            targets,
-            mask=either("mask", mask, "attention_mask", attention_mask),
-            token_weight=token_weight,
-            input_ids=input_ids,
-            segment_ids=segment_ids,
-            denominator=either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
-            **inputs,
-        )
+        """The loss; with ``return_detailed`` a dict of the parts and ``total_loss``. The arguments are those
+        of :meth:`evaluate`."""
+        output = self.evaluate(logits, targets, **inputs)
         return output.as_dict() if return_detailed else output.total
 
 
@@ -322,6 +322,11 @@ def _given(stats: TokenStats, batch: TokenBatch) -> StatsOf:
         return stats.restrict(batch.targets, batch.ignore_index)
 
     return stats_of
+
+
+def both_masks(mask: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask of the targets and that of the tokens; each is the other where only one is given."""
+    return (attention_mask if mask is None else mask), (mask if attention_mask is None else attention_mask)
 
 
 def either(name: str, value: Any, alias: str, aliased: Any) -> Any:

@@ -65,7 +65,7 @@ class AdaptiveTemperature(Stepped):
         self.register_buffer("value", torch.tensor(float(initial)))
         self.register_buffer("history", torch.zeros(window))
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
-        self.register_buffer("pending", torch.zeros(2, dtype=torch.float64))  # sum of the nll, and of tokens
+        self.register_buffer("pending", torch.zeros(2))  # sum of the nll, and of tokens
 
     def observe(self, nll_sum: Tensor, num_tokens: Tensor) -> None:
         """Take in a batch: the summed negative log-likelihood of its tokens, and how many they are."""
@@ -79,13 +79,15 @@ class AdaptiveTemperature(Stepped):
         window = len(self.history)
         slot = torch.arange(window, device=self.history.device) == self.num_steps % window
         mean_nll = (nll_sum / num_tokens.clamp(min=1)).to(self.history)
-        self.history = torch.where(slot, mean_nll, self.history)
-        self.num_steps = self.num_steps + 1
+        # A step without a token to learn from says nothing.
+        counts = num_tokens > 0
+        self.history = torch.where(slot & counts, mean_nll, self.history.float())
+        self.num_steps = self.num_steps + counts
         variation = self.history.std(correction=0) / self.history.mean().clamp(min=1e-12)
         change = torch.where(variation < self.low, 1 - self.rate, 1.0)
         change = torch.where(variation > self.high, 1 + self.rate, change)
         moved = (self.value * change).clamp(*self.bounds)
-        self.value = torch.where(self.num_steps >= window, moved, self.value)
+        self.value = torch.where(counts & (self.num_steps >= window), moved, self.value)
 
     def extra_repr(self) -> str:
         return f"bounds={self.bounds}, rate={self.rate}, window={len(self.history)}"

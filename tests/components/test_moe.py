@@ -29,9 +29,9 @@ def part_of(component, gate_logits, attention_mask=None, **inputs) -> torch.Tens
     """The component's part of a composed loss on some logits."""
     rows = torch.zeros(B, T, V, dtype=torch.float64), torch.zeros(B, T, dtype=torch.long)
     criterion = composed(component)
-    return criterion.evaluate(*rows, gate_logits=gate_logits, attention_mask=attention_mask, **inputs).parts[
-        "part"
-    ]
+    if attention_mask is not None:  # the routers', while all targets count
+        inputs |= {"attention_mask": attention_mask, "mask": torch.ones(B, T).bool()}
+    return criterion.evaluate(*rows, gate_logits=gate_logits, **inputs).parts["part"]
 
 
 def naive_balance(z, indices, pi, mask=None) -> torch.Tensor:
@@ -304,6 +304,8 @@ def test_the_bias_steps_once_over_two_micro_batches():
 
 
 def step(balance: MoEBalance, gate_logits, **inputs) -> None:
+    if "attention_mask" in inputs:  # the routers', while the target counts
+        inputs["mask"] = torch.ones(1, 1, dtype=torch.bool)
     part = composed(balance).evaluate(
         torch.zeros(1, 1, V), torch.zeros(1, 1, dtype=torch.long), gate_logits=gate_logits, **inputs
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -79,6 +80,8 @@ class Weighted(nn.Module):
         super().__init__()
         if not isinstance(component, Component):
             raise TypeError(f"Weighted takes a lossmith.Component; got {type(component).__name__}")
+        if not isinstance(weight, Tensor) and not abs(weight) < math.inf:
+            raise ValueError(f"the weight of {type(component).__name__} must be finite; got {weight}")
         self.component = component
         self.weight = weight
 

@@ -110,12 +110,22 @@ class MTP(Component):
                 "multi-token prediction needs hidden_states=[B, T, D] (and hidden_size=D when the loss is "
                 "made), or the logits of the model's own heads as additional_logits"
             )
+        if not isinstance(hidden, Tensor):
+            raise ValueError(
+                f"hidden_states must be one tensor, [..., T, D]; got {type(hidden).__name__}. Of the states "
+                "of all layers pass the last, hidden_states[-1]"
+            )
         if hidden.shape[-1] != self.hidden_size or hidden[..., 0].numel() != len(batch.targets):
             raise ValueError(
                 f"hidden_states must be [..., T, D] with D = hidden_size = {self.hidden_size} at the "
                 f"targets' positions {list(batch.shape)}; got {list(hidden.shape)}"
             )
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        used = [
+            _further_ahead(batch, k)[0] != batch.ignore_index for k in range(1, self.num_future_tokens + 1)
+        ]
+        # Whatever stands where nothing is predicted goes nowhere, forwards or backwards.
+        is_used = torch.stack(used).any(0).unsqueeze(-1)
+        flat = torch.where(is_used, hidden.reshape(-1, hidden.shape[-1]), 0.0)
         return _Heads(self, flat, inputs.get("lm_head_weight"))
 
     def _of_model(self, given: Any) -> list[Tensor]:

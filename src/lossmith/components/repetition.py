@@ -100,6 +100,11 @@ class EarlyEOS(_Unlikely):
 
     def __init__(self, eos_token_id: int, min_length: int = 20) -> None:
         super().__init__()
+        if not isinstance(eos_token_id, int):
+            raise TypeError(
+                f"eos_token_id must be one id; got {eos_token_id!r}. Of several, pass the one that ends "
+                "a text"
+            )
         if min_length < 0 or eos_token_id < 0:
             raise ValueError(f"min_length and eos_token_id must be >= 0; got {min_length} and {eos_token_id}")
         self.eos_token_id = eos_token_id

@@ -20,7 +20,7 @@ from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.modifiers.token_modifier import TokenModifier
 from lossmith.modifiers.token_run import TokenRun
-from lossmith.objective import OWN_INPUTS, Objective, either
+from lossmith.objective import OWN_INPUTS, Objective, both_masks, either
 from lossmith.reduction import Denominator, Reduction, check_reduction
 from lossmith.terms.cross_entropy import cross_entropy
 from lossmith.wrapped_objective import WrappedObjective
@@ -204,6 +204,7 @@ class LossModifierPipeline(WrappedObjective):
             loss=loss,
             mode=mode,
             mask=either("mask", mask, "attention_mask", attention_mask),
+            attention_mask=attention_mask,
             per_position_loss=per_position_loss,
             ignore_index=ignore_index,
             stats=stats,
@@ -226,7 +227,7 @@ class LossModifierPipeline(WrappedObjective):
     ) -> LossOutput:
         """The loss with its parts and metrics; the arguments are those of :meth:`modify_loss`."""
         self._check_inputs(inputs)
-        inputs["mask"] = either("mask", mask, "attention_mask", attention_mask)
+        inputs["mask"], inputs["attention_mask"] = both_masks(mask, attention_mask)
         inputs["denominator"] = either("denominator", denominator, "num_items_in_batch", num_items_in_batch)
         return self._evaluate(logits, targets, mode=self._mode(model_mode, logits, targets), **inputs)
 
@@ -315,7 +316,7 @@ class LossModifierPipeline(WrappedObjective):
             lambda: sample_ids(logits, softcap=self.base.sweep_options.softcap).reshape(-1),
             denominator is not None or resolved not in ("sum", "none"),
             {"scalars": scalars, "per_token": resolved == "none"},
-            {"attention_mask": mask, **inputs},
+            inputs,
         )
         return run.finish(logits, targets, loss, for_custom)
 

@@ -77,7 +77,7 @@ class ComposedLoss(WrappedObjective):
                         f"the component {name!r} ({type(component).__name__}) needs {needed}; "
                         f"pass {needed}=..., or give the component a weight of 0"
                     )
-        return super().features(inputs)
+        return {**self.base.features(inputs), **super().features(inputs)}
 
     def reads(self, stats: TokenStats) -> None:
         self.base.reads(stats)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lossmith.equation import LossOutput
 from lossmith.metrics import Metrics
-from lossmith.objective import either
 from lossmith.objectives.composed import ComposedLoss
 from lossmith.objectives.unified_parts import (
     BalanceMode,
@@ -68,7 +67,7 @@ class UnifiedLoss(ComposedLoss):
             is given and the weight is not 0.
         pad_token_id: targets that equal it do not count, unless it is the ``eos_token_id`` too.
         use_moe_balancing, num_experts, gradient_balance_weight, target_expert_usage, moe_top_k,
-            moe_balance_mode, router_z_loss_weight: see :class:`lossmith.MoEBalance` and
+            moe_num_layers, moe_balance_mode, router_z_loss_weight: see :class:`lossmith.MoEBalance` and
             :class:`lossmith.RouterZLoss`.
         use_focal_loss, focal_gamma, focal_alpha, focal_weight, focal_mode: ``add`` a focal loss, or let it
             ``replace`` the main one.
@@ -130,6 +129,7 @@ class UnifiedLoss(ComposedLoss):
         gradient_balance_weight: float = 0.1,
         target_expert_usage: float | Sequence[float] | None = None,
         moe_top_k: int | None = None,
+        moe_num_layers: int | None = None,
         moe_balance_mode: BalanceMode = "loss",
         router_z_loss_weight: float = 0.0,
         use_focal_loss: bool = False,
@@ -197,18 +197,17 @@ class UnifiedLoss(ComposedLoss):
             denominator: supervised tokens over all micro-batches and ranks (``num_items_in_batch`` is another
                 name of it).
             return_detailed: return the parts.
-            inputs: ``segment_ids``, ``token_weight``, ``mask``: see :meth:`lossmith.Objective.evaluate`.
+            inputs: ``segment_ids``, ``token_weight``, ``mask``, ``num_items_in_batch``: see
+                :meth:`lossmith.Objective.evaluate`.
 
         Raises:
             ValueError: a component is on and its input is missing; the message names both.
         """
-        mask = either("mask", inputs.pop("mask", None), "attention_mask", attention_mask)
-        given = inputs.pop("num_items_in_batch", None)
         output = self.evaluate(
             logits,
             targets,
-            mask=mask,
-            denominator=either("denominator", denominator, "num_items_in_batch", given),
+            attention_mask=attention_mask,
+            denominator=denominator,
             input_ids=input_ids,
             hidden_states=hidden_states,
             lm_head_weight=lm_head_weight,
@@ -272,7 +271,8 @@ def create_unified_loss(config: Any) -> UnifiedLoss:
     if isinstance(config, Mapping):
         options = {str(name): value for name, value in config.items()}
     else:
-        options = {name: getattr(config, name) for name in known if hasattr(config, name)}
+        found = {name: getattr(config, name, None) for name in known}
+        options = {name: value for name, value in found.items() if value is not None}
     if "vocab_size" not in options:
         raise TypeError("the configuration of a UnifiedLoss needs vocab_size")
     return UnifiedLoss(**options)

@@ -45,6 +45,11 @@ def check_options(o: Any) -> None:
             f"a temperature belongs to primary_loss_type='deepseek', and this is {o.primary_loss_type!r}; "
             "leave initial_temperature and adaptive_temperature out, or change the type"
         )
+    if o.use_focal_loss and o.focal_mode == "replace" and o.focal_alpha != 1:
+        raise ValueError(
+            f"focal_alpha={o.focal_alpha} scales the focal loss beside the main one; with "
+            "focal_mode='replace' it would scale everything. Leave it out"
+        )
     if o.use_moe_balancing and o.num_experts is None:
         raise ValueError("use_moe_balancing needs num_experts, how many experts a router chooses from")
 
@@ -124,6 +129,7 @@ PARTS = {
             target_expert_usage=o.target_expert_usage,
             mode=o.moe_balance_mode,
             top_k=o.moe_top_k,
+            num_layers=o.moe_num_layers,
         ),
     ),
     "router_z_loss": Part(lambda o: True, lambda o: o.router_z_loss_weight, lambda o: RouterZLoss()),

@@ -15,7 +15,15 @@ SCORES = "confidence_scores"
 def confidence(stats: TokenStats, batch: TokenBatch) -> Tensor:
     """c, [N]: the supplied scores, or the largest probability of the prediction; detached."""
     scores = batch.features.get(SCORES)
-    return (stats.unscaled.top_prob if scores is None else scores).detach()
+    if scores is None:
+        return stats.unscaled.top_prob.detach()
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would wait
+        outside = ((scores < 0) | (scores > 1)) & batch.valid
+        if outside.nonzero().numel():
+            raise ValueError(
+                f"{SCORES} must be in [0, 1]; pass logits of a confidence head through a sigmoid"
+            )
+    return scores.detach().clamp(0, 1)
 
 
 def confidence_weight(
