@@ -211,7 +211,7 @@ def test_a_resumed_run_keeps_to_that(tmp_path: Path, first: list[str], rate: flo
         ("temperature=0", "expected temperature > 0"),
         ("learning_rate=-1", "expected learning_rate > 0"),
         ("learning_rate=inf", "expected learning_rate > 0"),
-        ("vocab_size=100", "expected vocab_size >= 257"),
+        ("vocab_size=100", "expected vocab_size >= 259"),
         ("block_size=1", "expected block_size >= 2"),
         ("seed=-1", "expected seed >= 0"),
         ("max_iters=0", "expected max_iters >= 1"),

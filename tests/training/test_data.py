@@ -11,8 +11,10 @@ pytest.importorskip("transformers")
 
 from lossmith.training.corpus import Corpus, load_corpus, split_corpus
 from lossmith.training.data import (
+    CLS,
     END_OF_TEXT,
     IGNORED,
+    MASK,
     RandomBlocks,
     Windows,
     bytes_per_token,
@@ -161,14 +163,16 @@ def test_each_document_follows_an_end_of_text():
 
 
 def test_the_end_of_text_spelled_out_in_a_text_is_just_text():
-    text = f"ab{END_OF_TEXT}c {END_OF_TEXT}"
-    tokenizer = train_tokenizer(Corpus("marked", [text * 20], ["x"]), 257)
+    text = f"ab{END_OF_TEXT}c {END_OF_TEXT}{MASK}{CLS}"
+    tokenizer = train_tokenizer(Corpus("marked", [text * 20], ["x"]), 259)
     start = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     tokens = encode(tokenizer, [text, END_OF_TEXT])
     assert tokens.tolist().count(start) == 2  # one before each document
     assert tokens[0] == start
     sizes = bytes_per_token(tokenizer)
-    assert sizes[start] == 0
+    assert sizes[:3].tolist() == [0, 0, 0]
+    assert not (tokens == tokenizer.mask_token_id).any()
+    assert not (tokens == tokenizer.cls_token_id).any()
     assert sizes[tokens].sum() == len(text.encode()) + len(END_OF_TEXT)
     assert tokenizer.decode(tokens[tokens != start]) == text + END_OF_TEXT
 

@@ -1,6 +1,5 @@
 """Whole runs, small: train, look at what is there, stop, resume, evaluate."""
 
-import io
 import json
 import math
 import os
@@ -14,34 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 pytest.importorskip("transformers")
 
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from running import go, rows, weights
 
-from lossmith.training.config import load_config
 from lossmith.training.errors import UserError
 from lossmith.training.progress import Display
-from lossmith.training.runner import run
 
 ROOT = Path(__file__).parents[2]
-
-
-def go(flags: list[str]) -> tuple[int, str]:
-    """Run in this process; the exit code and what was shown."""
-    console = Console(file=io.StringIO(), width=200)
-    code = run(load_config(flags), console, "python train.py")
-    return code, console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def rows(out_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint / "model.safetensors")
 
 
 def interrupt_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,16 +247,7 @@ def test_ctrl_c_in_a_process_of_its_own(tiny: list[str], tmp_path: Path):
 def test_the_example_configs_train(example: Path, tiny: list[str], tmp_path: Path):
     code, shown = go([str(example), *tiny, f"--out_dir={tmp_path / 'example'}"])
     assert code == 0
-    assert "bits per byte" in shown
-
-
-def test_every_option_of_the_objective_is_shown_when_it_is_on():
-    from lossmith.training.runner import describe_objective
-
-    on = {"label_smoothing": 0.1, "smoothing_mode": "exclude_target", "z_loss": 1e-4, "focal_gamma": 2.0}
-    shown = describe_objective(load_config([f"--{name}={value}" for name, value in on.items()]))
-    for name, value in on.items():
-        assert f"{name} {value}" in shown
+    assert "All held-out text, after step 6: validation loss" in shown
 
 
 def test_a_resumed_run_goes_by_its_own_settings(tiny: list[str], tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The model, its loss, and the measures, each against a naive computation."""
+"""The causal language model, its loss and its measures, and the loss of every mode, against naive ones."""
 
 import io
 import math
@@ -11,21 +11,18 @@ from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("transformers")
 
-from transformers import TrainerCallback
+from every_mode import MODES, make_task
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from lossmith.training.config import load_config
 from lossmith.training.corpus import load_corpus
-from lossmith.training.data import IGNORED, train_tokenizer
-from lossmith.training.keys import TrainConfig
+from lossmith.training.data import END_OF_TEXT, IGNORED
+from lossmith.training.loss_modifiers import add_modifiers
 from lossmith.training.model import make_language_model
 from lossmith.training.runner import quiet_libraries, show_first_loss
-from lossmith.training.tasks import LanguageModel
+from lossmith.training.tasks.causal_language_model import CausalLanguageModel
 from lossmith.training.trainer import TaskTrainer, training_arguments
-
-
-def make_task(config: TrainConfig) -> LanguageModel:
-    corpus = load_corpus(config.dataset)
-    return LanguageModel(config, corpus, train_tokenizer(corpus, config.vocab_size), num_blocks=1000)
 
 
 def test_a_fresh_model_is_close_to_a_uniform_guess(tiny: list[str]):
@@ -71,13 +68,48 @@ def test_the_objective_takes_its_options_from_the_keys(tiny: list[str]):
     flags = [f"--{name}={value}" for name, value in options.items()]
     task = make_task(load_config([*tiny, *flags, "--temperature=1.5", "--smoothing_mode=exclude_target"]))
     for name, value in {**options, "temperature": 1.5, "smoothing_mode": "exclude_target"}.items():
-        assert getattr(task.objective, name) == value
+        assert getattr(task.pipeline.base, name) == value
+
+
+def test_generation_leaves_out_what_is_no_text(tiny: list[str]):
+    """However much the model wants to say it."""
+    task = make_task(load_config([*tiny, "--n_embd=32", "--sample_tokens=15"]))
+    model = task.make_model()
+    with torch.no_grad():
+        wanted = torch.randn(32) * 100
+        model.lm_head.weight[task.mask] = wanted  # pyright: ignore
+        model.lm_head.weight[task.cls] = -wanted  # pyright: ignore  (one of them has the highest logit)
+    start = torch.tensor([[task.end_of_text]])
+    tokens = model.generate(start, max_new_tokens=15, do_sample=True, pad_token_id=0)  # pyright: ignore
+    assert not {task.mask, task.cls} & set(tokens[0].tolist())
+    assert model(input_ids=start).logits[0, -1].argmax() in (task.mask, task.cls)
+    assert task.sample(model).plain  # pyright: ignore
+
+
+def test_an_older_run_has_fewer_special_tokens(tiny: list[str]):
+    """It is gone on with all the same."""
+    config = load_config([*tiny, "--sample_tokens=5"])
+    corpus = load_corpus(config.dataset)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus.train, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    task = CausalLanguageModel(config, corpus, tokenizer, num_blocks=3)
+    model = task.make_model()
+    assert task.sample(model) is not None
+    assert math.isfinite(task.evaluate(model, DataLoader(task.held_out, batch_size=4))["loss"])
 
 
 # ── gradients through the Trainer ─────────────────────────────────────────────────────────────────
 
 
-class UnevenTargets(Dataset):
+class Uneven(Dataset):
     """The task's blocks with a different number of targets in each, so that a mean of means shows."""
 
     def __init__(self, blocks: Dataset):
@@ -88,7 +120,8 @@ class UnevenTargets(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         example = self.blocks[index]
-        example["labels"][: 1 + index % 11] = IGNORED
+        if example["labels"].dim():
+            example["labels"][: 1 + index % 11] = IGNORED
         return example
 
 
@@ -99,29 +132,66 @@ class KeepGradients(TrainerCallback):
         self.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def gradients_of_one_step(tiny: list[str], batch_size: int, accumulation: int) -> dict[str, torch.Tensor]:
+def gradients_of_one_step(flags: list[str], batch_size: int, accumulation: int) -> dict[str, torch.Tensor]:
     split = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
-    config = load_config([*tiny, *split, "--max_iters=1", "--grad_clip=0"])
+    config = load_config([*flags, *split, "--max_iters=1", "--grad_clip=0"])
     with quiet_libraries():
         task = make_task(config)
-        task._training = UnevenTargets(task.train_blocks)
+        add_modifiers(task, "cpu", "float32")
+        task.train_blocks = Uneven(task.train_blocks)
         torch.manual_seed(0)
         keep = KeepGradients()
         TaskTrainer(task, task.make_model(), config, training_arguments(config), [keep]).train()
     return keep.gradients
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(tiny: list[str]):
-    whole = gradients_of_one_step(tiny, 8, 1)
-    halves = gradients_of_one_step(tiny, 4, 2)
+def naive_loss(mode: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean over all targets of the whole batch."""
+    if mode == "scorer":
+        return (logits[:, 0].sigmoid() - labels).square().mean()
+    if mode == "causal":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_accumulated_gradients_are_those_of_the_whole_batch(mode: str, tiny: list[str]):
+    flags = [*tiny, *MODES[mode]]
+    whole, halves = gradients_of_one_step(flags, 8, 1), gradients_of_one_step(flags, 4, 2)
 
     # and both are the gradients of the mean over all targets
-    task = make_task(load_config(tiny))
-    blocks = UnevenTargets(task.train_blocks)
+    task = make_task(load_config(flags))
+    blocks = Uneven(task.train_blocks)
     torch.manual_seed(0)
     model = task.make_model()
     ids, labels = (torch.stack([blocks[i][name] for i in range(8)]) for name in ("input_ids", "labels"))
-    cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    naive_loss(mode, model(input_ids=ids).logits, labels).backward()
+
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(whole[name], parameter.grad, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(halves[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["masked", "classifier"])
+def test_weights_of_samples_are_accumulated_too(mode: str, tiny: list[str]):
+    """Samples weighed by their mask ratio: the loss is divided by samples then, not by tokens."""
+    ratio = ["--loss_modifiers_enabled", "--mask_ratio_weight_enabled", "--mask_ratio_weight_power=1"]
+    flags = [*tiny, *MODES[mode], *ratio]
+    whole, halves = gradients_of_one_step(flags, 8, 1), gradients_of_one_step(flags, 2, 4)
+
+    task = make_task(load_config(flags))
+    blocks = Uneven(task.train_blocks)
+    torch.manual_seed(0)
+    model = task.make_model()
+    ids, labels = (torch.stack([blocks[i][name] for i in range(8)]) for name in ("input_ids", "labels"))
+    logits = model(input_ids=ids).logits
+    loss = torch.zeros(())
+    for row in range(8):
+        num = int((labels[row] != IGNORED).sum())
+        weight = min(len(labels[row]) / num, 10) if num else 0
+        summed = cross_entropy(logits[row], labels[row], ignore_index=IGNORED, reduction="sum")
+        loss = loss + weight * summed / max(num, 1)
+    (loss / int((labels != IGNORED).any(-1).sum())).backward()
 
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(whole[name], parameter.grad, rtol=1e-4, atol=1e-7)
@@ -143,3 +213,12 @@ def test_a_first_loss_far_from_a_uniform_guess_is_pointed_out(tiny: list[str]):
         shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
         assert "log 300 = 5.704" in shown
         assert ("warning" in shown) == warned
+
+
+@pytest.mark.parametrize("mode", ["causal", "masked", "classifier"])
+def test_every_option_of_the_objective_is_shown_when_it_is_on(mode: str, tiny: list[str]):
+    on = {"label_smoothing": 0.1, "smoothing_mode": "exclude_target", "z_loss": 1e-4, "focal_gamma": 2.0}
+    flags = [f"--{name}={value}" for name, value in on.items()]
+    shown = make_task(load_config([*tiny, *MODES[mode], *flags])).describe_loss()
+    for name, value in on.items():
+        assert f"{name} {value}" in shown

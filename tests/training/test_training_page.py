@@ -6,21 +6,32 @@ import pytest
 
 pytest.importorskip("omegaconf")
 
-from lossmith.training.keys import TrainConfig, describe, sections
+from lossmith.modifiers.config import ALIASES, KEYS
+from lossmith.training.keys import TrainConfig, default_of, describe, sections
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+HEAD = "| key | default | meaning |\n| --- | --- | --- |\n"
 
 
-def expected_rows() -> list[str]:
+def expected_rows(of_modifiers: bool) -> list[str]:
     return [
-        f"| `{spec.name}` | `{spec.default}` | {describe(spec)} |" for _, keys in sections() for spec in keys
+        f"| `{spec.name}` | `{default_of(spec)}` | {describe(spec)} |"
+        for _, keys in sections()
+        for spec in keys
+        if (spec.name in KEYS) == of_modifiers
     ]
 
 
-def test_the_table_is_that_of_the_keys():
-    table = PAGE.split("| key | default | meaning |\n| --- | --- | --- |\n")[1].split("\n\n")[0].splitlines()
-    assert table == expected_rows(), "expected this table:\n" + "\n".join(expected_rows())
+@pytest.mark.parametrize(("place", "of_modifiers"), [(1, False), (2, True)])
+def test_the_tables_are_those_of_the_keys(place: int, of_modifiers: bool):
+    table = PAGE.split(HEAD)[place].split("\n\n")[0].splitlines()
+    expected = expected_rows(of_modifiers)
+    assert table == expected, "expected this table:\n" + "\n".join(expected)
 
 
 def test_every_key_is_in_a_section():
     assert {spec.name for _, keys in sections() for spec in keys} == set(TrainConfig.__dataclass_fields__)
+
+
+def test_other_names_of_keys_are_told():
+    assert [name for name in ALIASES if f"`{name}`" not in PAGE] == []

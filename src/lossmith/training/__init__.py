@@ -1,6 +1,7 @@
-"""The trainer: `lossmith train`, a language model on real text from one command.
+"""The trainer: `lossmith train`, a model on real text from one command.
 
 Read it in this order: `keys` (what can be set), `config` (where the values come from),
-`corpus` and `data` (text to blocks of tokens), `model`, `tasks` (what one mode trains), `trainer`
-and `progress` (the loop and what it shows), `runner` (the story), `cli` (the door).
+`corpus`, `data` and `corruption` (text to blocks of tokens), `model`, `tasks` (what each mode trains),
+`loss_in_forward` and `loss_modifiers` (its loss), `trainer`, `progress` and `trackers` (the loop and what it
+shows), `runner` (the story), `cli` (the door).
 """

@@ -54,7 +54,7 @@ def build_app() -> Any:
         }
     )
     def train(context: typer.Context) -> None:
-        r"""Train a language model: lossmith train \[config.py] \[--key=value ...]; --help lists the keys."""
+        r"""Train a model: lossmith train \[config.py] \[--key=value ...]; --help lists the keys."""
         raise typer.Exit(train_command(list(context.args)))
 
     return app
@@ -73,11 +73,11 @@ def train_command(args: list[str]) -> int:
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     errors = Console(stderr=True, quiet=console.quiet)
     try:
+        with console.status("Loading the libraries ..."):  # PyTorch too: it comes with the modifiers' keys
+            from lossmith.training.config import load_config
         if "--help" in args or "-h" in args:
             show_help(console)
             return 0
-        from lossmith.training.config import load_config
-
         config = load_config(args)
         with console.status("Loading the libraries ..."):
             from lossmith.training.runner import run
@@ -111,7 +111,7 @@ def show_help(console: Any) -> None:
     """Every key with its default and meaning."""
     from rich.table import Table
 
-    from lossmith.training.keys import describe, sections
+    from lossmith.training.keys import default_of, describe, sections
 
     usage = "Usage: python train.py [config.py] [--key=value ...]     (or: lossmith train ...)\n"
     console.print(usage, markup=False, soft_wrap=True)
@@ -120,8 +120,8 @@ def show_help(console: Any) -> None:
         table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
         table.add_column(style="cyan", no_wrap=True, min_width=30)
         table.add_column(style="green", no_wrap=True, min_width=10)
-        table.add_column()
+        table.add_column(overflow="fold")
         for spec in keys:
-            table.add_row(f"--{spec.name}", escape(str(spec.default)), escape(describe(spec)))
+            table.add_row(f"--{spec.name}", escape(default_of(spec)), escape(describe(spec)))
         console.print(table)
         console.print()

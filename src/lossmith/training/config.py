@@ -11,18 +11,26 @@ import os
 import re
 import sys
 import typing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
+from lossmith.modifiers.config import ALIASES
 from lossmith.training.errors import UserError
-from lossmith.training.keys import MIN_LR_DIVISOR, TrainConfig
+from lossmith.training.keys import MIN_LR_DIVISOR, TaskKeys, TrainConfig
 
 DEFAULTS = TrainConfig()
 KEY_TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+TOKEN_IDS = tuple[int, ...]
+TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    TOKEN_IDS: "token ids",
+}
 BOOLEAN_WORDS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
@@ -31,7 +39,9 @@ BOOLEAN_WORDS = {
 # How a saved run is read back is the command's business, not the run's.
 NOT_INHERITED = ("resume", "eval_only", "out_dir")
 # Changing one of these would make another model, or other tokens, than the checkpoint holds.
-FIXED_BY_CHECKPOINT = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+FIXED_BY_CHECKPOINT = ("mode", "objective", "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+# A run that was saved before there was a choice is what the default still is.
+CHOSEN_BEFORE = {"mode": TaskKeys.mode, "objective": TaskKeys.objective}
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,8 @@ def load_config(args: list[str]) -> TrainConfig:
         UserError: an unknown key, a wrong type, a value out of range, or a config file that is not one.
     """
     config_file, flags = read_flags(args)
-    settings = (read_config_file(config_file) if config_file else []) + flags
+    from_file = read_config_file(config_file) if config_file else []
+    settings = without_aliases(from_file) + without_aliases(flags)
     config = resolve(settings)
     if config.resume or config.eval_only:
         saved = read_saved_config(config)
@@ -67,6 +78,29 @@ def load_config(args: list[str]) -> TrainConfig:
         refuse_another_model(saved, config)
     config.check()
     return config
+
+
+def without_aliases(settings: list[Setting]) -> list[Setting]:
+    """The settings of one source with other names of keys replaced by the keys.
+
+    Raises:
+        UserError: a key was given under two names.
+    """
+    given: dict[str, Setting] = {}
+    for setting in settings:
+        name = key_of(setting.key)
+        first = given.setdefault(name, setting)
+        if first.key != setting.key:
+            raise UserError(
+                f"{first.origin} and {setting.origin}: {first.key} and {setting.key} are two names of one "
+                "key; pass one of them."
+            )
+    return [replace(setting, key=key_of(setting.key)) for setting in settings]
+
+
+def key_of(name: str) -> str:
+    """The key that a name stands for: itself, unless it is another name of a loss modifier's key."""
+    return ALIASES.get(name, name)
 
 
 def resolve(settings: list[Setting]) -> TrainConfig:
@@ -86,6 +120,9 @@ def resolve(settings: list[Setting]) -> TrainConfig:
         schema[key] = escape(value) if isinstance(value, str) else value
     config = OmegaConf.to_object(schema)
     assert isinstance(config, TrainConfig)
+    for key, kind in KEY_TYPES.items():
+        if kind == TOKEN_IDS:
+            setattr(config, key, tuple(getattr(config, key)))  # OmegaConf makes lists of tuples
     return config
 
 
@@ -100,6 +137,11 @@ def typed(setting: Setting) -> Any:
         )
     if type(value) is wanted:
         return value
+    if wanted == TOKEN_IDS:
+        ids = [value] if type(value) is int else value
+        if isinstance(ids, list | tuple) and all(type(token) is int for token in ids):
+            return tuple(ids)
+        example = [0, 1, 2]
     if wanted is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if wanted is float and type(value) is int and abs(value) <= sys.float_info.max:
@@ -123,7 +165,7 @@ def unknown_key(setting: Setting) -> str:
     """The message for a key that does not exist."""
     name = setting.key.lower()
     initials = [known for known in KEY_TYPES if "".join(word[0] for word in known.split("_")) == name]
-    near = initials or difflib.get_close_matches(name, KEY_TYPES, n=1, cutoff=0.5)
+    near = initials or difflib.get_close_matches(name, [*KEY_TYPES, *ALIASES], n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}?" if near else "`--help` lists the keys."
     return f"{setting.origin}: there is no key {setting.key!r}. {hint}"
 
@@ -156,10 +198,10 @@ def read_flags(args: list[str]) -> tuple[Path | None, list[Setting]]:
 
 def take_value(name: str, rest: list[str]) -> str:
     """The value of a flag written without `=`: the next word, or "True" for a bare switch."""
-    if name not in KEY_TYPES:
+    if key_of(name) not in KEY_TYPES:
         raise UserError(unknown_key(Setting(name, None, f"--{name}")))
     following = rest[0] if rest else None
-    if KEY_TYPES[name] is bool:
+    if KEY_TYPES[key_of(name)] is bool:
         return rest.pop(0) if following is not None and following.lower() in BOOLEAN_WORDS else "True"
     if following is None or following.startswith("--"):
         raise UserError(f"--{name} needs a value; came nothing. Write --{name}=value.")
@@ -168,7 +210,7 @@ def take_value(name: str, rest: list[str]) -> str:
 
 def parse_text(name: str, text: str) -> Any:
     """What a flag's text stands for: itself for a text key, else the value it spells, if it spells one."""
-    kind = KEY_TYPES.get(name)
+    kind = KEY_TYPES.get(key_of(name))
     if kind is str:
         return text
     if kind is bool and text.lower() in BOOLEAN_WORDS:
@@ -275,6 +317,7 @@ def read_saved_config(config: TrainConfig) -> list[Setting]:
             f"{path} is not a configuration; expected `key: value` lines; came "
             f"{'something else' if saved else 'an empty file'}. Restore it or train anew."
         )
+    saved = CHOSEN_BEFORE | saved
     lacking = [name for name in FIXED_BY_CHECKPOINT if name not in saved]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}. Restore it or train anew.")

@@ -1,8 +1,8 @@
 """Text to tokens, tokens to blocks.
 
 Training blocks start anywhere (nanoGPT's way) and each is a function of the seed and its number alone,
-so a resumed run sees exactly the blocks it would have seen. Evaluation walks the held-out text in
-windows that predict every token once.
+so a resumed run sees exactly the blocks it would have seen. Evaluation walks the held-out text: a causal
+model in windows that predict every token once, the others in whole blocks side by side.
 """
 
 import random
@@ -16,6 +16,10 @@ from lossmith.training.corpus import Corpus
 from lossmith.training.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+MASK = "<|mask|>"
+CLS = "<|cls|>"
+# Every mode's tokenizer has all three, so that a scorer can judge any model of the same text.
+SPECIAL_TOKENS = (END_OF_TEXT, MASK, CLS)
 IGNORED = -100
 
 
@@ -30,7 +34,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -44,8 +48,17 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
         tokenizer_object=bpe,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,  # no padding token: a model's embedding row for one gets no gradient
+        mask_token=MASK,
+        cls_token=CLS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The number of a special token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int), f"the tokenizer has no {token}"
+    return found
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
@@ -53,8 +66,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Te
 
     The first token stands for "nothing came before", so every token of the text itself is predicted.
     """
-    start = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    assert isinstance(start, int)
+    start = token_id(tokenizer, END_OF_TEXT)
     bpe = tokenizer.backend_tokenizer
     before = bpe.encode_special_tokens
     # Spelled out in a text, "<|endoftext|>" is 13 characters of it like any other, with 13 bytes to count.
@@ -68,12 +80,12 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Te
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """UTF-8 bytes that each token of the vocabulary stands for, [V]; none for end-of-text."""
+    """UTF-8 bytes that each token of the vocabulary stands for, [V]; none for special tokens."""
     # A byte-level vocabulary spells each byte as one character, so the spelling's length counts bytes.
     vocabulary = tokenizer.get_vocab()
     sizes = torch.zeros(len(vocabulary), dtype=torch.long)
     for piece, token in vocabulary.items():
-        sizes[token] = 0 if piece == END_OF_TEXT else len(piece)
+        sizes[token] = 0 if piece in SPECIAL_TOKENS else len(piece)
     return sizes
 
 
@@ -139,6 +151,34 @@ class Windows(Dataset):
             "input_ids": torch.nn.functional.pad(example["input_ids"], (0, short), value=0),
             "labels": torch.nn.functional.pad(example["labels"], (0, short), value=IGNORED),
         }
+
+
+class WholeBlocks(Dataset):
+    """The held-out tokens [N] cut into blocks side by side, for models that see both ways.
+
+    All are `block_size` long, so that none needs padding: the last reaches back into the one before it. A
+    text shorter than that is one short block.
+
+    Raises:
+        UserError: there is nothing to look at.
+    """
+
+    def __init__(self, tokens: torch.Tensor, block_size: int):
+        if len(tokens) < 2:
+            raise UserError(
+                f"the held-out text has {len(tokens)} tokens; expected at least 2. Use a larger dataset."
+            )
+        self.tokens = tokens
+        self.block_size = block_size
+
+    def __len__(self) -> int:
+        return -(-len(self.tokens) // self.block_size)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        end = min((index + 1) * self.block_size, len(self.tokens))
+        return as_example(self.tokens[max(0, end - self.block_size) : end])
 
 
 def as_example(block: torch.Tensor) -> dict[str, torch.Tensor]:

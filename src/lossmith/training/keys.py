@@ -1,13 +1,15 @@
 """Every key of the trainer: its name, type, default, range and meaning.
 
 The names are nanoGPT's wherever nanoGPT has one. A group of keys is a dataclass; `TrainConfig` is all
-of them side by side, so that `--n_layer=6` needs no prefix.
+of them side by side, so that `--n_layer=6` needs no prefix. The keys of the loss modifiers are those that
+`lossmith.modifiers` declares.
 """
 
 import math
-from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from dataclasses import Field, dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any
 
+from lossmith.modifiers.config import KEYS as DECLARED_BY_MODIFIERS
 from lossmith.training.errors import UserError
 
 # A learning rate that is set alone brings its lowest value with it.
@@ -27,6 +29,22 @@ def key(default: Any, meaning: str, **limits: Any) -> Any:
 
 
 @dataclass
+class TaskKeys:
+    """What is trained."""
+
+    mode: str = key(
+        "language_model",
+        "what the model predicts: tokens, which tokens were replaced, or the share of a text that was",
+        choices=("language_model", "token_classifier", "sequence_scorer"),
+    )
+    objective: str = key(
+        "causal",
+        "what a language model predicts, the next token or the tokens that were masked",
+        choices=("causal", "masked"),
+    )
+
+
+@dataclass
 class DataKeys:
     """What is read and how it becomes tokens."""
 
@@ -35,13 +53,13 @@ class DataKeys:
         "`pydoc` (the text of Python's own documentation), a text file, a folder of text files, the name "
         "of a folder under `data/`, or a name on the Hugging Face hub (needs `datasets`)",
     )
-    vocab_size: int = key(2048, "pieces of the byte-level BPE trained on the training split", low=257)
+    vocab_size: int = key(2048, "pieces of the byte-level BPE trained on the training split", low=259)
     block_size: int = key(128, "tokens the model sees at once", low=2)
 
 
 @dataclass
 class ModelKeys:
-    """The Llama-style model."""
+    """The model: Llama's architecture, or ModernBERT's where it sees both ways."""
 
     n_layer: int = key(4, "layers", low=1)
     n_head: int = key(4, "attention heads; divides `n_embd`", low=1)
@@ -51,7 +69,7 @@ class ModelKeys:
 
 @dataclass
 class LossKeys:
-    """The training objective. Evaluation always reports the plain negative log-likelihood."""
+    """The training objective. Evaluation always reports the loss without any of these options."""
 
     label_smoothing: float = key(0.0, "share of the target that is given to other tokens", low=0.0, below=1.0)
     smoothing_mode: str = key(
@@ -96,7 +114,7 @@ class RunKeys:
         20, "batches per evaluation, spread over the held-out text; 0 for all; the last is always all", low=0
     )
     log_interval: int = key(10, "steps between lines of `log.jsonl`", low=1)
-    sample_tokens: int = key(120, "length of the text generated at the end; 0 for none", low=0)
+    sample_tokens: int = key(120, "tokens of the sample shown at the end; 0 for none", low=0)
     device: str = key("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = key(
         "auto",
@@ -105,12 +123,31 @@ class RunKeys:
     )
     compile: bool = key(False, "compile the model with `torch.compile`")
     seed: int = key(1337, "seed of the weights, the order of the data and the sample", low=0, high=2**32 - 1)
+    tensorboard_log: bool = key(
+        False, "log to TensorBoard, in `tensorboard/` under `out_dir` (needs the extra `track`)"
+    )
     wandb_log: bool = key(False, "log to Weights & Biases (needs the extra `track`)")
     wandb_project: str = key("lossmith", "its project")
 
 
+if TYPE_CHECKING:
+
+    class ModifierKeys:
+        """The loss modifiers' keys: flat names, such as `entropy_modifier_weight`."""
+
+else:
+    ModifierKeys = make_dataclass(
+        "ModifierKeys",
+        [
+            (name, spec.type, field(default=spec.default, metadata=spec.metadata))
+            for name, spec in DECLARED_BY_MODIFIERS.items()
+        ],
+        namespace={"__doc__": "Loss modifiers."},
+    )
+
+
 @dataclass
-class TrainConfig(RunKeys, OptimizerKeys, LossKeys, ModelKeys, DataKeys):
+class TrainConfig(ModifierKeys, RunKeys, OptimizerKeys, LossKeys, ModelKeys, DataKeys, TaskKeys):
     """Everything `lossmith train` can be told."""
 
     def check(self) -> None:
@@ -123,6 +160,7 @@ class TrainConfig(RunKeys, OptimizerKeys, LossKeys, ModelKeys, DataKeys):
                 "expected an even whole number, since rotary positions turn pairs of coordinates. "
                 f"Try --n_embd={self.n_head * 2 * max(1, round(self.n_embd / self.n_head / 2))}."
             )
+        self._check_mode()
         if self.min_lr > self.learning_rate:
             raise UserError(
                 f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}; expected the lowest "
@@ -132,10 +170,28 @@ class TrainConfig(RunKeys, OptimizerKeys, LossKeys, ModelKeys, DataKeys):
         if self.resume and self.eval_only:
             raise UserError("resume and eval_only are both on; pass the one you mean.")
 
+    def _check_mode(self) -> None:
+        """Raise UserError for keys that mean nothing in this mode."""
+        if self.mode != TaskKeys.mode and self.objective != TaskKeys.objective:
+            raise UserError(
+                f"objective={self.objective} is about a language model, but mode={self.mode}. Leave "
+                f"objective out, or pass --mode={TaskKeys.mode}."
+            )
+        off = LossKeys()
+        changed = [name for name in vars(off) if getattr(self, name) != getattr(off, name)]
+        if self.mode == "sequence_scorer" and changed:
+            name = changed[0]
+            raise UserError(
+                f"{name}={getattr(self, name)} is an option of cross-entropy; mode={self.mode} trains the "
+                f"squared error. Leave {name} out."
+            )
+
 
 def sections() -> list[tuple[str, list[Field]]]:
     """The keys by group, in the order they are documented: (what the group is, its fields)."""
-    groups = (DataKeys, ModelKeys, LossKeys, OptimizerKeys, RunKeys)
+    groups: tuple[Any, ...] = (
+        TaskKeys, DataKeys, ModelKeys, LossKeys, OptimizerKeys, RunKeys, ModifierKeys,
+    )  # fmt: skip
     return [((group.__doc__ or "").split(".")[0], list(fields(group))) for group in groups]
 
 
@@ -143,6 +199,11 @@ def describe(spec: Field) -> str:
     """What a key means, with the values it can take where they are few."""
     choices = spec.metadata.get("choices")
     return spec.metadata["meaning"] + (f": {', '.join(choices)}" if choices else "")
+
+
+def default_of(spec: Field) -> str:
+    """A key's default as it is shown."""
+    return str(spec.default) or '""'
 
 
 def check_range(spec: Field, value: Any) -> None:

@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,30 @@ from transformers import TrainerCallback
 def say(console: Console, text: str | Text = "", style: str | None = None) -> None:
     """Print a line as it is: no markup, no colouring of numbers, no breaking where a pipe has no width."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a line: which value of a row of the log, in which words.
+
+    Args:
+        name: the value's name in the row.
+        words: a format of it, such as `loss {:.3f}`.
+        no_number: what a `null` in the row stood for.
+    """
+
+    name: str
+    words: str
+    no_number: float = math.nan
+
+
+SPEED = Figure("tokens_per_second", "{:,.0f} tokens/s")
+
+
+def describe(row: dict[str, Any], figures: Sequence[Figure]) -> str:
+    """A row of the log in words."""
+    values = [figure.no_number if row[figure.name] is None else row[figure.name] for figure in figures]
+    return "  ".join(figure.words.format(value) for figure, value in zip(figures, values, strict=True))
 
 
 class Stopwatch(TrainerCallback):
@@ -79,6 +105,10 @@ class LogFile(TrainerCallback):
                 file.write(json.dumps(row) + "\n")
 
 
+# These stand beside the training's in a reader's tables, so they are told apart by their names.
+OF_EVALUATION = {f"eval_{name}": f"val_{name}" for name in ("loss", "tokens", "sequences")}
+
+
 def step_in(line: str) -> float:
     """The step of a row of the log; beyond all steps for a line that was cut short."""
     try:
@@ -95,17 +125,25 @@ def log_row(step: int, logs: dict[str, Any]) -> dict[str, Any] | None:
     for name, value in logs.items():
         if name == "epoch":
             continue  # blocks are drawn at random, so there are none
-        name = {"eval_loss": "val_loss", "eval_tokens": "val_tokens"}.get(name, name.removeprefix("eval_"))
+        name = OF_EVALUATION.get(name, name.removeprefix("eval_"))
         # JSON has no NaN and no infinity; a reader of the file would fail on them.
         row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
     return row
 
 
 class Display(TrainerCallback):
-    """A progress bar on a terminal, plain lines in a file or a pipe."""
+    """A progress bar on a terminal, plain lines in a file or a pipe.
 
-    def __init__(self, console: Console):
+    Args:
+        console: where.
+        steps: what to say of a logged step.
+        evaluations: what to say of an evaluation.
+    """
+
+    def __init__(self, console: Console, steps: Sequence[Figure], evaluations: Sequence[Figure]):
         self.console = console
+        self.steps = (*steps, SPEED)
+        self.evaluations = evaluations
         self.bar: Progress | None = None
         self.task_id: Any = None
         self.done = False
@@ -137,11 +175,11 @@ class Display(TrainerCallback):
         if "val_loss" in row and self.done:
             return  # the closing evaluation has a line of its own
         if "val_loss" in row:
-            say(self.console, f"{step_of(state)}  {describe_evaluation(row)}", "bold")
+            say(self.console, f"{step_of(state)}  {describe(row, self.evaluations)}", "bold")
         elif self.bar is not None:
-            self.bar.update(self.task_id, measures=describe_step(row))
+            self.bar.update(self.task_id, measures=describe(row, self.steps))
         else:
-            say(self.console, f"{step_of(state)}  {describe_step(row)}")
+            say(self.console, f"{step_of(state)}  {describe(row, self.steps)}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.done = True
@@ -157,18 +195,3 @@ class Display(TrainerCallback):
 def step_of(state: Any) -> str:
     """How far a run is, in a width that does not jump: `step  40/400`."""
     return f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-
-
-def describe_step(row: dict[str, Any]) -> str:
-    """One logged training step in words."""
-    loss = math.nan if row["loss"] is None else row["loss"]
-    perplexity = math.inf if row["perplexity"] is None else row["perplexity"]
-    return f"loss {loss:.3f}  perplexity {perplexity:,.1f}  {row['tokens_per_second']:,.0f} tokens/s"
-
-
-def describe_evaluation(row: dict[str, Any]) -> str:
-    """One evaluation in words."""
-    loss = math.nan if row["val_loss"] is None else row["val_loss"]
-    perplexity = math.inf if row["perplexity"] is None else row["perplexity"]
-    bits = math.nan if row["bits_per_byte"] is None else row["bits_per_byte"]
-    return f"validation loss {loss:.3f}  perplexity {perplexity:,.1f}  {bits:.3f} bits per byte"

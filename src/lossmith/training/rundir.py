@@ -13,9 +13,11 @@ from tokenizers import Tokenizer
 
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
+from lossmith.training.tasks import task_class
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
 PREVIOUS = "previous"
 # The Trainer writes this file last, so a checkpoint that has it was not cut short.
 LAST_FILE_OF_A_CHECKPOINT = "trainer_state.json"
@@ -86,8 +88,11 @@ def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
         UserError: a file is missing or damaged, or the checkpoint is of another model.
     """
     saved = read_json(checkpoint / "config.json")
+    require_architecture(saved.get("architectures"), checkpoint, config)
+    expected = {key: getattr(config, key) for key in KEYS_OF_THE_MODEL}
+    expected["block_size"] = task_class(config).num_positions(config)
     for key, name in KEYS_OF_THE_MODEL.items():
-        if saved.get(name) != getattr(config, key):
+        if saved.get(name) != expected[key]:
             raise UserError(
                 f"{checkpoint / 'config.json'} says {name}={saved.get(name)} but {CONFIG_FILE} of the run "
                 f"says {key}={getattr(config, key)}; expected them to agree. Restore the file that was "
@@ -103,6 +108,17 @@ def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
             # PyTorch saves zip files, whose table of contents comes last: one that was cut short has none.
             if not zipfile.is_zipfile(checkpoint / name):
                 raise damaged(checkpoint / name, "a file saved by PyTorch")
+
+
+def require_architecture(architectures: Any, checkpoint: Path, config: TrainConfig) -> None:
+    """Raise UserError when a checkpoint is of another mode; its head would be filled with random numbers."""
+    wanted = task_class(config).model_class.__name__
+    if architectures != [wanted]:
+        raise UserError(
+            f"{checkpoint / 'config.json'} says architectures={architectures} but {CONFIG_FILE} of the run "
+            f"says mode={config.mode}, objective={config.objective}, which is a {wanted}; expected them to "
+            "agree. Restore the file that was changed, or train anew."
+        )
 
 
 def require_tokenizer(path: Path, vocab_size: int) -> None:
@@ -156,15 +172,16 @@ def set_aside_previous_run(out_dir: Path) -> Path | None:
     Returns:
         Where the earlier run went, or None when there was none.
     """
-    mine = [path for name in (CONFIG_FILE, LOG_FILE) if (path := out_dir / name).exists()]
+    names = (CONFIG_FILE, LOG_FILE, TENSORBOARD_FOLDER)
+    mine = [path for name in names if (path := out_dir / name).exists()]
     mine += [path for path in out_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     if not mine:
         return None
     aside = out_dir / PREVIOUS
     # Without a checkpoint there is nothing worth keeping in place of what was kept before.
-    if not any(path.is_dir() for path in mine) and aside.exists():
+    if not any(path.name.startswith("checkpoint-") for path in mine) and aside.exists():
         for path in mine:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         return None
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()

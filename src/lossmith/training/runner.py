@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 from torch.utils.data import DataLoader, Subset
@@ -22,13 +22,13 @@ from lossmith.training.corpus import Corpus, load_corpus
 from lossmith.training.data import train_tokenizer
 from lossmith.training.errors import UserError
 from lossmith.training.interrupt import StopOnSignal
-from lossmith.training.keys import LossKeys, TrainConfig
-from lossmith.training.progress import Display, LogFile, describe_evaluation, log_row, say
-from lossmith.training.tasks import LanguageModel, Task
-from lossmith.training.trainer import TaskTrainer, training_arguments
-
-# A fresh model's loss further than this (in nats) from a uniform guess points at a mistake.
-FAR_OFF = 0.5
+from lossmith.training.keys import TrainConfig
+from lossmith.training.loss_modifiers import add_modifiers, show_modifiers, verbose_modifiers
+from lossmith.training.progress import Display, LogFile, describe, log_row, say
+from lossmith.training.tasks import make_task
+from lossmith.training.tasks.task import Task
+from lossmith.training.trackers import open_trackers, require_trackers
+from lossmith.training.trainer import TaskTrainer, choose_dtype, training_arguments
 
 
 def run(config: TrainConfig, console: Console, command: str = "python train.py") -> int:
@@ -57,6 +57,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
     # 1. Everything that can be refused is refused before any work.
     rundir.require_writable(out_dir)
     args = training_arguments(config)
+    require_trackers(config)
     first_step, checkpoint = rundir.last_checkpoint(out_dir) if config.resume else (0, None)
     if first_step >= config.max_iters:
         raise UserError(
@@ -67,16 +68,18 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
     if checkpoint:
         rundir.require_sound_checkpoint(checkpoint, config)
 
-    # 2. Text, tokens, model.
+    # 2. Text, tokens, loss, model.
     corpus = load_corpus(config.dataset)
     tokenizer = saved_tokenizer(checkpoint) if checkpoint else train_tokenizer(corpus, config.vocab_size)
     transformers.set_seed(config.seed)
-    task = make_task(config, corpus, tokenizer, args)
-    _ = task.train_blocks  # a text too short for a block is refused here
+    task = make_task(config, corpus, tokenizer, blocks_to_draw(config, args))
+    _ = task.train_blocks[0]  # a text too short for a block is refused here
+    add_modifiers(task, str(args.device), choose_dtype(config))
     model = task.make_model()
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     if args.process_index == 0:
         show_summary(config, console, corpus, task, model, args)
+        show_modifiers(console, task)
         if checkpoint:
             say(console, f"Resuming from {checkpoint}.\n")
         else:
@@ -85,19 +88,21 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
     # 3. The loop.
     if args.process_index == 0:
         prepare_folder(config, console)
-    stop, display = StopOnSignal(console), Display(console)
-    trainer = TaskTrainer(task, model, config, args, [LogFile(out_dir / rundir.LOG_FILE), display, stop])
-    with stop, contextlib.closing(display):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    stop, display = StopOnSignal(console), Display(console, task.step_figures, task.evaluation_figures)
+    with open_trackers(config, first_step, is_main=args.process_index == 0) as trackers:
+        watchers = [*trackers, LogFile(out_dir / rundir.LOG_FILE), display, stop]
+        trainer = TaskTrainer(task, model, config, args, watchers)
+        with stop, contextlib.closing(display), verbose_modifiers(config, console):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    # 4. What came of it.
-    step = trainer.state.global_step
-    if stop.received and step < config.max_iters:
-        say(console, f"Stopped after step {step} of {config.max_iters}; checkpoint saved. To go on:")
-        say(console, f"  {command} --out_dir={shlex.quote(config.out_dir)} --resume", "bold")
-        return 128 + stop.received
-    measures = trainer.evaluate(everything=True)
-    show_results(console, out_dir, measures, task.sample(model))
+        # 4. What came of it.
+        step = trainer.state.global_step
+        if stop.received and step < config.max_iters:
+            say(console, f"Stopped after step {step} of {config.max_iters}; checkpoint saved. To go on:")
+            say(console, f"  {command} --out_dir={shlex.quote(config.out_dir)} --resume", "bold")
+            return 128 + stop.received
+        measures = trainer.evaluate(everything=True)
+    show_results(console, out_dir, task, measures, task.sample(model))
     return 0
 
 
@@ -107,22 +112,19 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
     rundir.require_sound_checkpoint(checkpoint, config)
     args = training_arguments(config)
     corpus = load_corpus(config.dataset)
-    task = make_task(config, corpus, saved_tokenizer(checkpoint), args)
+    task = make_task(config, corpus, saved_tokenizer(checkpoint), num_blocks=0)
     model = task.load_model(checkpoint)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     trainer = TaskTrainer(task, model, config, args, [])
     measures = trainer.evaluate(everything=True)
     say(console, f"{checkpoint} (step {step}) on the held-out text of {corpus.name}:")
-    say(console, describe_evaluation(log_row(step, measures) or {}), "bold")
+    say(console, describe(log_row(step, measures) or {}, task.evaluation_figures), "bold")
     return 0
 
 
-def make_task(
-    config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, args: TrainingArguments
-) -> Task:
-    """What this run trains."""
-    num_blocks = config.max_iters * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return LanguageModel(config, corpus, tokenizer, num_blocks)
+def blocks_to_draw(config: TrainConfig, args: TrainingArguments) -> int:
+    """How many training blocks all ranks will draw together."""
+    return config.max_iters * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def saved_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
@@ -154,12 +156,13 @@ def show_summary(
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
     rows = {
-        "text": f"{corpus.name}: {task.num_train_tokens:,} tokens to train on, "
+        "mode": config.mode + (f", {config.objective}" if config.mode == "language_model" else ""),
+        "text": f"{corpus.name}: {len(task.train_tokens):,} tokens to train on, "
         f"{task.num_held_out_tokens:,} held out",
         "vocabulary": f"{config.vocab_size:,} pieces",
         "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}: "
         f"{model.num_parameters():,} parameters",
-        "objective": describe_objective(config),
+        "objective": task.describe_loss(),
         "training": f"{config.max_iters:,} steps of {tokens_per_step * args.world_size:,} tokens, "
         f"{args.device.type}, {precision}{', compiled' if config.compile else ''}",
     }
@@ -175,38 +178,35 @@ def show_summary(
         )
 
 
-def describe_objective(config: TrainConfig) -> str:
-    """The loss and those of its options that are on."""
-    off = LossKeys()
-    options = {
-        name: getattr(config, name) for name in vars(off) if getattr(config, name) != getattr(off, name)
-    }
-    return ", ".join(["cross-entropy", *(f"{name} {value}" for name, value in options.items())])
-
-
 def show_first_loss(console: Console, task: Task, model: PreTrainedModel, config: TrainConfig) -> None:
     """Compare the untrained model's loss with what knowing nothing costs."""
     some = range(min(config.batch_size, len(task.held_out)))  # pyright: ignore[reportArgumentType]
     first = task.evaluate(model, DataLoader(Subset(task.held_out, some), batch_size=len(some)))["loss"]
-    expected, name = task.expected_initial_loss()
-    say(console, f"The initial loss is {first:.3f}; a uniform guess costs {name} = {expected:.3f}.\n")
-    if not math.isfinite(first) or abs(first - expected) > FAR_OFF:
+    nothing = task.knowing_nothing()
+    say(console, f"The initial loss is {first:.3f}; {nothing.said}.\n")
+    if not math.isfinite(first) or abs(first - nothing.loss) > nothing.margin:
         say(
             console,
-            f"warning: these are more than {FAR_OFF} apart. An untrained model should guess uniformly; "
+            f"warning: these are more than {nothing.margin} apart. An untrained model should know nothing; "
             "look at the initialisation and at the loss.\n",
             "yellow",
         )
 
 
-def show_results(console: Console, out_dir: Path, measures: dict[str, float], sample: str | None) -> None:
+def show_results(
+    console: Console,
+    out_dir: Path,
+    task: Task,
+    measures: dict[str, float],
+    sample: RenderableType | None,
+) -> None:
     """The final measures, a sample, and where everything is."""
     if sample is not None:
         say(console)
-        console.print(Panel(Text(sample.strip("\n")), title="sample", title_align="left", border_style="dim"))
+        console.print(Panel(sample, title=task.sample_title, title_align="left", border_style="dim"))
     row = log_row(0, measures) or {}
     step, checkpoint = rundir.last_checkpoint(out_dir)
-    say(console, f"\nAll held-out text, after step {step}: {describe_evaluation(row)}", "bold")
+    say(console, f"\nAll held-out text, after step {step}: {describe(row, task.evaluation_figures)}", "bold")
     say(
         console,
         f"Saved {checkpoint} (model, tokenizer), {out_dir / rundir.LOG_FILE}, {out_dir / rundir.CONFIG_FILE}",

@@ -1,13 +1,11 @@
 """Hugging Face's Trainer, told what a task is.
 
 The loop, the optimizer, accumulation, mixed precision, checkpoints and resuming are the library's.
-Ours are the order of the blocks, the evaluation (the Trainer averages the means of batches, which
-weighs tokens unevenly) and what is logged.
+Ours are the order of the blocks, what the loss is divided by, the evaluation (the Trainer averages the
+means of batches, which weighs tokens unevenly) and what is logged.
 """
 
-import importlib.util
 import math
-import os
 from typing import Any
 
 import torch
@@ -19,9 +17,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
 from lossmith.training.progress import Stopwatch
-from lossmith.training.tasks import Task
+from lossmith.training.tasks.task import Task
 
 CHECKPOINTS_KEPT = 2
+METRICS_OF_MODIFIERS = "loss_modifiers/"
 
 
 class TaskTrainer(Trainer):
@@ -45,6 +44,7 @@ class TaskTrainer(Trainer):
     ):
         self.task = task
         self.config = config
+        self.observed: torch.Tensor | float = 0.0  # summed since the last line of the log
         tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.stopwatch = Stopwatch(tokens_per_step * config.block_size)
         super().__init__(
@@ -61,6 +61,28 @@ class TaskTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         # The blocks are random already, each by its number; taken in order they can be resumed.
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # pyright: ignore[reportArgumentType]
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Any], device: torch.device
+    ) -> torch.Tensor | int | None:
+        """What the losses of these micro-batches are divided by, over all ranks."""
+        if not batch_samples:
+            return None
+        count = torch.stack([self.task.count(batch) for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count  # pyright: ignore
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        outputs: Any
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        wide = torch.float32 if loss.device.type == "mps" else torch.float64
+        self.observed = self.observed + outputs["observed"].detach().to(wide)
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(
         self,
@@ -95,12 +117,15 @@ class TaskTrainer(Trainer):
         return self.accelerator.reduce(mine, reduction="sum").tolist()  # pyright: ignore
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the speed to what is logged, and stop a run whose loss is no number any more."""
+        """Add the speed and more to what is logged, and stop a run whose loss is no number any more."""
         if "loss" in logs:
             logs["tokens_per_second"] = self.stopwatch.lap(self.state.global_step)
-            nll_sum, num_tokens = self._add_over_ranks(self.task.plain_nll())
-            mean = nll_sum / max(num_tokens, 1)
-            logs["perplexity"] = math.exp(mean) if mean < 700 else math.inf
+            assert isinstance(self.observed, torch.Tensor)
+            total, number = self._add_over_ranks(self.observed.tolist())
+            self.observed = 0.0
+            logs.update(self.task.training_measures(total / max(number, 1)))
+            metrics = self.task.pipeline.get_all_metrics()
+            logs.update({METRICS_OF_MODIFIERS + name: value for name, value in metrics.items()})
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise self._no_number(f"loss became {logs['loss']}")
@@ -150,13 +175,9 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     """Our keys as the Trainer's arguments.
 
     Raises:
-        UserError: the device, the precision or the logger asked for is not there.
+        UserError: the device or the precision asked for is not there.
     """
     device, dtype = choose_device(config), choose_dtype(config)
-    if config.wandb_log and importlib.util.find_spec("wandb") is None:
-        raise UserError("wandb_log=True needs the wandb package; `pip install 'lossmith[track]'`.")
-    if config.wandb_log:
-        os.environ["WANDB_PROJECT"] = config.wandb_project  # the only way the Trainer takes it
     args = TrainingArguments(
         output_dir=config.out_dir,
         max_steps=config.max_iters,
@@ -184,7 +205,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         save_strategy="steps",
         save_steps=config.eval_interval,
         save_total_limit=CHECKPOINTS_KEPT,
-        report_to=["wandb"] if config.wandb_log else [],
+        report_to=[],
         disable_tqdm=True,
         log_level="error",
         log_level_replica="error",

@@ -1,0 +1,19 @@
+"""How much of a text was replaced, about two minutes on 2 cores: python train.py config/sequence_scorer.py
+
+Its checkpoint is a judge of models of the same text and vocabulary; see config/masked_language_model.py.
+"""
+
+out_dir = "out-scorer"
+
+mode = "sequence_scorer"
+
+# short pieces and short blocks, so that a small model soon learns what stands beside what
+vocab_size = 512
+block_size = 64
+batch_size = 32
+
+max_iters = 900
+warmup_iters = 60
+learning_rate = 1e-3
+weight_decay = 0.1  # every block is corrupted anew, so there is little to learn by heart
+eval_interval = 300

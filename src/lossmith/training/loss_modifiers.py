@@ -1,0 +1,115 @@
+"""The loss modifiers of a run: made from its keys before training, shown, and listened to."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from tokenizers import Tokenizer
+
+import lossmith
+from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
+from lossmith.training.errors import UserError
+from lossmith.training.keys import TrainConfig
+from lossmith.training.progress import say
+from lossmith.training.tasks.task import Task
+
+LOGGER = "lossmith.modifiers"
+
+
+def add_modifiers(task: Task, device: str, dtype: str) -> None:
+    """Put the modifiers that the keys switch on into a task's loss.
+
+    Args:
+        task: its pipeline is replaced.
+        device, dtype: the run's; the judge has the same.
+
+    Raises:
+        UserError: values that do not go together, or a judge that cannot be used.
+    """
+    values = {name: value for name, value in asdict(task.config).items() if name in KEYS}
+    try:
+        pipeline = lossmith.create_loss_modifier_pipeline(
+            {**values, "device": device, "dtype": dtype},
+            base=task.make_objective(),
+            model_mode=task.mode,
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(with_full_stop(str(error))) from None
+    task.pipeline = pipeline.to(device)
+    if any(isinstance(m, lossmith.SequenceScoringJudgeWeightModifier) for m in pipeline.modifiers):
+        require_same_tokenizer(task, Path(values["judge_weight_checkpoint"]).expanduser())
+
+
+def with_full_stop(text: str) -> str:
+    """A message as a sentence, like the others."""
+    return text if text.endswith(".") else text + "."
+
+
+def require_same_tokenizer(task: Task, judge: Path) -> None:
+    """Raise UserError where a judge's tokenizer, if it brings one, is not the run's."""
+    path = judge / "tokenizer.json"
+    if not path.is_file():
+        return
+    try:
+        theirs, ours = Tokenizer.from_file(str(path)).get_vocab(), task.tokenizer.get_vocab()
+    except Exception:  # the library raises no other class
+        raise UserError(f"{path} is damaged; expected the judge's tokenizer. Restore it.") from None
+    if theirs != ours:
+        shared = sum(ours.get(piece) == token for piece, token in theirs.items())
+        raise UserError(
+            f"the judge {judge} has another tokenizer than this run: {shared:,} of {len(ours):,} pieces have "
+            "the same number. A judge reads the run's tokens; train it with the same --dataset and "
+            "--vocab_size."
+        )
+
+
+def show_modifiers(console: Console, task: Task) -> None:
+    """Which modifiers act, and which of those switched on do not."""
+    switched_on = [modifier for modifier in MODIFIERS if getattr(task.config, modifier.enabled_key)]
+    if switched_on and not getattr(task.config, MASTER):
+        say(
+            console,
+            f"warning: {switched_on[0].enabled_key} has no effect without {MASTER}=True.\n",
+            "yellow",
+        )
+        return
+    enabled = [modifier for modifier in task.pipeline.modifiers if modifier.enabled]
+    act = [type(m).__name__ for m in enabled if m.supports_mode(task.mode)]  # type: ignore[operator]
+    idle = [type(m).__name__ for m in enabled if type(m).__name__ not in act]
+    if act:
+        say(console, f"Enabled loss modifiers: {', '.join(act)}", "bold")
+    if idle:
+        say(console, f"Not for mode={task.config.mode}, so without effect: {', '.join(idle)}", "yellow")
+    if act or idle:
+        say(console)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log records on a console, above its progress bar."""
+
+    def __init__(self, console: Console):
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.console, f"{record.name.rpartition('.')[2]}: {record.getMessage()}", "dim")
+
+
+@contextlib.contextmanager
+def verbose_modifiers(config: TrainConfig, console: Console) -> Iterator[None]:
+    """Show what the modifiers log, while entered and where a `_verbose` key asks for it."""
+    if not any(getattr(config, name) for name in KEYS if name.endswith("_verbose")):
+        yield
+        return
+    logger, handler = logging.getLogger(LOGGER), ConsoleHandler(console)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,0 +1,50 @@
+"""Text in which some tokens are marked, by colour and by signs, so that a pipe shows them too."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
+
+NEW_LINE, SHOWN_AS = "\n", "↵"  # inside a mark, where a real one would tear it apart
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How a token is marked: the signs around it, its style, and what that means."""
+
+    before: str
+    after: str
+    style: str
+    meaning: str
+
+
+def marked_text(
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: Sequence[int],
+    marks: Sequence[Mark | None],
+    legend: Sequence[Mark],
+) -> Text:
+    """The text of some tokens, with signs around those that are marked, neighbours together.
+
+    Args:
+        tokenizer: spells the tokens.
+        tokens: the text.
+        marks: the mark of each token, or None.
+        legend: the marks to explain and count in a last line.
+    """
+    text = Text()
+    for mark, group in groupby(zip(marks, tokens, strict=True), key=lambda pair: pair[0]):
+        ids = [token for _, token in group]
+        words = str(tokenizer.decode(ids, skip_special_tokens=mark is None))
+        if mark is None:
+            text.append(words)
+        else:
+            text.append(f"{mark.before}{words.replace(NEW_LINE, SHOWN_AS)}{mark.after}", style=mark.style)
+    text.rstrip()
+    text.append("\n\n")
+    for mark in legend:
+        text.append(f"{mark.before}{mark.meaning}{mark.after}", style=mark.style)
+        text.append(f" {marks.count(mark)}   ")
+    return text

@@ -1,0 +1,113 @@
+"""``CausalLanguageModel``: predict the next token."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from rich.text import Text
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+import lossmith
+from lossmith.training.data import IGNORED, RandomBlocks, Windows, bytes_per_token
+from lossmith.training.model import make_language_model
+from lossmith.training.progress import Figure
+from lossmith.training.tasks.task import Batch, KnowingNothing
+from lossmith.training.tasks.token_task import TokenTask
+
+SAMPLE_TEMPERATURE = 0.8
+SAMPLE_TOP_K = 50
+FAR_OFF = 0.5  # nats
+
+
+class CausalLanguageModel(TokenTask):
+    """Predict the next token."""
+
+    mode = lossmith.ModelMode.LANGUAGE_MODEL
+    model_class = LlamaForCausalLM
+    shift = True
+    loss_name = "cross-entropy"
+    training_measure = "perplexity"
+    step_figures = (
+        Figure("loss", "loss {:.3f}"),
+        Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf),
+    )
+    evaluation_figures = (
+        Figure("val_loss", "validation loss {:.3f}"),
+        Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf),
+        Figure("bits_per_byte", "{:.3f} bits per byte"),
+    )
+
+    def make_held_out(self, tokens: Tensor) -> Dataset:
+        self.bytes_per_token = bytes_per_token(self.tokenizer)
+        return Windows(tokens, self.config.block_size)
+
+    def make_train_blocks(self, blocks: RandomBlocks) -> Dataset:
+        return blocks
+
+    def build_model(self) -> PreTrainedModel:
+        # By what the tokenizer has: that of an older run knows the end of text alone.
+        others = [token for token in self.tokenizer.all_special_ids if token != self.end_of_text]
+        return make_language_model(self.config, self.end_of_text, never_generated=others)
+
+    def training_measures(self, mean: float) -> dict[str, float]:
+        return {"perplexity": perplexity(mean)}
+
+    def knowing_nothing(self) -> KnowingNothing:
+        return uniform_guess(self.config.vocab_size, FAR_OFF)
+
+    def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        labels = batch["labels"]  # [B, T]
+        targets = labels[:, 1:]
+        num_bytes = self.bytes_per_token[targets[targets != IGNORED]].sum()
+        logits = model(input_ids=batch["input_ids"].to(model.device)).logits  # [B, T, V]
+        plain = lossmith.Perplexity(shift=True)
+        plain.update(logits, labels.to(model.device))
+        return torch.tensor([plain.nll_sum, plain.num_tokens, num_bytes], dtype=torch.float64)
+
+    def measures(self, sums: Sequence[float]) -> dict[str, float]:
+        nll, num_tokens, num_bytes = sums
+        return {
+            "loss": nll / num_tokens,
+            "perplexity": perplexity(nll / num_tokens),
+            "bits_per_byte": nll / math.log(2) / num_bytes,
+            "tokens": int(num_tokens),
+        }
+
+    @torch.no_grad()
+    def sample(self, model: PreTrainedModel) -> Text | None:
+        """Text generated from nothing; the same for the same weights and seed."""
+        # Beyond block_size the rotary positions were never trained.
+        length = min(self.config.sample_tokens, self.config.block_size - 1)
+        if length <= 0:
+            return None
+        start = torch.tensor([[self.end_of_text]], device=model.device)
+        devices = [model.device] if model.device.type == "cuda" else []
+        model.eval()
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.config.seed)
+            tokens = model.generate(  # pyright: ignore[reportCallIssue]
+                start,
+                attention_mask=torch.ones_like(start),
+                max_new_tokens=length,
+                do_sample=True,
+                temperature=SAMPLE_TEMPERATURE,
+                top_k=min(SAMPLE_TOP_K, self.config.vocab_size),
+                use_cache=True,
+            )
+        return Text(str(self.tokenizer.decode(tokens[0], skip_special_tokens=True)).strip("\n"))
+
+
+def perplexity(mean: float) -> float:
+    """The exponential of a mean negative log-likelihood, infinite where a float holds no such number."""
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
+
+
+def uniform_guess(num_classes: int, margin: float) -> KnowingNothing:
+    """What giving each of the classes the same probability costs."""
+    loss = math.log(num_classes)
+    return KnowingNothing(loss, f"a uniform guess costs log {num_classes} = {loss:.3f}", margin)

@@ -1,0 +1,92 @@
+"""``MaskedLanguageModel``: predict the tokens that were masked, from what is left on both sides."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from rich.text import Text
+from torch import Generator, Tensor
+from transformers import ModernBertForMaskedLM, PreTrainedModel
+
+import lossmith
+from lossmith.training.corruption import draw_number, generator_of, mask_tokens
+from lossmith.training.data import IGNORED
+from lossmith.training.marked_text import Mark, marked_text
+from lossmith.training.model import make_bidirectional_model
+from lossmith.training.progress import Figure
+from lossmith.training.tasks.causal_language_model import FAR_OFF, perplexity, uniform_guess
+from lossmith.training.tasks.corrupted_task import CorruptedTask
+from lossmith.training.tasks.task import Batch, KnowingNothing
+from lossmith.training.tasks.token_task import TokenTask
+
+SAMPLE_SHARE = 0.3  # masked in the sample: enough to see something, with enough left to go by
+RIGHT, WRONG = Mark("«", "»", "bold green", "right"), Mark("‹", "›", "bold red", "wrong")
+
+
+class MaskedLanguageModel(CorruptedTask, TokenTask):
+    """Predict the tokens that were masked, a share r of each row that is drawn anew, as discrete diffusion
+    trains: every number of masked tokens from 1 to all is as likely, and so is every choice of them."""
+
+    mode = lossmith.ModelMode.LANGUAGE_MODEL
+    model_class = ModernBertForMaskedLM
+    loss_name = "cross-entropy of masked tokens"
+    training_measure = "perplexity"
+    step_figures = (
+        Figure("loss", "loss {:.3f}"),
+        Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf),
+    )
+    evaluation_figures = (
+        Figure("val_loss", "validation loss {:.3f}"),
+        Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf),
+        Figure("accuracy", "accuracy {:.1%}"),
+    )
+    sample_title = "masked tokens filled in"
+
+    def corrupt(self, block: Tensor, generator: Generator) -> Batch:
+        """Mask a random share of a block [T]; only what is masked has a label."""
+        ids, masked = mask_tokens(block, self.mask, draw_number(1, len(block), generator), generator)
+        return {"input_ids": ids, "labels": torch.where(masked, block, IGNORED)}
+
+    def build_model(self) -> PreTrainedModel:
+        return make_bidirectional_model(
+            self.model_class, self.config, self.end_of_text, self.cls, self.config.block_size
+        )
+
+    def training_measures(self, mean: float) -> dict[str, float]:
+        return {"perplexity": perplexity(mean)}
+
+    def knowing_nothing(self) -> KnowingNothing:
+        return uniform_guess(self.config.vocab_size, FAR_OFF)
+
+    def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        labels = batch["labels"].to(model.device)
+        logits = model(input_ids=batch["input_ids"].to(model.device)).logits  # [B, T, V]
+        stats = lossmith.token_stats(logits, labels).compute("nll", "correct")
+        values = (stats.nll, stats.correct, labels != IGNORED)
+        return torch.stack([value.cpu().double().sum() for value in values])
+
+    def measures(self, sums: Sequence[float]) -> dict[str, float]:
+        nll, correct, num_tokens = sums
+        return {
+            "loss": nll / num_tokens,
+            "perplexity": perplexity(nll / num_tokens),
+            "accuracy": correct / num_tokens,
+            "tokens": int(num_tokens),
+        }
+
+    @torch.no_grad()
+    def sample(self, model: PreTrainedModel) -> Text | None:
+        """The beginning of the held-out text with three tokens in ten masked, and the likeliest put there."""
+        block = self.first_block[: self.config.sample_tokens]
+        if not len(block):
+            return None
+        num = max(1, round(SAMPLE_SHARE * len(block)))
+        ids, masked = mask_tokens(block, self.mask, num, generator_of("sample"))
+        model.eval()
+        logits = model(input_ids=ids[None].to(model.device)).logits[0]
+        filled = torch.where(masked, logits.argmax(-1).cpu(), block)
+        marks = [
+            None if not was_masked else RIGHT if is_right else WRONG
+            for was_masked, is_right in zip(masked.tolist(), (filled == block).tolist(), strict=True)
+        ]
+        return marked_text(self.tokenizer, filled.tolist(), marks, (RIGHT, WRONG))

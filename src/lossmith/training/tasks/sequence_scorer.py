@@ -1,0 +1,129 @@
+"""``SequenceScorer``: tell how much of a text was replaced."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Generator, Tensor
+from transformers import ModernBertForSequenceClassification, PreTrainedModel
+
+import lossmith
+from lossmith.modifiers.judge import expected_wrongness
+from lossmith.training.corruption import draw_number, generator_of
+from lossmith.training.keys import TrainConfig
+from lossmith.training.model import make_bidirectional_model
+from lossmith.training.progress import Figure
+from lossmith.training.tasks.corrupted_task import CorruptedTask
+from lossmith.training.tasks.task import Batch, KnowingNothing
+
+SAMPLE_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+FAR_OFF = 0.15  # of a mean over few texts
+ROUNDING = 1e-9
+
+
+class SequenceScorer(CorruptedTask):
+    """Tell how much of a text was replaced by other tokens: y(x) = x^4 - 2 x^3 + 2 x of the share x.
+
+    The input is the token `<|cls|>` and a block; the prediction is the sigmoid of the model's one logit, the
+    loss its squared error. Such a checkpoint is what `judge_weight_checkpoint` takes.
+    """
+
+    mode = lossmith.ModelMode.SEQUENCE_SCORER
+    model_class = ModernBertForSequenceClassification
+    loss_name = "squared error of the score"
+    training_measure = "mean_absolute_error"
+    step_figures = (
+        Figure("loss", "loss {:.4f}"),
+        Figure("mean_absolute_error", "mean absolute error {:.3f}"),
+    )
+    evaluation_figures = (
+        Figure("val_loss", "validation loss {:.4f}"),
+        Figure("mean_absolute_error", "mean absolute error {:.3f}"),
+        Figure("correlation", "correlation {:.3f}"),
+    )
+    sample_title = "one text, more and more of it replaced"
+
+    @classmethod
+    def num_positions(cls, config: TrainConfig) -> int:
+        return config.block_size + 1  # <|cls|> stands before the block
+
+    def replace(self, block: Tensor, num: int, generator: Generator) -> Batch:
+        """A block [T] with `num` tokens replaced, and the score that it deserves."""
+        ids, replaced = self.replacement(block, num, generator)
+        return {
+            "input_ids": torch.cat([torch.tensor([self.cls]), ids]),
+            "labels": expected_wrongness(replaced.float().mean()),
+        }
+
+    def corrupt(self, block: Tensor, generator: Generator) -> Batch:
+        """Replace a random share of a block [T], from none of it to all."""
+        return self.replace(block, draw_number(0, len(block), generator), generator)
+
+    def build_model(self) -> PreTrainedModel:
+        return make_bidirectional_model(
+            self.model_class,
+            self.config,
+            self.end_of_text,
+            self.cls,
+            self.num_positions(self.config),
+            id2label={0: "wrongness"},
+        )
+
+    def make_objective(self) -> None:
+        return None
+
+    def loss(
+        self,
+        logits: Tensor,  # [B, 1]
+        labels: Tensor,  # [B]
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | None,
+    ) -> dict[str, Tensor]:
+        scores = logits.float().squeeze(-1).sigmoid()
+        output = self.pipeline.evaluate(scores, labels, denominator=num_items_in_batch)
+        errors = (scores - labels).detach().abs()
+        return {"loss": output.total, "observed": torch.stack([errors.sum(), torch.ones_like(errors).sum()])}
+
+    def knowing_nothing(self) -> KnowingNothing:
+        length = self.config.block_size
+        targets = expected_wrongness(torch.arange(length + 1, dtype=torch.float64) / length)
+        loss = float((targets - 0.5).square().mean())
+        return KnowingNothing(loss, f"saying 0.5 of every text costs {loss:.3f}", FAR_OFF)
+
+    def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        logits = model(input_ids=batch["input_ids"].to(model.device)).logits  # [B, 1]
+        scores = logits.squeeze(-1).cpu().double().sigmoid()
+        targets = batch["labels"].double()
+        errors = scores - targets
+        values = (errors**2, errors.abs(), scores, targets, scores**2, targets**2, scores * targets)
+        return torch.stack([*(value.sum() for value in values), torch.tensor(float(len(targets)))])
+
+    def measures(self, sums: Sequence[float]) -> dict[str, float]:
+        num = sums[-1]
+        squared, absolute, score, target, score2, target2, product = (value / num for value in sums[:-1])
+        spread = math.sqrt(max(score2 - score**2, 0.0)) * math.sqrt(max(target2 - target**2, 0.0))
+        return {
+            "loss": squared,
+            "mean_absolute_error": absolute,
+            # Below that, it would be the correlation of what rounding left of the sums.
+            "correlation": (product - score * target) / spread if spread > ROUNDING else math.nan,
+            "sequences": int(num),
+        }
+
+    @torch.no_grad()
+    def sample(self, model: PreTrainedModel) -> Table | None:
+        """A held-out text with more and more of it replaced, and what the model says of it."""
+        if not self.config.sample_tokens:
+            return None
+        block = self.first_block
+        table = Table(box=None, padding=(0, 3, 0, 0))
+        for title in ("replaced", "target", "predicted"):
+            table.add_column(title, justify="right")
+        model.eval()
+        for share in SAMPLE_SHARES:
+            example = self.replace(block, round(share * len(block)), generator_of(f"sample {share}"))
+            logit = model(input_ids=example["input_ids"][None].to(model.device)).logits
+            table.add_row(f"{share:.0%}", f"{example['labels']:.3f}", f"{float(logit.sigmoid()):.3f}")
+        return table

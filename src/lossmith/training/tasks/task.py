@@ -1,0 +1,198 @@
+"""``Task``: what one mode of the trainer trains: its data, its model, its loss and its measures.
+
+The runner asks a task for these and knows nothing else about it, so that another mode is another
+subclass.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from rich.console import RenderableType
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import lossmith
+from lossmith.training.corpus import Corpus
+from lossmith.training.data import CLS, END_OF_TEXT, MASK, RandomBlocks, encode, token_id
+from lossmith.training.keys import LossKeys, TrainConfig
+from lossmith.training.loss_in_forward import with_loss
+from lossmith.training.progress import Figure
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class KnowingNothing:
+    """What a model costs that knows nothing.
+
+    Attributes:
+        loss: its loss.
+        said: that in words, such as `a uniform guess costs log 2048 = 7.625`.
+        margin: an untrained model further away than this points at a mistake.
+    """
+
+    loss: float
+    said: str
+    margin: float
+
+
+class Task(ABC):
+    """One mode of the trainer.
+
+    Args:
+        config: the run's configuration.
+        corpus: the text.
+        tokenizer: trained on the corpus's training split, or the saved run's.
+        num_blocks: training blocks that the run will draw.
+
+    Attributes:
+        held_out: what it is judged by.
+        num_held_out_tokens: how much that is.
+        pipeline: the loss; the loss modifiers are added to it when training starts.
+    """
+
+    mode: ClassVar[lossmith.ModelMode]
+    model_class: ClassVar[type[PreTrainedModel]]
+    loss_name: ClassVar[str]
+    training_measure: ClassVar[str]  # logged beside the loss: a mean of what `loss` observes
+    step_figures: ClassVar[Sequence[Figure]]
+    evaluation_figures: ClassVar[Sequence[Figure]]
+    sample_title: ClassVar[str] = "sample"
+
+    def __init__(
+        self, config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_blocks: int
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.corpus = corpus
+        self.num_blocks = num_blocks
+        held_out_tokens = encode(tokenizer, corpus.held_out)
+        self.num_held_out_tokens = len(held_out_tokens)
+        self.held_out: Dataset = self.make_held_out(held_out_tokens)
+        self.pipeline = lossmith.LossModifierPipeline(base=self.make_objective(), model_mode=self.mode)
+
+    # ── data ──────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def train_tokens(self) -> Tensor:
+        """The training text, [N]; most evaluations do not need it."""
+        return encode(self.tokenizer, self.corpus.train)
+
+    @cached_property
+    def train_blocks(self) -> Dataset:
+        """What is trained on."""
+        config = self.config
+        return self.make_train_blocks(
+            RandomBlocks(self.train_tokens, config.block_size, self.num_blocks, config.seed)
+        )
+
+    @abstractmethod
+    def make_held_out(self, tokens: Tensor) -> Dataset:
+        """Examples of the held-out text [N]."""
+
+    @abstractmethod
+    def make_train_blocks(self, blocks: RandomBlocks) -> Dataset:
+        """Examples of blocks of the training text."""
+
+    @property
+    def end_of_text(self) -> int:
+        return token_id(self.tokenizer, END_OF_TEXT)
+
+    @property
+    def mask(self) -> int:
+        return token_id(self.tokenizer, MASK)
+
+    @property
+    def cls(self) -> int:
+        return token_id(self.tokenizer, CLS)
+
+    # ── the model and its loss ────────────────────────────────────────────────────────────────────
+
+    @classmethod
+    def num_positions(cls, config: TrainConfig) -> int:
+        """How long a sequence the model can read."""
+        return config.block_size
+
+    @abstractmethod
+    def build_model(self) -> PreTrainedModel:
+        """A new model, as its library makes it."""
+
+    def make_model(self) -> PreTrainedModel:
+        """A new model with the loss inside its forward."""
+        return with_loss(self.build_model(), self.loss)
+
+    def load_model(self, checkpoint: Path) -> PreTrainedModel:
+        """The model of a checkpoint, likewise."""
+        return with_loss(self.model_class.from_pretrained(checkpoint), self.loss)
+
+    @abstractmethod
+    def make_objective(self) -> lossmith.Objective | None:
+        """The training loss without modifiers, None for squared error."""
+
+    @abstractmethod
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """`loss`, and `observed`: a sum over what was trained on and its number [2], unmodified.
+
+        The Trainer adds up `count` over all micro-batches and ranks before any forward; with that sum as
+        the denominator the micro-batches' losses simply add up.
+        """
+
+    def count(self, batch: Batch) -> Tensor:
+        """What the loss of a batch is divided by."""
+        return self.pipeline.count(batch["labels"])
+
+    def training_measures(self, mean: float) -> dict[str, float]:
+        """What is logged beside the loss, from the mean of what was observed."""
+        return {self.training_measure: mean}
+
+    def describe_loss(self) -> str:
+        """The loss and those of its options that are on."""
+        off = LossKeys()
+        changed = [name for name in vars(off) if getattr(self.config, name) != getattr(off, name)]
+        return ", ".join([self.loss_name, *(f"{name} {getattr(self.config, name)}" for name in changed)])
+
+    # ── how good it is ────────────────────────────────────────────────────────────────────────────
+
+    @abstractmethod
+    def knowing_nothing(self) -> KnowingNothing:
+        """What a model costs that knows nothing."""
+
+    @abstractmethod
+    def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Sums over a held-out batch that `measures` is made of."""
+
+    @abstractmethod
+    def measures(self, sums: Sequence[float]) -> dict[str, float]:
+        """The measures, from the sums over everything; `loss`, unmodified, is always among them."""
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        batches: Any,
+        add_over_ranks: Callable[[list[float]], list[float]] = list,
+    ) -> dict[str, float]:
+        """The measures of a model over batches of the held-out data, each sequence weighing the same
+        whatever batch it came in."""
+        model.eval()
+        total: Tensor | float = 0.0
+        for batch in batches:
+            total = total + self.sums(model, batch).cpu().double()
+        assert isinstance(total, Tensor), "nothing to evaluate"
+        return self.measures(add_over_ranks(total.tolist()))
+
+    @abstractmethod
+    def sample(self, model: PreTrainedModel) -> RenderableType | None:
+        """Something to look at once the run is over, or None."""

@@ -1,0 +1,101 @@
+"""``TokenClassifier``: tell which tokens of a text were replaced."""
+
+from collections.abc import Sequence
+
+import torch
+from rich.text import Text
+from torch import Generator, Tensor
+from transformers import ModernBertForTokenClassification, PreTrainedModel
+
+import lossmith
+from lossmith.training.corruption import draw_number
+from lossmith.training.marked_text import Mark, marked_text
+from lossmith.training.model import make_bidirectional_model
+from lossmith.training.progress import Figure
+from lossmith.training.tasks.causal_language_model import uniform_guess
+from lossmith.training.tasks.corrupted_task import CorruptedTask
+from lossmith.training.tasks.task import Batch, KnowingNothing
+from lossmith.training.tasks.token_task import TokenTask
+
+LARGEST_SHARE = 0.5  # of a row's tokens replaced; beyond it too little of the text is left to go by
+KEPT, REPLACED = 0, 1
+FAR_OFF = 0.1  # nats
+FOUND, MISSED, FALSE_ALARM = (
+    Mark("«", "»", "bold green", "found"),
+    Mark("‹", "›", "bold red", "missed"),
+    Mark("¿", "?", "bold yellow", "false alarm"),
+)
+
+
+class TokenClassifier(CorruptedTask, TokenTask):
+    """Tell which tokens of a text were replaced by others."""
+
+    mode = lossmith.ModelMode.TOKEN_CLASSIFIER
+    model_class = ModernBertForTokenClassification
+    loss_name = "cross-entropy of replaced or not"
+    training_measure = "accuracy"
+    step_figures = (Figure("loss", "loss {:.3f}"), Figure("accuracy", "accuracy {:.1%}"))
+    evaluation_figures = (
+        Figure("val_loss", "validation loss {:.3f}"),
+        Figure("f1", "F1 {:.3f}"),
+        Figure("accuracy", "accuracy {:.1%}"),
+        Figure("replaced", "({:.1%} replaced)"),
+    )
+    sample_title = "replaced tokens"
+
+    def corrupt(self, block: Tensor, generator: Generator) -> Batch:
+        """Replace a random share of a block [T], from none of it to half."""
+        num = draw_number(0, int(LARGEST_SHARE * len(block)), generator)
+        ids, replaced = self.replacement(block, num, generator)
+        return {"input_ids": ids, "labels": torch.where(replaced, REPLACED, KEPT)}
+
+    def build_model(self) -> PreTrainedModel:
+        return make_bidirectional_model(
+            self.model_class,
+            self.config,
+            self.end_of_text,
+            self.cls,
+            self.config.block_size,
+            id2label={KEPT: "kept", REPLACED: "replaced"},
+        )
+
+    def observe(self, stats: lossmith.TokenStats) -> Tensor:
+        return stats.unscaled.correct.float()
+
+    def knowing_nothing(self) -> KnowingNothing:
+        return uniform_guess(2, FAR_OFF)
+
+    def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        labels = batch["labels"].to(model.device)
+        logits = model(input_ids=batch["input_ids"].to(model.device)).logits  # [B, T, 2]
+        stats = lossmith.token_stats(logits, labels)
+        replaced, found = labels == REPLACED, logits.argmax(-1) == REPLACED
+        values = (stats.nll, found == replaced, found & replaced, found, replaced, torch.ones_like(labels))
+        return torch.stack([value.cpu().double().sum() for value in values])
+
+    def measures(self, sums: Sequence[float]) -> dict[str, float]:
+        nll, correct, hits, found, replaced, num_tokens = sums
+        return {
+            "loss": nll / num_tokens,
+            "accuracy": correct / num_tokens,
+            "f1": 2 * hits / max(found + replaced, 1),
+            "replaced": replaced / num_tokens,
+            "tokens": int(num_tokens),
+        }
+
+    @torch.no_grad()
+    def sample(self, model: PreTrainedModel) -> Text | None:
+        """A held-out block with the replaced tokens that were found, those that were not, and others."""
+        length = self.config.sample_tokens
+        if not length:
+            return None
+        example = max(
+            (self.held_out[i] for i in range(min(8, len(self.held_out)))),  # pyright: ignore[reportArgumentType]
+            key=lambda example: -abs(example["labels"][:length].float().mean() - LARGEST_SHARE / 3),
+        )
+        ids, replaced = example["input_ids"][:length], example["labels"][:length]
+        model.eval()
+        found = model(input_ids=example["input_ids"][None].to(model.device)).logits[0, :length].argmax(-1)
+        kinds = {(REPLACED, REPLACED): FOUND, (REPLACED, KEPT): MISSED, (KEPT, REPLACED): FALSE_ALARM}
+        marks = [kinds.get(pair) for pair in zip(replaced.tolist(), found.tolist(), strict=True)]
+        return marked_text(self.tokenizer, ids.tolist(), marks, (FOUND, MISSED, FALSE_ALARM))

@@ -1,0 +1,115 @@
+"""Where figures go besides the log: TensorBoard and Weights & Biases, under the same names."""
+
+import contextlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from lossmith.training.errors import UserError
+from lossmith.training.keys import TrainConfig
+from lossmith.training.progress import log_row
+from lossmith.training.rundir import TENSORBOARD_FOLDER
+
+NEEDED = {"tensorboard_log": "tensorboard", "wandb_log": "wandb"}
+
+
+def require_trackers(config: TrainConfig) -> None:
+    """
+    Raises:
+        UserError: a logger that was asked for is not installed.
+    """
+    for key, package in NEEDED.items():
+        if getattr(config, key) and importlib.util.find_spec(package) is None:
+            raise UserError(f"{key}=True needs the {package} package; `pip install 'lossmith[track]'`.")
+
+
+class Tracker(TrainerCallback):
+    """Passes on what is logged.
+
+    Args:
+        write: (step, values by name).
+        close: called when the run is over.
+    """
+
+    def __init__(self, write: Callable[[int, dict[str, float]], None], close: Callable[[], None]):
+        self.write = write
+        self.close = close
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if log_row(state.global_step, logs or {}) is not None:  # else the Trainer's closing summary
+            self.write(state.global_step, tracked(logs))
+
+
+def tracked(logs: dict[str, Any]) -> dict[str, float]:
+    """What is logged, with a prefix that says of what: `train/`, `val/`, or its own."""
+    named = {}
+    for name, value in logs.items():
+        if name == "epoch" or not math.isfinite(value):
+            continue
+        if name.startswith("eval_"):
+            name = f"val/{name.removeprefix('eval_')}"
+        elif "/" not in name:
+            name = f"train/{name}"
+        named[name] = value
+    return named
+
+
+@contextlib.contextmanager
+def open_trackers(config: TrainConfig, first_step: int, is_main: bool) -> Iterator[list[Tracker]]:
+    """The trackers that the configuration asks for, closed on leaving.
+
+    Args:
+        config: the run's configuration.
+        first_step: where a resumed run starts, 0 for a new one.
+        is_main: whether this is the rank that writes.
+
+    Raises:
+        UserError: Weights & Biases refuses to start.
+    """
+    with contextlib.ExitStack() as stack:
+        trackers = []
+        if config.wandb_log and is_main:
+            trackers.append(stack.enter_context(contextlib.closing(weights_and_biases(config))))
+        if config.tensorboard_log and is_main:
+            trackers.append(stack.enter_context(contextlib.closing(tensorboard(config, first_step))))
+        yield trackers
+
+
+def tensorboard(config: TrainConfig, first_step: int) -> Tracker:
+    """TensorBoard's event files, in the run's folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What a killed run wrote after its last checkpoint is hidden: those steps are taken again.
+    purge = first_step + 1 if first_step else None
+    writer = SummaryWriter(str(Path(config.out_dir) / TENSORBOARD_FOLDER), purge_step=purge)
+
+    def write(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return Tracker(write, writer.close)
+
+
+def weights_and_biases(config: TrainConfig) -> Tracker:
+    """A run of Weights & Biases, with its files in the run's folder."""
+    import wandb
+
+    try:
+        run = wandb.init(
+            project=config.wandb_project,
+            name=Path(config.out_dir).name,
+            dir=config.out_dir,
+            config=asdict(config),
+            settings=wandb.Settings(quiet=True),
+        )
+    except (wandb.Error, OSError) as error:
+        raise UserError(
+            f"wandb_log=True, but Weights & Biases said: {str(error).rstrip('.')}. Run `wandb login`, or set "
+            "WANDB_MODE=offline to write to out_dir alone."
+        ) from None
+    return Tracker(lambda step, values: run.log(values, step=step), run.finish)

@@ -1,0 +1,29 @@
+"""Whole runs in this process, and what they leave behind."""
+
+import io
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from lossmith.training.config import load_config
+from lossmith.training.runner import run
+
+
+def go(flags: list[str]) -> tuple[int, str]:
+    """Run in this process; the exit code and what was shown."""
+    console = Console(file=io.StringIO(), width=200)
+    code = run(load_config(flags), console, "python train.py")
+    return code, console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def rows(out_dir: Path) -> list[dict]:
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The parameters in a checkpoint."""
+    return load_file(checkpoint / "model.safetensors")
