@@ -33,7 +33,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install -c constraints.txt -e '.[train,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,track,dev]'
 	@touch $@ $(VENV)/.train
 
 clean:           ## remove the environment and the caches

@@ -1,4 +1,4 @@
-"""Train a language model: python train.py [config.py] [--key=value ...], the same as `lossmith train`."""
+"""Train a model: python train.py [config.py] [--key=value ...], the same as `lossmith train`."""
 
 import sys
 

@@ -60,13 +60,13 @@ class EntropyReport:
         said = [f"{IRREGULARITIES[name]}: {int(count)}" for name, count in counts.items() if count]
         if self.weights is not None:
             said.append(
-                f"sample weights from {float(self.weights.min()):.4g} to {float(self.weights.max()):.4g}"
+                f"sample weights from {float(self.weights.min()):.6g} to {float(self.weights.max()):.6g}"
             )
         if self.metrics is not None:
             values = self.metrics.to_dict() if isinstance(self.metrics, Metrics) else dict(self.metrics)
             said.append(
                 f"loss {values['original_loss']:.6g} -> {values['final_loss']:.6g} "
-                f"(ratio {values['loss_ratio']:.4g})"
+                f"(ratio {values['loss_ratio']:.6g})"
             )
             broken = [name for name, value in values.items() if not math.isfinite(value)]
             if broken:
