@@ -102,6 +102,14 @@ def test_its_state_is_saved_and_copied():
     assert values == pytest.approx([0.99**4] * 3)
 
 
+def test_it_stays_precise_when_the_model_is_cast():
+    temperature = fed([2.0] * 8, window=3).to(torch.bfloat16)
+    before = temperature.value.item()
+    temperature.observe(torch.tensor(8.0), torch.tensor(4))
+    temperature.on_optimizer_step()
+    assert temperature.value.item() == pytest.approx(before * 0.99, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -88,6 +90,13 @@ class AdaptiveTemperature(Stepped):
         change = torch.where(variation > self.high, 1 + self.rate, change)
         moved = (self.value * change).clamp(*self.bounds)
         self.value = torch.where(counts & (self.num_steps >= window), moved, self.value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveTemperature:
+        """Move with the model, but stay in fp32 where it is cast: a step of one percent is lost in bf16."""
+        super()._apply(fn, recurse)
+        for name in ("value", "history", "pending"):
+            setattr(self, name, getattr(self, name).float())
+        return self
 
     def extra_repr(self) -> str:
         return f"bounds={self.bounds}, rate={self.rate}, window={len(self.history)}"

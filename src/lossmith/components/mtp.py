@@ -147,7 +147,7 @@ class MTP(Component):
 
     def project(self, head: int, hidden: Tensor, lm_head_weight: Tensor | None) -> Tensor:
         """[N, V] logits of a head at hidden [N, D]."""
-        projected = self.heads[head](hidden.to(next(self.heads.parameters()).dtype))
+        projected = self.heads[head](hidden.to(self.heads[head].weight.dtype))  # type: ignore[arg-type]
         if not self.shared_projection:
             return projected
         projected = projected + hidden  # near the identity, the model's own prediction

@@ -1,0 +1,180 @@
+"""``AttachedLoss``: an objective inside a model, fed with what the model was called with and made of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lossmith.equation import LossOutput
+from lossmith.integrations.huggingface.labels import (
+    check_num_items,
+    label_mask,
+    reading_labels,
+    segments,
+    targets_of,
+    wanted_inputs,
+)
+from lossmith.objective import Objective
+from lossmith.objectives.unified import UnifiedLoss
+
+# What a caller may pass besides the objective's own inputs.
+PER_BATCH = ("denominator", "segment_ids", "token_weight")
+
+
+class AttachedLoss(nn.Module):
+    """An objective as a part of a model. Its parameters are the model's, so that whatever wraps the model
+    trains and synchronises them, but the model's ``state_dict`` does not have them.
+
+    Args:
+        objective: the loss.
+        known: names of the inputs that the model takes.
+
+    Attributes:
+        parts: what the last batch's loss was made of, detached; None before the first.
+        inner: what stood in the model's own ``forward`` attribute when the loss was attached, or None.
+    """
+
+    def __init__(self, objective: Objective, known: frozenset[str]) -> None:
+        super().__init__()
+        self.objective = objective
+        self.known = known
+        self.parts: dict[str, Tensor] | None = None
+        self.inner: Callable[..., Any] | None = None
+        self.handles: list[RemovableHandle] = []
+        self.loss_type: Any = None  # the model's own, for detach
+        self.frozen: list[nn.Parameter] = []
+        self.has_run = False
+        self._listens = False
+        self._hidden: Tensor | None = None
+        self.register_state_dict_post_hook(_leave_out)
+        self.register_load_state_dict_post_hook(_expect_nothing)
+
+    def wants(self, name: str) -> bool:
+        """Whether the objective would use this input now."""
+        return name in wanted_inputs(self.objective)
+
+    # ── what the model makes on its way ───────────────────────────────────────────────────────────
+
+    def listen(self) -> None:
+        """Keep what the head sees in the forward that begins; it is there anyway, for the head's gradient."""
+        self._listens, self._hidden = self.wants("hidden_states"), None
+
+    def take_hidden(self) -> Tensor | None:
+        """[B, T, D] what the head saw."""
+        hidden, self._hidden, self._listens = self._hidden, None, False
+        return hidden
+
+    def on_head(self, head: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A forward pre-hook of the head."""
+        if self._listens:
+            self._hidden = inputs[0]
+
+    def after_forward(
+        self, model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], output: Any
+    ) -> None:
+        """A forward hook of the model.
+
+        Raises:
+            RuntimeError: a forward that was put in place of ours took the labels.
+        """
+        has_run, self.has_run = self.has_run, False
+        if inputs.get("labels") is not None and not has_run:
+            raise RuntimeError(
+                f"the labels went past the {type(self.objective).__name__} that is attached to this model: "
+                "something replaced model.forward afterwards, as Liger's fused cross-entropy and TRL's "
+                "trainers do. Switch that off, or make the trainer class T(LossTrainer, ThatTrainer)"
+            )
+
+    # ── the loss ──────────────────────────────────────────────────────────────────────────────────
+
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            TypeError: an input that neither the model nor the objective takes.
+        """
+        known = {*self.known, *PER_BATCH, *self.objective.input_names}
+        for name in inputs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1, cutoff=0.75)
+                raise TypeError(
+                    f"neither the model nor its {type(self.objective).__name__} takes {name!r}. "
+                    + (f"Did you mean {near[0]!r}? " if near else "")
+                    + "If a trainer passes it to compute a loss of its own, make the trainer "
+                    "class T(LossTrainer, ThatTrainer)"
+                )
+
+    def evaluate(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        inputs: Mapping[str, Any],
+        given: Mapping[str, Any],
+        made: Mapping[str, Any],
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            logits: [B, T, V].
+            labels: [B, T], not shifted.
+            inputs: what the model was called with.
+            given: what the caller has for the objective.
+            made: what the model made for it; the caller's goes first.
+            num_items_in_batch: the number of tokens, if the caller has no ``denominator``.
+        """
+        loss, own = self.objective, dict(given)
+        device = logits.device
+        labels = labels.to(device)
+        denominator = own.pop("denominator", None)
+        if denominator is None and num_items_in_batch is not None:
+            check_num_items(loss)
+            denominator = num_items_in_batch
+        ids = inputs.get("input_ids")
+        mask = label_mask(inputs.get("attention_mask"), labels)
+        if own.get("segment_ids") is None:
+            own["segment_ids"] = segments(inputs.get("position_ids"), labels)
+        for name, value in made.items():
+            if value is not None and own.get(name) is None and self.wants(name):
+                own[name] = value
+        own = {
+            name: value.to(device) if name in PER_BATCH and value is not None else value
+            for name, value in own.items()
+        }
+        output = reading_labels(
+            loss,
+            lambda: loss.evaluate(
+                logits,
+                targets_of(loss, labels),
+                mask=None if mask is None else mask.to(device),
+                input_ids=ids.to(device) if ids is not None and ids.shape == labels.shape else None,
+                denominator=denominator,
+                **own,
+            ),
+        )
+        self.has_run = True
+        self.parts = {name: part.detach() for name, part in _parts(loss, output).items()}
+        return output.total
+
+
+def _parts(loss: Objective, output: LossOutput) -> dict[str, Tensor]:
+    parts = loss.detailed(output) if isinstance(loss, UnifiedLoss) else output.parts
+    return {name: part for name, part in parts.items() if name != "total_loss"}
+
+
+def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """The state of a model is that of the model."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        del state_dict[name]
+
+
+def _expect_nothing(module: nn.Module, incompatible_keys: Any) -> None:
+    """And nothing of the loss is missing where a model's state is loaded."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [name for name in missing if f".{NAME}." not in f".{name}"]
+
+
+NAME = "attached_loss"

@@ -1,0 +1,289 @@
+"""``attach``: puts an objective inside a causal language model's forward; ``detach`` takes it out again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lossmith.components.moe import MoEBalance
+from lossmith.components.mtp import MTP
+from lossmith.integrations.huggingface.attached_loss import NAME, PER_BATCH, AttachedLoss
+from lossmith.integrations.huggingface.labels import check_objective, wanted_inputs
+from lossmith.objective import Objective
+
+Model = TypeVar("Model", bound=nn.Module)
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
+# What models take by their ``**kwargs`` and no signature shows.
+TAKEN_BY_ALL = {"return_dict", "output_hidden_states", "output_attentions", "use_cache", "cache_position"}
+
+
+def attach(model: Model, loss: Objective) -> Model:
+    """Let ``model(input_ids, ..., labels=...)`` return what ``loss`` makes of it; without labels it is as
+    before.
+
+    The output is the model's own with ``.loss`` in it. Labels are Hugging Face's: not shifted, -100 where
+    there is none; the causal shift is made once, whatever the objective's ``shift`` says. The objective gets,
+    as far as it takes them: ``input_ids``; ``attention_mask``, as the mask of the labels; ``segment_ids``,
+    which change where ``position_ids`` start again; ``denominator=`` or, if it divides by tokens,
+    ``num_items_in_batch``; ``hidden_states``, what the model's head sees; ``lm_head_weight``; ``gate_logits``
+    of a mixture of experts, whose own auxiliary loss is not added; and whatever else the caller passes of its
+    ``input_names``, with ``token_weight`` and ``segment_ids``.
+
+    The loss becomes a submodule: its parameters are among ``model.parameters()``, so make the optimizer, and
+    wrap the model (DDP, FSDP, ``torch.compile``), afterwards. ``state_dict`` and ``save_pretrained`` are as
+    before; ``loss.state_dict()`` is the loss's own. A loss attached before is replaced.
+
+    Args:
+        model: a causal language model of transformers, or one in a PEFT model.
+        loss: the objective; it is moved to the device of the model's head.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: no such model, or no objective.
+        ValueError: a model or an objective that cannot be put together.
+
+    Example:
+        >>> import torch, transformers, lossmith
+        >>> from lossmith.integrations.huggingface import attach
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = attach(transformers.LlamaForCausalLM(config), lossmith.CrossEntropyLoss(z_loss=1e-4))
+        >>> ids = torch.randint(50, (2, 8))
+        >>> model(ids, labels=ids).loss.backward()
+    """
+    check_objective(loss)
+    base = _causal_model(model)
+    _check_experts(base, loss)
+    detach(model)
+    own = inspect.signature(type(base).forward).parameters
+    extras = tuple(dict.fromkeys(n for n in (*PER_BATCH, *loss.input_names) if n not in own))
+    attached = AttachedLoss(loss, _known_inputs(base))
+    head = base.get_output_embeddings()
+    loss.to(next((head or base).parameters()).device)
+    attached.handles.append(base.register_forward_hook(attached.after_forward, with_kwargs=True))
+    if head is not None:
+        attached.handles.append(head.register_forward_pre_hook(attached.on_head))
+        attached.frozen = _unused(loss)
+        for parameter in attached.frozen:
+            parameter.requires_grad_(False)
+    # By this the Trainer knows that position 0 has no target. GPT-2 has none of it.
+    attached.loss_type = vars(base).get("loss_type")
+    base.loss_type = "ForCausalLM"
+    attached.inner = vars(base).pop("forward", None)
+    base.__class__ = _with_loss(type(base), extras)
+    base.add_module(NAME, attached)
+    for module in {id(module): module for module in (base, model)}.values():
+        _hide_buffers_from_ddp(module, attached)
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Take out what :func:`attach` put in, if anything.
+
+    Args:
+        model: the model that was given to it.
+
+    Returns:
+        The same model.
+    """
+    base = _inside(model)
+    attached = attached_to(model)
+    if attached is None:
+        return model
+    for handle in attached.handles:
+        handle.remove()
+    for parameter in attached.frozen:
+        parameter.requires_grad_(True)
+    for module in (base, model):
+        _show_buffers_to_ddp(module)
+    base.loss_type = attached.loss_type
+    delattr(base, NAME)
+    if attached.inner is not None and "forward" not in vars(base):
+        base.forward = attached.inner
+    original = vars(type(base)).get("without_loss")
+    if original is not None:  # else something made a class of its own of it, as FSDP does
+        base.__class__ = original
+    return model
+
+
+def attached_to(model: Any) -> AttachedLoss | None:
+    """What :func:`attach` put into a model, or None."""
+    attached = getattr(_inside(model), NAME, None)
+    return attached if isinstance(attached, AttachedLoss) else None
+
+
+def _inside(model: Any) -> Any:
+    """The model in a PEFT model, or itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@functools.cache
+def _with_loss(original: type, extras: tuple[str, ...]) -> type:
+    """The class ``original`` with a loss in its forward, under the same name.
+
+    A class rather than an attribute of the model: copies of the model, and replicas, call their own.
+    """
+    names = [name for name in inspect.signature(original.forward).parameters if name != "self"]
+
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        attached: AttachedLoss | None = getattr(self, NAME, None)
+        if attached is None:  # detached, and a wrapper holds on to this function
+            return original.forward(self, *args, **inputs)
+        inputs.update(zip(names, args, strict=False))
+        given = {name: inputs.pop(name) for name in extras if name in inputs}
+        if inputs.get("labels") is None:
+            inputs.pop("num_items_in_batch", None)
+            return _call(original, self, attached, inputs)
+        return _forward_with_loss(original, self, attached, inputs, given)
+
+    forward.__signature__ = _signature(original, extras)  # type: ignore[attr-defined]
+    forward.__doc__ = original.forward.__doc__
+    forward.__qualname__ = f"{original.__qualname__}.forward"
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        make, args, *rest = super(made, self).__reduce_ex__(protocol)
+        return _restore, (make, original, extras, args[1:]), *rest
+
+    body = {
+        "forward": forward,
+        "accepts_loss_kwargs": True,  # what the Trainer asks before it passes num_items_in_batch
+        "without_loss": original,
+        "__reduce_ex__": reduce,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    made = type(original.__name__, (original,), body)
+    return made
+
+
+def _forward_with_loss(
+    original: type, model: Any, attached: AttachedLoss, inputs: dict[str, Any], given: dict[str, Any]
+) -> Any:
+    attached.check({**inputs, **given})
+    labels, num_items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
+    as_dict = inputs.pop("return_dict", None)
+    if as_dict is None:
+        as_dict = getattr(model.config, "return_dict", True)
+    asks_routers = attached.wants("gate_logits") and given.get("gate_logits") is None
+    were_asked = inputs.get("output_router_logits")
+    if were_asked is None:
+        were_asked = getattr(model.config, "output_router_logits", False)
+    if asks_routers:
+        inputs["output_router_logits"] = True
+    attached.listen()
+    try:
+        # It sees no labels, and so adds no loss of its own.
+        output = _call(original, model, attached, {**inputs, "return_dict": True})
+    finally:
+        hidden = attached.take_hidden()
+    if asks_routers and not output.get("router_logits"):
+        raise ValueError(
+            f"the objective balances experts, and {type(model).__name__} returns no router_logits; pass "
+            "gate_logits=, or give the component a weight of 0"
+        )
+    head = model.get_output_embeddings()
+    made = {
+        "hidden_states": hidden,
+        "lm_head_weight": getattr(head, "weight", None),
+        "gate_logits": [z for z in output.get("router_logits") or () if z is not None] or None,
+    }
+    loss = attached.evaluate(output["logits"], labels, inputs, given, made, num_items)
+    left_out = () if were_asked or not asks_routers else ("router_logits", "aux_loss")
+    values = {name: value for name, value in output.items() if name not in left_out}
+    result = type(output)(**{**values, "loss": loss})
+    return result if as_dict else result.to_tuple()
+
+
+def _call(original: type, model: Any, attached: AttachedLoss, inputs: dict[str, Any]) -> Any:
+    """The model as it is without the loss."""
+    return attached.inner(**inputs) if attached.inner is not None else original.forward(model, **inputs)
+
+
+def _restore(make: Any, original: type, extras: tuple[str, ...], args: tuple[Any, ...]) -> Any:
+    """A model's empty shell, for a copy or out of a pickle; no module has the class under its name."""
+    return make(_with_loss(original, extras), *args)
+
+
+def _signature(original: type, extras: tuple[str, ...]) -> inspect.Signature:
+    """The model's, and the loss's inputs: the Trainer keeps the columns of a data set that it finds in it."""
+    own = inspect.signature(original.forward)
+    named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in own.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in extras]
+    return own.replace(parameters=[*named, *more, *rest])
+
+
+def _known_inputs(model: Any) -> frozenset[str]:
+    """Names that the model, or the model without its head, takes."""
+    from transformers.utils.generic import TransformersKwargs
+
+    known = TAKEN_BY_ALL | set(TransformersKwargs.__annotations__)
+    for module in (model, getattr(model, "base_model", model)):
+        known |= set(inspect.signature(type(module).forward).parameters)
+    return frozenset(known - {"self", "args", "kwargs"})
+
+
+def _causal_model(model: Any) -> Any:
+    """The causal language model that ``model`` is, or has inside."""
+    from transformers import PreTrainedModel
+
+    base = _inside(model)
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            "attach takes a causal language model of transformers, before anything wraps it; got "
+            f"{type(model).__name__}. Of DistributedDataParallel and the like, pass what is inside, and wrap "
+            "that afterwards"
+        )
+    if (
+        getattr(base.config, "is_encoder_decoder", False)
+        or "labels" not in inspect.signature(type(base).forward).parameters
+    ):
+        raise ValueError(
+            f"attach takes causal language models, which have labels of their input; {type(base).__name__} "
+            "is none"
+        )
+    return base
+
+
+def _check_experts(model: Any, loss: Objective) -> None:
+    """
+    Raises:
+        ValueError: the objective would count other choices of experts than the model makes.
+    """
+    per_token = getattr(model.config, "num_experts_per_tok", None)
+    for module in loss.modules() if "gate_logits" in wanted_inputs(loss) else ():
+        if isinstance(module, MoEBalance) and isinstance(per_token, int) and module.top_k != per_token:
+            raise ValueError(
+                f"the objective counts {module.top_k} experts a token (top_k), and {type(model).__name__} "
+                f"asks {per_token}; make it with top_k={per_token} (of UnifiedLoss moe_top_k={per_token})"
+            )
+
+
+def _unused(loss: Objective) -> list[nn.Parameter]:
+    """Unembeddings that give way to the model's own: without a gradient, DDP would wait for theirs."""
+    heads = [module for module in loss.modules() if isinstance(module, MTP) and module.shared_projection]
+    spare = [
+        parameter for module in heads if module.unembedding for parameter in module.unembedding.parameters()
+    ]
+    return [parameter for parameter in spare if parameter.requires_grad]
+
+
+def _hide_buffers_from_ddp(module: nn.Module, attached: AttachedLoss) -> None:
+    """DDP would overwrite every rank's with the first's, and some hold what a rank has counted."""
+    prefix = next(name for name, found in module.named_modules() if found is attached)
+    buffers = [f"{prefix}.{name}" for name, _ in attached.named_buffers()]
+    if buffers:
+        setattr(module, IGNORED_BY_DDP, [*getattr(module, IGNORED_BY_DDP, ()), *buffers])
+
+
+def _show_buffers_to_ddp(module: nn.Module) -> None:
+    others = [name for name in vars(module).pop(IGNORED_BY_DDP, ()) if NAME not in name.split(".")]
+    if others:
+        setattr(module, IGNORED_BY_DDP, others)
