@@ -6,13 +6,16 @@ lot. Every round times each contender once, in turn, so that a slow second hits 
 
 from __future__ import annotations
 
+import argparse
+import csv
 import multiprocessing
 import os
 import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
@@ -73,6 +76,49 @@ def _kib(field: str) -> int:
             if line.startswith(field + ":"):
                 return int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def against_first(
+    title: str, names: Iterable[str], make_step: Callable[..., Step], *args: object, rounds: int, device: str
+) -> list[list]:
+    """Time and memory of each ``make_step(name, *args)`` against the first: [name, ms, ratio, MiB]."""
+    steps = {name: make_step(name, *args) for name in names}
+    seconds = time_interleaved(steps, rounds=rounds, device=device)
+    first = next(iter(steps))
+    del steps
+    print(f"\n{title}: forward and backward")
+    print(f"  {'':34}{'ms':>9}{'ratio':>9}{'extra MiB':>11}")
+    rows = []
+    for name, value in seconds.items():
+        memory = peak_memory_mb(make_step, name, *args, device=device)
+        print(f"  {name:34}{value * 1e3:9.1f}{value / seconds[first]:9.2f}{memory:11.0f}")
+        rows.append([name, value * 1e3, value / seconds[first], memory])
+    return rows
+
+
+def options(description: str, rounds: int = 15) -> argparse.Namespace:
+    """The options of a benchmark, taken from the command line; sets the number of threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--csv", help="also write the rows to this file")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    print(machine(chosen.device))
+    return chosen
+
+
+def write_csv(chosen: argparse.Namespace, header: list[str], rows: list[list]) -> None:
+    """Write the rows where ``--csv`` says, with the machine in the first line."""
+    if not chosen.csv:
+        return
+    Path(chosen.csv).parent.mkdir(parents=True, exist_ok=True)
+    with open(chosen.csv, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["# " + machine(chosen.device)])
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def machine(device: str) -> str:

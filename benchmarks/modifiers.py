@@ -7,16 +7,12 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import lossmith
-from harness import Step, machine, peak_memory_mb, time_interleaved
+from harness import Step, against_first, options, write_csv
 
 BATCH, LENGTH, NUM_CLASSES = 8, 128, 50257
 KEYS = {
@@ -82,33 +78,15 @@ def make_step(name: str, dtype: str, device: str) -> Step:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--csv", help="also write the rows to this file")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(machine(options.device))
+    chosen = options(__doc__.splitlines()[0])
     rows = []
     for dtype in ("float32", "bfloat16"):
-        steps = {name: make_step(name, dtype, options.device) for name in CONTENDERS}
-        seconds = time_interleaved(steps, rounds=options.rounds, device=options.device)
-        del steps
-        print(f"\nlogits [{BATCH}, {LENGTH}, {NUM_CLASSES}], {dtype}: forward and backward")
-        print(f"  {'':28}{'ms':>9}{'x F.ce':>9}{'extra MiB':>11}")
-        for name, value in seconds.items():
-            memory = peak_memory_mb(make_step, name, dtype, options.device, device=options.device)
-            ratio = value / seconds["F.cross_entropy"]
-            print(f"  {name:28}{value * 1e3:9.1f}{ratio:9.2f}{memory:11.0f}")
-            rows.append([dtype, name, value * 1e3, ratio, memory])
-    if options.csv:
-        Path(options.csv).parent.mkdir(parents=True, exist_ok=True)
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["# " + machine(options.device)])
-            writer.writerow(["dtype", "name", "ms", "x_f_cross_entropy", "extra_mib"])
-            writer.writerows(rows)
+        title = f"logits [{BATCH}, {LENGTH}, {NUM_CLASSES}], {dtype}"
+        found = against_first(
+            title, CONTENDERS, make_step, dtype, chosen.device, rounds=chosen.rounds, device=chosen.device
+        )
+        rows += [[dtype, *row] for row in found]
+    write_csv(chosen, ["dtype", "name", "ms", "x_f_cross_entropy", "extra_mib"], rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from unified_case import IGNORE, B, D, E, T, V, inputs
 
 import lossmith
 from lossmith import (
@@ -26,30 +27,6 @@ from lossmith import (
     Weighted,
     create_unified_loss,
 )
-
-IGNORE, B, T, V, D, E = -100, 2, 24, 11, 6, 4
-
-
-def inputs() -> dict:
-    rng = torch.Generator().manual_seed(7)
-
-    def tensor(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64, requires_grad=True)
-
-    targets = torch.randint(V, (B, T), generator=rng)
-    targets[:, 5:12] = 3
-    targets[0, 20:] = IGNORE
-    return {
-        "logits": tensor(B, T, V),
-        "targets": targets,
-        "input_ids": torch.randint(3, (B, T), generator=rng),
-        "hidden_states": tensor(B, T, D),
-        "gate_logits": tensor(B, T, E),
-        "expert_outputs": tensor(B, T, E, D),
-        "contrastive_pairs": (tensor(4, D), tensor(4, D)),
-        "confidence_scores": torch.rand(B, T, generator=rng, dtype=torch.float64, requires_grad=True),
-    }
-
 
 # flags -> (part, what it weighs, the component, the inputs whose gradient it must have)
 PARTS = {
@@ -427,93 +404,3 @@ def test_gradcheck():
         )
 
     assert torch.autograd.gradcheck(loss, tuple(cut.values()))
-
-
-# ── found by writing the pages ────────────────────────────────────────────────────────────────────
-
-
-def test_a_mask_under_either_name_masks_the_targets():
-    given = inputs()
-    mask = torch.rand(B, T) > 0.4
-    loss_fn = UnifiedLoss(V, use_moe_balancing=True, num_experts=E)
-    logits, targets, gates = (given[name] for name in ("logits", "targets", "gate_logits"))
-    called = loss_fn(logits, targets, mask, gate_logits=gates)
-    for names in ({"mask": mask}, {"attention_mask": mask}, {"mask": mask, "attention_mask": mask}):
-        torch.testing.assert_close(
-            loss_fn.evaluate(logits, targets, gate_logits=gates, **names).total, called
-        )
-    every_token = loss_fn.evaluate(
-        logits, targets, gate_logits=gates, mask=mask, attention_mask=torch.ones_like(mask)
-    )
-    torch.testing.assert_close(
-        every_token.parts["cross_entropy"], CrossEntropyLoss()(logits, targets, mask=mask)
-    )
-    alone = loss_fn.evaluate(logits, targets, gate_logits=gates)
-    torch.testing.assert_close(every_token.parts["moe_balance_loss"], alone.parts["moe_balance_loss"])
-
-
-def test_parts_of_no_token_have_no_place_in_values_per_token():
-    given = inputs()
-    for flags in ({"use_moe_balancing": True, "num_experts": E}, {"use_mtp": True, "hidden_size": D}):
-        loss_fn = UnifiedLoss(V, reduction="none", **flags).double()
-        with pytest.raises(ValueError, match="belong to no token"):
-            loss_fn(**given)
-
-
-def test_a_composition_of_a_composition_checks_the_inner_one():
-    given = inputs()
-    inner = UnifiedLoss(V, use_moe_balancing=True, num_experts=E)
-    outer = ComposedLoss(inner, {"again": ImmediateRepetition()})
-    with pytest.raises(ValueError, match="needs gate_logits"):
-        outer(given["logits"], given["targets"])
-    assert outer(given["logits"], given["targets"], gate_logits=given["gate_logits"]).isfinite()
-
-
-def test_confidence_scores_that_are_none():
-    given = inputs()
-    with pytest.raises(ValueError, match=r"confidence_scores must be in \[0, 1\]"):
-        UnifiedLoss(V, primary_loss_type="adaptive_mtp")(
-            given["logits"], given["targets"], confidence_scores=given["confidence_scores"] * 3
-        )
-
-
-def test_hidden_states_of_padding_go_nowhere():
-    given = inputs()
-    targets = given["targets"].clone()
-    targets[1, 10:] = IGNORE
-    hidden = given["hidden_states"].detach().clone()
-    hidden[1, 10:] = torch.nan
-    hidden.requires_grad_()
-    loss_fn = UnifiedLoss(V, D, use_mtp=True).double()
-    loss_fn(given["logits"], targets, hidden_states=hidden).backward()
-    assert hidden.grad.isfinite().all()
-    assert all(parameter.grad.isfinite().all() for parameter in loss_fn.parameters())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"eos_token_id": [1, 2]}, r"eos_token_id must be one id; got \[1, 2\]"),
-        ({"use_focal_loss": True, "focal_mode": "replace", "focal_alpha": 0.5}, "Leave it out"),
-        ({"use_ngram_penalty": True, "ngram_penalty_weight": float("nan")}, "weight of NgramRepetition"),
-    ],
-)
-def test_options_that_would_have_no_effect_or_a_bad_one(options, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        UnifiedLoss(V, **options)
-
-
-def test_the_states_of_all_layers_are_not_one_tensor():
-    given = inputs()
-    hidden = given["hidden_states"]
-    with pytest.raises(ValueError, match=r"hidden_states\[-1\]"):
-        UnifiedLoss(V, D, use_mtp=True).double()(given["logits"], given["targets"], hidden_states=(hidden,))
-
-
-def test_several_routers_with_a_bias_each():
-    given = inputs()
-    flags = {"use_moe_balancing": True, "num_experts": E, "moe_balance_mode": "bias", "moe_num_layers": 2}
-    loss_fn = UnifiedLoss(V, **flags)
-    loss_fn(given["logits"], given["targets"], gate_logits=[given["gate_logits"]] * 2).backward()
-    loss_fn.on_optimizer_step()
-    assert loss_fn.components["moe_balance_loss"].component.expert_bias.any()
