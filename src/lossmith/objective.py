@@ -20,6 +20,7 @@ from lossmith.options import unknown_option
 from lossmith.reduction import Denominator, Empty, Reduction, check_reduction
 from lossmith.stepping import Stepped
 from lossmith.temperature import AdaptiveTemperature
+from lossmith.terms.cross_entropy import cross_entropy
 
 OWN_INPUTS = (
     "mask",
@@ -90,9 +91,9 @@ class Objective(nn.Module):
         self._shift_was_checked = False
 
     def token_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
-        """[N] the loss of each token that the terms are made of: the first term's, unless a subclass has
-        something finer. Loss modifiers put another in its place."""
-        return self._terms[0].loss(stats, batch) if self._terms else stats.nll
+        """[N] the loss of each token that the terms are made of: the first term's, cross-entropy where there
+        is none, or what a subclass has that is finer. Loss modifiers put another in its place."""
+        return self._terms[0].loss(stats, batch) if self._terms else cross_entropy(stats, batch.target_weight)
 
     def terms(self, token_loss: PerToken | None = None) -> Sequence[Term]:
         """The per-token terms of the next batch, made of ``token_loss`` (default: the objective's own)."""

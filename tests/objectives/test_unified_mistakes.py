@@ -4,7 +4,13 @@ import pytest
 import torch
 from unified_case import IGNORE, B, D, E, T, V, inputs
 
-from lossmith import ComposedLoss, CrossEntropyLoss, ImmediateRepetition, UnifiedLoss
+from lossmith import (
+    ComposedLoss,
+    CrossEntropyLoss,
+    ImmediateRepetition,
+    LossModifierPipeline,
+    UnifiedLoss,
+)
 
 
 def test_a_mask_under_either_name_masks_the_targets():
@@ -92,3 +98,16 @@ def test_several_routers_with_a_bias_each():
     loss_fn(given["logits"], given["targets"], gate_logits=[given["gate_logits"]] * 2).backward()
     loss_fn.on_optimizer_step()
     assert loss_fn.components["moe_balance_loss"].component.expert_bias.any()
+
+
+def test_a_pipeline_hands_the_mask_to_the_components_whichever_way_it_is_called():
+    given = inputs()
+    mask = torch.rand(B, T) > 0.4
+    logits, targets, gates = (given[name] for name in ("logits", "targets", "gate_logits"))
+    loss_fn = UnifiedLoss(V, use_moe_balancing=True, num_experts=E)
+    pipeline = LossModifierPipeline(base=loss_fn)
+    expected = loss_fn(logits, targets, mask, gate_logits=gates)
+    for name in ("mask", "attention_mask"):
+        modified = pipeline.modify_loss(logits, targets, gate_logits=gates, **{name: mask})
+        torch.testing.assert_close(modified, expected)
+        torch.testing.assert_close(pipeline(logits, targets, gate_logits=gates, **{name: mask}), expected)

@@ -198,13 +198,14 @@ class LossModifierPipeline(WrappedObjective):
             raise TypeError(f"loss must be a tensor; got {type(loss).__name__}")
         if loss is not None and not self._enabled(mode) and not inputs.get("scalars"):
             return loss
+        mask = either("mask", mask, "attention_mask", attention_mask)
         return self._evaluate(
             logits,
             targets,
             loss=loss,
             mode=mode,
-            mask=either("mask", mask, "attention_mask", attention_mask),
-            attention_mask=attention_mask,
+            mask=mask,
+            attention_mask=mask,  # components see the one that there is, as in evaluate
             per_position_loss=per_position_loss,
             ignore_index=ignore_index,
             stats=stats,

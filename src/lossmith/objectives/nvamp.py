@@ -23,7 +23,6 @@ from lossmith.equation import PerToken, Term
 from lossmith.objective import Objective
 from lossmith.options import strict_options
 from lossmith.reduction import Empty, Reduction
-from lossmith.terms.cross_entropy import cross_entropy
 
 
 class NVAMPLoss(Objective):
@@ -101,9 +100,6 @@ class NVAMPLoss(Objective):
         self.top_k = top_k
         self.legacy = legacy
         self.stats_scope: StatsScope = stats_scope
-
-    def token_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
-        return cross_entropy(stats, batch.target_weight)
 
     def terms(self, token_loss: PerToken | None = None) -> Sequence[Term]:
         own = token_loss or self.token_loss

@@ -5,27 +5,16 @@ of them side by side, so that `--n_layer=6` needs no prefix. The keys of the los
 `lossmith.modifiers` declares.
 """
 
-import math
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from lossmith.modifiers.config import KEYS as DECLARED_BY_MODIFIERS
+from lossmith.options import option as key
+from lossmith.options import range_problem
 from lossmith.training.errors import UserError
 
 # A learning rate that is set alone brings its lowest value with it.
 MIN_LR_DIVISOR = 10
-
-
-def key(default: Any, meaning: str, **limits: Any) -> Any:
-    """Declare one key.
-
-    Args:
-        default: the value when nobody sets it.
-        meaning: one line for `--help` and the documentation.
-        limits: `low` and `high` (both allowed), `above` and `below` (not allowed themselves), or
-            `choices`, a tuple of the allowed values.
-    """
-    return field(default=default, metadata={"meaning": meaning, **limits})
 
 
 @dataclass
@@ -212,13 +201,6 @@ def check_range(spec: Field, value: Any) -> None:
     choices = limits.get("choices")
     if choices and value not in choices:
         raise UserError(f"{spec.name}={value!r}; expected one of {', '.join(choices)}.")
-    bounds = [
-        (f">= {limits['low']:g}", lambda: value >= limits["low"]) if "low" in limits else None,
-        (f"> {limits['above']:g}", lambda: value > limits["above"]) if "above" in limits else None,
-        (f"<= {limits['high']:g}", lambda: value <= limits["high"]) if "high" in limits else None,
-        (f"< {limits['below']:g}", lambda: value < limits["below"]) if "below" in limits else None,
-    ]
-    stated = [bound for bound in bounds if bound is not None]
-    if stated and not (math.isfinite(value) and all(holds() for _, holds in stated)):
-        wanted = " and ".join(text for text, _ in stated)
+    wanted = range_problem(value, limits)
+    if wanted:
         raise UserError(f"{spec.name}={value!r} is out of range; expected {spec.name} {wanted}.")
