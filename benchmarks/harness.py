@@ -96,6 +96,18 @@ def against_first(
     return rows
 
 
+def over_dtypes(
+    shape: list[int], names: Iterable[str], make_step: Callable[..., Step], chosen: argparse.Namespace
+) -> list[list]:
+    """:func:`against_first` of ``make_step(name, dtype, device)`` in fp32 and bf16: [dtype, ...]."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        title, device = f"logits {shape}, {dtype}", chosen.device
+        found = against_first(title, names, make_step, dtype, device, rounds=chosen.rounds, device=device)
+        rows += [[dtype, *row] for row in found]
+    return rows
+
+
 def options(description: str, rounds: int = 15) -> argparse.Namespace:
     """The options of a benchmark, taken from the command line; sets the number of threads."""
     parser = argparse.ArgumentParser(description=description)

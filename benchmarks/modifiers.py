@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lossmith
-from harness import Step, against_first, options, write_csv
+from harness import Step, options, over_dtypes, write_csv
 
 BATCH, LENGTH, NUM_CLASSES = 8, 128, 50257
 KEYS = {
@@ -79,13 +79,7 @@ def make_step(name: str, dtype: str, device: str) -> Step:
 
 def main() -> None:
     chosen = options(__doc__.splitlines()[0])
-    rows = []
-    for dtype in ("float32", "bfloat16"):
-        title = f"logits [{BATCH}, {LENGTH}, {NUM_CLASSES}], {dtype}"
-        found = against_first(
-            title, CONTENDERS, make_step, dtype, chosen.device, rounds=chosen.rounds, device=chosen.device
-        )
-        rows += [[dtype, *row] for row in found]
+    rows = over_dtypes([BATCH, LENGTH, NUM_CLASSES], CONTENDERS, make_step, chosen)
     write_csv(chosen, ["dtype", "name", "ms", "x_f_cross_entropy", "extra_mib"], rows)
 
 

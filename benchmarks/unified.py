@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lossmith
-from harness import Step, against_first, options, write_csv
+from harness import Step, against_first, options, over_dtypes, write_csv
 from lossmith.batch import align
 from lossmith.terms.candidates import early_eos_candidates, immediate_candidates, ngram_candidates
 
@@ -104,13 +104,7 @@ def make_search(name: str, device: str) -> Step:
 
 def main() -> None:
     chosen = options(__doc__.splitlines()[0])
-    rows = []
-    for dtype in ("float32", "bfloat16"):
-        title = f"logits [{BATCH}, {LENGTH}, {NUM_CLASSES}], {dtype}"
-        found = against_first(
-            title, CONTENDERS, make_step, dtype, chosen.device, rounds=chosen.rounds, device=chosen.device
-        )
-        rows += [[dtype, *row] for row in found]
+    rows = over_dtypes([BATCH, LENGTH, NUM_CLASSES], CONTENDERS, make_step, chosen)
     title = f"tokens {list(SEARCH)}, V={NUM_CLASSES}; the search, for n=4 and w=50, forward alone"
     few = max(3, chosen.rounds // 3)
     found = against_first(
