@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lossmith.engine import rows_native, sweep
+from lossmith.engine import rows, rows_native
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -42,7 +42,7 @@ def set_block_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None
     """Make PyTorch's rows be computed this many of ``num_classes`` at a time."""
 
     def set_to(num_rows: int, num_classes: int) -> None:
-        monkeypatch.setitem(sweep.BLOCK_ELEMENTS, "cpu", num_rows * num_classes)
+        monkeypatch.setitem(rows.BLOCK_ELEMENTS, "cpu", num_rows * num_classes)
 
     return set_to
 

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from lossmith.components.repetition import EarlyEOS, ImmediateRepetition, NgramRepetition
     from lossmith.components.token_losses import ConfidenceCalibration, ConfidencePenalty, Focal, ZLoss
     from lossmith.corpus_perplexity import Perplexity
+    from lossmith.engine.plan import Plan
     from lossmith.engine.stats import TokenStats
     from lossmith.equation import LossOutput, Term
     from lossmith.functional import cross_entropy, perplexity, ranking_loss, token_stats
+    from lossmith.linear_functional import linear_cross_entropy, linear_token_stats
     from lossmith.metrics import Metrics
     from lossmith.modifiers.base import BaseLossModifier, ModelMode
     from lossmith.modifiers.config import create_loss_modifier_pipeline
@@ -68,6 +70,7 @@ _HOMES = {
     "NVAMPLoss": "objectives.nvamp",
     "NgramRepetition": "components.repetition",
     "Objective": "objective",
+    "Plan": "engine.plan",
     "Perplexity": "corpus_perplexity",
     "RouterZLoss": "components.moe",
     "SequenceScorerCorrelationModifier": "modifiers.sequence_correlation",
@@ -84,6 +87,8 @@ _HOMES = {
     "create_loss_modifier_pipeline": "modifiers.config",
     "create_unified_loss": "objectives.unified",
     "cross_entropy": "functional",
+    "linear_cross_entropy": "linear_functional",
+    "linear_token_stats": "linear_functional",
     "perplexity": "functional",
     "ranking_loss": "functional",
     "token_stats": "functional",
@@ -119,6 +124,7 @@ __all__ = [
     "NgramRepetition",
     "Objective",
     "Perplexity",
+    "Plan",
     "RouterZLoss",
     "SequenceScorerCorrelationModifier",
     "SequenceScorerVarianceModifier",
@@ -134,6 +140,8 @@ __all__ = [
     "create_loss_modifier_pipeline",
     "create_unified_loss",
     "cross_entropy",
+    "linear_cross_entropy",
+    "linear_token_stats",
     "perplexity",
     "ranking_loss",
     "token_stats",

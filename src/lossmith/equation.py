@@ -131,7 +131,6 @@ def evaluate(
         )
     candidates, columns = _gather_candidates(terms, batch)
     stats = stats_of(candidates)
-    views = [stats if c is None else stats.with_candidates(c) for c in columns]
 
     def read(of: TokenStats) -> None:
         for term, c in zip(terms, columns, strict=True):
@@ -140,24 +139,87 @@ def evaluate(
             weigh(of.detach(), batch)
         if reads is not None:
             reads(of.detach())
+        if stats.is_costly:  # what the metrics read
+            _ = of.unscaled.nll, of.unscaled.correct
 
-    stats.announce(read)
-    weight = None if weigh is None else weigh(stats.detach(), batch)
-    parts = {}
-    contributions = torch.zeros_like(batch.scale)
-    for term, view in zip(terms, views, strict=True):
-        shares = torch.where(batch.scale == 0, 0.0, term.values(view, batch) * batch.scale)
-        contributions = contributions + shares.detach()
-        if weight is not None:
-            shares = torch.where(weight == 0, 0.0, shares * weight.detach())
-        parts[term.name] = shares.reshape(batch.shape) if per_token else shares.sum()
-    for name, value in (scalars or {}).items():
-        parts[name] = value * batch.share
-    total = reduce(operator.add, parts.values()) if parts else _nothing(stats, batch, per_token)
+    of_terms = list(zip(terms, columns, strict=True))
+    once = _in_one_sweep(of_terms, stats, batch, read, unless=whole_batch_reason(terms, weigh, per_token))
+    if once is not None:
+        total, parts, contributions = once
+        weight = None
+    else:
+        stats.announce(read)
+        weight = None if weigh is None else weigh(stats.detach(), batch)
+        parts = {}
+        contributions = torch.zeros_like(batch.scale)
+        for term, column in of_terms:
+            shares = _shares(term, column, stats, batch)
+            contributions = contributions + shares.detach()
+            if weight is not None:
+                shares = torch.where(weight == 0, 0.0, shares * weight.detach())
+            parts[term.name] = shares.reshape(batch.shape) if per_token else shares.sum()
+        total = reduce(operator.add, parts.values()) if parts else _nothing(stats, batch, per_token)
+    of_scalars = {name: value * batch.share for name, value in (scalars or {}).items()}
+    parts |= of_scalars
+    total = reduce(operator.add, of_scalars.values(), total)
     metrics = Metrics(_metrics(total, parts, stats, batch))
     if weight is not None:
         batch = replace(batch, scale=torch.where(weight == 0, 0.0, batch.scale * weight.detach()))
     return LossOutput(total, parts, batch.num_tokens, stats, batch, contributions, metrics)
+
+
+def whole_batch_reason(terms: Sequence[Term], weigh: Weigh | None, per_token: bool) -> str | None:
+    """Why a linear head has to be swept twice: what needs the whole batch before any gradient. None if
+    nothing does.
+
+    Args:
+        terms, weigh, per_token: as for :func:`evaluate`.
+    """
+    for term in terms:
+        if term.scope == "batch" and not term.is_off:
+            return f"the weights of the term {term.name!r} depend on the whole batch"
+    if weigh is not None:
+        return "tokens are weighed by what the whole batch shows"
+    return "reduction='none' has a gradient of its own for every token" if per_token else None
+
+
+def _shares(term: Term, column: slice | None, stats: TokenStats, batch: TokenBatch) -> Tensor:
+    """[N] what each token adds to a term, its scale included."""
+    values = term.values(stats if column is None else stats.with_candidates(column), batch)
+    return torch.where(batch.scale == 0, 0.0, values * batch.scale)
+
+
+def _in_one_sweep(
+    terms: Sequence[tuple[Term, slice | None]],
+    stats: TokenStats,
+    batch: TokenBatch,
+    read: Callable[[TokenStats], None],
+    unless: str | None,
+) -> tuple[Tensor, dict[str, Tensor], Tensor] | None:
+    """The sum of the terms, each term, and what each token contributes, with gradients that were made
+    together with the statistics; None where that cannot be."""
+    if not terms:
+        return None
+    shares = batch.scale.new_zeros(len(terms), len(batch.scale))
+
+    def loss_of(some: TokenStats, rows: slice | Tensor) -> Tensor:
+        tokens = batch.select(rows)
+        loss = torch.zeros_like(batch.scale[0])
+        for k, (term, column) in enumerate(terms):
+            own = _shares(term, column, some, tokens)
+            shares[k, rows] = own.detach()
+            loss = loss + own.sum()
+        return loss
+
+    swept = stats.sweep_once(read, loss_of, unless)
+    if swept is None:
+        return None
+    values = shares.sum(-1)
+    parts = {
+        term.name: swept.part(value, lambda term=term, column=column: _shares(term, column, stats, batch).sum())
+        for (term, column), value in zip(terms, values, strict=True)
+    }
+    return swept.loss(reduce(operator.add, values)), parts, shares.sum(0)
 
 
 def with_parts(output: LossOutput, parts: Mapping[str, Tensor]) -> LossOutput:

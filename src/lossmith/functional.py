@@ -8,7 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from lossmith.engine.checks import check_candidates, check_logits
+from lossmith.engine.checks import check_candidates
+from lossmith.engine.predictions import Logits, Predictions
 from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
@@ -58,14 +59,25 @@ def token_stats(
         >>> round(stats.normalized_wrong_entropy.item(), 3), stats.correct.item()
         (0.825, True)
     """
-    check_logits(logits, targets)
+    return stats_of_predictions(Logits(logits), targets, candidates, SweepOptions(temperature, softcap), ignore_index)
+
+
+def stats_of_predictions(
+    predictions: Predictions,
+    targets: Tensor,
+    candidates: Tensor | None,
+    options: SweepOptions,
+    ignore_index: int,
+) -> TokenStats:
+    """:func:`token_stats` of any predictions."""
+    predictions.check(targets)
     default = Needs.ENTROPY | Needs.SUM | Needs.TOP | Needs.COUNT
     if candidates is not None:
         check_candidates(candidates, targets)
         candidates = candidates.long()
         default |= Needs.CANDIDATES
-    return SweepOptions(temperature, softcap).stats(
-        logits, targets.long(), ignore_index=ignore_index, candidates=candidates, default_needs=default
+    return options.stats(
+        predictions, targets.long(), ignore_index=ignore_index, candidates=candidates, default_needs=default
     )
 
 

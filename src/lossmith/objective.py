@@ -11,29 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.batch import TokenBatch, align
-from lossmith.engine.blocks import accumulation_dtype
-from lossmith.engine.checks import check_logits
+from lossmith.engine.plan import Plan
+from lossmith.engine.predictions import Predictions
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput, PerToken, StatsOf, Term, evaluate
+from lossmith.equation import LossOutput, PerToken, StatsOf, Term, evaluate, whole_batch_reason
+from lossmith.inputs import HEAD_INPUTS, OWN_INPUTS, both_masks, either, given_targets, take_predictions
 from lossmith.options import unknown_option
 from lossmith.reduction import Denominator, Empty, Reduction, check_reduction
 from lossmith.stepping import Stepped
 from lossmith.temperature import AdaptiveTemperature
 from lossmith.terms.cross_entropy import cross_entropy
-
-OWN_INPUTS = (
-    "mask",
-    "attention_mask",
-    "token_weight",
-    "input_ids",
-    "segment_ids",
-    "denominator",
-    "num_items_in_batch",
-    "scalars",
-    "stats",
-)
-
 
 class Objective(nn.Module):
     """A training objective: terms, how the logits are read, and how the tokens are averaged.
@@ -103,8 +91,8 @@ class Objective(nn.Module):
 
     def evaluate(
         self,
-        logits: Tensor,
-        targets: Tensor,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -118,8 +106,11 @@ class Objective(nn.Module):
     ) -> LossOutput:
         """The loss of ``logits`` [..., V] at ``targets`` [...], with its parts and metrics.
 
+        In place of logits it takes ``hidden_states`` and ``lm_head_weight``, and makes the logits a few at a
+        time; value and gradients are the same.
+
         Args:
-            logits: [..., T, V].
+            logits: [..., T, V], or None.
             targets: [..., T] ids, or unshifted labels with ``shift``.
             mask: [..., T] bool or integers, 0 where a target does not count.
             attention_mask: another name of it; where both are given, this one is for what components
@@ -129,16 +120,19 @@ class Objective(nn.Module):
             segment_ids: [..., T] which document of a packed row a token of ``input_ids`` belongs to.
             denominator, num_items_in_batch: supervised tokens (or samples) over all micro-batches and ranks.
             scalars: weighted scalars of other tensors to add, by name.
-            inputs: what else the objective takes (``input_names``).
+            inputs: what else the objective takes (``input_names``); and, without logits, ``hidden_states``
+                [..., T, D], ``lm_head_weight`` [V, D], ``lm_head_bias`` [V], and the ``strategy`` and
+                ``memory_budget`` of :func:`lossmith.linear_cross_entropy`.
 
         Raises:
-            TypeError: an input that the objective does not take.
+            TypeError: an input that the objective does not take, or neither logits nor a head.
         """
         self.check_inputs(inputs)
+        predictions, inputs = take_predictions(logits, inputs, self.input_names)
         mask, attention_mask = both_masks(mask, attention_mask)
         batch, stats_of = self.bind(
-            logits,
-            targets,
+            predictions,
+            given_targets(targets),
             mask=mask,
             token_weight=token_weight,
             input_ids=input_ids,
@@ -188,7 +182,7 @@ class Objective(nn.Module):
             TypeError: a name that :meth:`evaluate` does not know; ``more`` are names that it does.
         """
         for name in inputs:
-            if name not in self.input_names and name not in more:
+            if name not in (*self.input_names, *HEAD_INPUTS, *more):
                 known = {*OWN_INPUTS, *self.input_names, *more}
                 raise TypeError(unknown_option(type(self).__name__, name, known))
 
@@ -196,9 +190,36 @@ class Objective(nn.Module):
         """Those of the inputs that belong to a position each."""
         return {name: inputs[name] for name in self.feature_names if inputs.get(name) is not None}
 
+    def plan(
+        self, *, hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, **inputs: Any
+    ) -> Plan:
+        """How this objective would sweep a linear head, and what that costs; nothing is computed.
+
+        Args:
+            hidden_states, lm_head_weight, targets, inputs: as for :meth:`evaluate`.
+
+        Example:
+            >>> import torch, lossmith
+            >>> hidden = torch.randn(64, 16, requires_grad=True)
+            >>> weight, targets = torch.randn(1000, 16, requires_grad=True), torch.zeros(64).long()
+            >>> print(lossmith.NVAMPLoss().plan(hidden_states=hidden, lm_head_weight=weight, targets=targets))
+            two_sweep: the weights of the term 'variance' depend on the whole batch. 64 tokens in 1 chunks of \
+64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides the gradients
+        """
+        given = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight, **inputs}
+        predictions, rest = take_predictions(None, given, ())
+        mask, _ = both_masks(rest.get("mask"), rest.get("attention_mask"))
+        batch, _ = self.bind(predictions, targets, mask=mask)
+        return predictions.plan(batch.targets, batch.ignore_index, self.whole_batch_reason())
+
+    def whole_batch_reason(self) -> str | None:
+        """Why a linear head has to be swept twice, or None; see
+        :func:`lossmith.equation.whole_batch_reason`."""
+        return whole_batch_reason(self.terms(), None, self.reduction == "none")
+
     def bind(
         self,
-        logits: Tensor,
+        predictions: Predictions,
         targets: Tensor,
         *,
         stats: TokenStats | None = None,
@@ -209,20 +230,21 @@ class Objective(nn.Module):
         """A batch aligned, and its statistics once somebody says with which candidates.
 
         Args:
-            logits, targets, inputs: as for :meth:`evaluate`.
-            stats: statistics of these logits at these targets, if they are here already.
+            predictions: logits, or a linear head.
+            targets, inputs: as for :meth:`evaluate`.
+            stats: statistics of these predictions at these targets, if they are here already.
             reduction, ignore_index: instead of the objective's own.
         """
-        check_logits(logits, targets)
+        predictions.check(targets)
         options = self.sweep_options
         ignored = self.ignore_index if ignore_index is None else ignore_index
         batch = self._align(
             targets,
             ignore_index=ignored,
             reduction=reduction or self.reduction,
-            num_classes=logits.shape[-1],
-            class_weight=options.checked_class_weight(logits),
-            dtype=accumulation_dtype(logits.dtype),
+            num_classes=predictions.num_classes,
+            class_weight=options.checked_class_weight(predictions),
+            dtype=predictions.dtype,
             **inputs,
         )
         self._warn_if_unshifted(batch)
@@ -230,7 +252,7 @@ class Objective(nn.Module):
             return batch, _given(stats, batch)
 
         def stats_of(candidates: Tensor | None) -> TokenStats:
-            return options.stats(logits, batch.targets, ignore_index=ignored, candidates=candidates)
+            return options.stats(predictions, batch.targets, ignore_index=ignored, candidates=candidates)
 
         return batch, stats_of
 
@@ -281,7 +303,12 @@ class Objective(nn.Module):
             )
 
     def forward(
-        self, logits: Tensor, targets: Tensor, *, return_detailed: bool = False, **inputs: Any
+        self,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
+        *,
+        return_detailed: bool = False,
+        **inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
         """The loss; with ``return_detailed`` a dict of the parts and ``total_loss``. The arguments are those
         of :meth:`evaluate`."""
@@ -323,15 +350,3 @@ def _given(stats: TokenStats, batch: TokenBatch) -> StatsOf:
         return stats.restrict(batch.targets, batch.ignore_index)
 
     return stats_of
-
-
-def both_masks(mask: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask of the targets and that of the tokens; each is the other where only one is given."""
-    return (attention_mask if mask is None else mask), (mask if attention_mask is None else attention_mask)
-
-
-def either(name: str, value: Any, alias: str, aliased: Any) -> Any:
-    """An argument under one of its two names."""
-    if value is not None and aliased is not None:
-        raise TypeError(f"{alias} is another name of {name}; pass one of them")
-    return aliased if value is None else value

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lossmith.batch import TokenBatch
+from lossmith.engine.predictions import Predictions
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation import LossOutput, PerToken, StatsOf, Term
@@ -59,8 +60,10 @@ class WrappedObjective(Objective):
     def terms(self, token_loss: PerToken | None = None) -> Sequence[Term]:
         return self.base.terms(token_loss)
 
-    def bind(self, logits: Tensor, targets: Tensor, **inputs: Any) -> tuple[TokenBatch, StatsOf]:
-        return self.base.bind(logits, targets, **inputs)
+    def bind(
+        self, predictions: Predictions, targets: Tensor, **inputs: Any
+    ) -> tuple[TokenBatch, StatsOf]:
+        return self.base.bind(predictions, targets, **inputs)
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         return self.base.complete(output, inputs)

@@ -52,7 +52,7 @@ def test_value_and_gradients_are_those_of_the_loop(shared, has_segments):
     mtp = MTP(V, D, num_future_tokens=K, shared_projection=shared)
     criterion = composed(mtp)
     part = criterion.evaluate(logits, targets, hidden_states=hidden, segment_ids=segments).parts["mtp"]
-    heads = [mtp.project(k, hidden.reshape(-1, D), None).reshape(B, T, V) for k in range(K)]
+    heads = [mtp.predict(k, hidden.reshape(-1, D), None).logits().reshape(B, T, V) for k in range(K)]
     scale = torch.full((B, T), 1.0 / (targets != IGNORE).sum().item(), dtype=torch.float64)
     expected = 0.4 * naive(heads, targets, scale, segments)
     torch.testing.assert_close(part, expected)
@@ -103,7 +103,7 @@ def test_the_models_own_heads():
 def test_confidence_weights():
     logits, hidden, targets = batch()
     mtp = MTP(V, D, num_future_tokens=2, adaptive=True, threshold=0.4, weight_range=(0.2, 1.8))
-    heads = [mtp.double().project(k, hidden.reshape(-1, D), None).reshape(B, T, V) for k in range(2)]
+    heads = [mtp.double().predict(k, hidden.reshape(-1, D), None).logits().reshape(B, T, V) for k in range(2)]
     scale = torch.full((B, T), 1.0 / (targets != IGNORE).sum().item(), dtype=torch.float64)
     top = logits.softmax(-1).amax(-1).detach()
     scores = torch.rand(B, T, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_split_batches_and_weights_of_samples():
     torch.testing.assert_close(sum(halves), whole)
     pipeline = LossModifierPipeline([MaskRatioWeightModifier({"power": 1.0})], base=criterion)
     output = pipeline.evaluate(logits, targets, hidden_states=hidden)
-    heads = [mtp.project(k, hidden.reshape(-1, D), None).reshape(B, T, V) for k in range(2)]
+    heads = [mtp.predict(k, hidden.reshape(-1, D), None).logits().reshape(B, T, V) for k in range(2)]
     valid = targets != IGNORE
     weight = T / valid.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True) / B
     torch.testing.assert_close(output.parts["mtp"], 0.4 * naive(heads, targets, weight.double().expand(B, T)))

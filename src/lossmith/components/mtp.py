@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lossmith.batch import TokenBatch
 from lossmith.components.component import Component
+from lossmith.engine.linear import LinearHead
+from lossmith.engine.predictions import Logits, Predictions
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput
+from lossmith.equation import LossOutput, Term, evaluate
 from lossmith.terms.confidence_weight import (
     SCORES,
     check_confidence_weight,
@@ -93,18 +96,19 @@ class MTP(Component):
             certainty = confidence(stats.detach(), batch)
             weight = confidence_weight(certainty, threshold=self.threshold, weight_range=self.weight_range)
         total = torch.zeros((), dtype=batch.scale.dtype, device=batch.scale.device)
-        for ahead, logits in enumerate(self._logits(inputs, batch), start=1):
+        for ahead, predictions in enumerate(self._heads(inputs, batch), start=1):
             targets, scale = _further_ahead(batch, ahead)
-            nll = SweepOptions().stats(logits, targets, ignore_index=batch.ignore_index).compute("nll").nll
-            shares = torch.where(scale == 0, 0.0, nll * scale)
-            total = total + (shares if weight is None else shares * weight).sum()
+            scale = scale if weight is None else scale * weight
+            tokens = replace(batch, targets=targets, scale=scale, valid=targets != batch.ignore_index)
+            total = total + evaluate([NLL], partial(_stats_of, predictions, tokens), tokens).total
         return total / self.num_future_tokens
 
-    def _logits(self, inputs: Mapping[str, Any], batch: TokenBatch) -> Sequence[Tensor]:
-        """[N, V] of each head, made one at a time."""
+    def _heads(self, inputs: Mapping[str, Any], batch: TokenBatch) -> Iterator[Predictions]:
+        """What each head predicts at every position [N]."""
         given, hidden = inputs.get("additional_logits"), inputs.get("hidden_states")
         if given is not None:
-            return [self._checked(logits, batch) for logits in self._of_model(given)]
+            yield from (Logits(self._checked(logits, batch)) for logits in self._of_model(given))
+            return
         if hidden is None or not self.heads:
             raise ValueError(
                 "multi-token prediction needs hidden_states=[B, T, D] (and hidden_size=D when the loss is "
@@ -126,7 +130,8 @@ class MTP(Component):
         # Whatever stands where nothing is predicted goes nowhere, forwards or backwards.
         is_used = torch.stack(used).any(0).unsqueeze(-1)
         flat = torch.where(is_used, hidden.reshape(-1, hidden.shape[-1]), 0.0)
-        return _Heads(self, flat, inputs.get("lm_head_weight"))
+        for head in range(self.num_future_tokens):
+            yield self.predict(head, flat, inputs.get("lm_head_weight"))
 
     def _of_model(self, given: Any) -> list[Tensor]:
         logits = list(given)
@@ -145,31 +150,26 @@ class MTP(Component):
             )
         return logits.reshape(-1, logits.shape[-1])
 
-    def project(self, head: int, hidden: Tensor, lm_head_weight: Tensor | None) -> Tensor:
-        """[N, V] logits of a head at hidden [N, D]."""
-        projected = self.heads[head](hidden.to(self.heads[head].weight.dtype))  # type: ignore[arg-type]
+    def predict(self, head: int, hidden: Tensor, lm_head_weight: Tensor | None) -> LinearHead:
+        """What a head predicts from hidden [N, D]."""
+        own: Any = self.heads[head]
+        hidden = hidden.to(own.weight.dtype)
         if not self.shared_projection:
-            return projected
-        projected = projected + hidden  # near the identity, the model's own prediction
-        if lm_head_weight is not None:
-            return F.linear(projected.to(lm_head_weight.dtype), lm_head_weight)
-        assert self.unembedding is not None
-        return self.unembedding(projected)
+            return LinearHead(hidden, own.weight)
+        hidden = hidden + own(hidden)  # near the identity, the model's own prediction
+        if lm_head_weight is None:
+            assert self.unembedding is not None
+            lm_head_weight = self.unembedding.weight
+        return LinearHead(hidden.to(lm_head_weight.dtype), lm_head_weight)
 
 
-class _Heads(Sequence[Tensor]):
-    """The heads' logits, each made when it is its turn."""
+NLL = Term("nll", lambda stats, _: stats.nll)
 
-    def __init__(self, mtp: MTP, hidden: Tensor, lm_head_weight: Tensor | None) -> None:
-        self.mtp, self.hidden, self.lm_head_weight = mtp, hidden, lm_head_weight
 
-    def __len__(self) -> int:
-        return self.mtp.num_future_tokens
-
-    def __getitem__(self, index: Any) -> Any:
-        if index >= len(self):
-            raise IndexError(index)
-        return self.mtp.project(index, self.hidden, self.lm_head_weight)
+def _stats_of(predictions: Predictions, batch: TokenBatch, candidates: Tensor | None) -> TokenStats:
+    return SweepOptions().stats(
+        predictions, batch.targets, ignore_index=batch.ignore_index, candidates=candidates
+    )
 
 
 def _further_ahead(batch: TokenBatch, ahead: int) -> tuple[Tensor, Tensor]:

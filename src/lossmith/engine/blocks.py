@@ -38,7 +38,7 @@ class Blocks:
         self.device, self.dtype = logits.device, logits.dtype
         self.compute_dtype = accumulation_dtype(logits.dtype)
         targets = targets.reshape(-1)
-        is_ignored = targets == ignore_index
+        self.is_ignored = is_ignored = targets == ignore_index
         self.targets = targets.masked_fill(is_ignored, 0)
         self.block_rows = max(1, min(self.num_rows, block_elements // self.num_classes))
         # Few ignored rows are computed and then cleared; many are left out, on a CPU: an
@@ -129,11 +129,15 @@ def grad_in_blocks(
     class_weight: Tensor | None,
     softcap: float | None,
     views: Sequence[View],
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    """The gradient of the logits [N, V], from those of every view's raw statistics."""
-    result = blocks.empty_gradient()
+    """The gradient of the logits [N, V], from those of every view's raw statistics; ``in_place`` in the
+    memory of the logits."""
+    result = blocks.logits if in_place else blocks.empty_gradient()
     scratch = blocks.buffer()
-    gradient = None if blocks.writes_in_place and softcap is None else blocks.buffer()
+    is_direct = blocks.writes_in_place and softcap is None and not in_place
+    gradient = None if is_direct else blocks.buffer()
     second = blocks.buffer() if len(views) > 1 else scratch
     reader = _Reader(blocks, softcap, views)
     for block in blocks.all():
@@ -156,6 +160,8 @@ def grad_in_blocks(
             out.mul_(torch.mul(z, 1 / softcap, out=scratch[:n]).square_().neg_().add_(1.0))
         if gradient is not None:
             blocks.put(result, block, out)
+    if in_place:
+        result.masked_fill_(blocks.is_ignored.unsqueeze(1), 0.0)
     blocks.clear(result, 0.0)
     return result
 

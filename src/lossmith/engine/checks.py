@@ -38,12 +38,64 @@ def check_logits(logits: Tensor, targets: Tensor) -> None:
     if logits.shape[:-1] != targets.shape:
         raise ValueError(_shape_message(logits, targets))
     if targets.numel() == 0:
-        raise ValueError(
-            f"got an empty batch: logits {list(logits.shape)} hold no token. Skip it, or pass tokens whose "
-            "targets are ignore_index, which give a loss of 0"
-        )
+        raise ValueError(_empty_message("logits", logits))
     if logits.device != targets.device:
         raise ValueError(f"logits are on {logits.device} but targets on {targets.device}; move one of them")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, is_autocast: bool) -> None:
+    """Hidden states [..., D], a weight [V, D] and a bias [V] belong together.
+
+    Raises:
+        TypeError: one of them is no floating-point tensor, or they are of different dtypes.
+        ValueError: shapes or devices do not match, or the weight is one rank's part.
+    """
+    given = {"hidden": hidden, "weight": weight, "bias": bias}
+    tensors = {name: value for name, value in given.items() if value is not None or name != "bias"}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating point; got {value.dtype}")
+        if hasattr(value, "full_tensor"):
+            raise ValueError(
+                f"{name} is a DTensor, of which this rank may have a part. Compute the loss inside the forward "
+                "of the module that fully_shard wraps, where the weight is whole"
+            )
+        if value.device != hidden.device:
+            raise ValueError(f"hidden is on {hidden.device} but {name} on {value.device}; move one of them")
+        if value.dtype != hidden.dtype and not is_autocast:
+            raise TypeError(
+                f"hidden is {hidden.dtype} but {name} is {value.dtype}; convert one of them, or use "
+                "torch.autocast"
+            )
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight must be [V, D] with V >= 1; got {list(weight.shape)}")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        size = hidden.shape[-1] if hidden.dim() else None
+        hint = "pass weight.t()" if size == weight.shape[0] else "pass weight as [V, D]"
+        raise ValueError(f"hidden has D={size} but weight is {list(weight.shape)} = [V, D]; {hint}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [V] = [{weight.shape[0]}]; got {list(bias.shape)}")
+
+
+def check_targets_of_hidden(hidden: Tensor, targets: Tensor) -> None:
+    """Hidden states [..., D] and targets [...] belong together.
+
+    Raises:
+        TypeError: the targets are no class ids.
+        ValueError: the shapes do not match, or there is no token.
+    """
+    check_targets(targets)
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"expected targets of shape {list(hidden.shape[:-1])} for hidden {list(hidden.shape)} = [..., D]; "
+            f"got {list(targets.shape)}"
+        )
+    if targets.numel() == 0:
+        raise ValueError(_empty_message("hidden", hidden))
+    if hidden.device != targets.device:
+        raise ValueError(f"hidden is on {hidden.device} but targets on {targets.device}; move one of them")
 
 
 def check_candidates(candidates: Tensor, targets: Tensor) -> None:
@@ -60,6 +112,13 @@ def check_candidates(candidates: Tensor, targets: Tensor) -> None:
             f"candidates must be [..., K] ids for targets {list(targets.shape)}; got "
             f"{list(candidates.shape)}. Pad with -1 where a position has fewer than K"
         )
+
+
+def _empty_message(name: str, given: Tensor) -> str:
+    return (
+        f"got an empty batch: {name} {list(given.shape)} hold no token. Skip it, or pass tokens whose "
+        "targets are ignore_index, which give a loss of 0"
+    )
 
 
 def _shape_message(logits: Tensor, targets: Tensor) -> str:

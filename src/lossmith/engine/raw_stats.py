@@ -42,6 +42,8 @@ class RawStats:
         self.dtype = dtype
         self._fetch = fetch
         self._default_needs = default_needs
+        # How to sweep a linear head once, where there is one: see lossmith.engine.linear.
+        self.once: Callable[[Callable[[], tuple[Needs | None, Needs | None]], Any, str | None], Any] | None = None
         self._values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def add(self, needs: Needs | None, needs_unscaled: Needs | None = None) -> None:
@@ -52,6 +54,11 @@ class RawStats:
         fetched = self._fetch(missing or Needs.CORE, missing_unscaled)
         for values, new in zip(self._values, fetched, strict=True):
             values.update({name: v for name, v in (new or {}).items() if name not in values})
+
+    def hold(self, scaled: dict[str, Tensor], unscaled: dict[str, Tensor]) -> None:
+        """Take what is known already."""
+        for values, new in zip(self._values, (scaled, unscaled), strict=True):
+            values.update(new)
 
     def _missing(self, view: int, needs: Needs | None) -> Needs | None:
         names = () if needs is None else raw_names(needs)

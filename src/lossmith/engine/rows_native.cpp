@@ -287,18 +287,20 @@ void grad_of_row(const Batch& b, const View& v, int64_t row, const T* z, float* 
     const int64_t y = b.targets[row], w = v.top_wrong_id ? v.top_wrong_id[row] : -1;
     const Formula f{(float)inverse_t, v.reference[row], (float)origin, (float)(alpha * scale + offset),
                     (float)(beta * scale), (float)uniform};
+    // All that is read of single logits is read here: ``out`` may be where they are.
     const float at_y_before = add ? out[y] : 0.0f, at_w_before = add && w >= 0 ? out[w] : 0.0f;
+    auto uniform_at = [&](int64_t i) {
+        return load_part(z + i, 1, 0.0f)[0] > MASKED ? uniform * (weight ? weight[i] : 1.0) : 0.0;
+    };
+    const double uniform_at_y = uniform_at(y), uniform_at_w = w >= 0 ? uniform_at(w) : 0.0;
     if (v.g_wrong_entropy)
         v.g_centered_sum ? apply<T, true, true>(z, out, b.num_classes, f, weight, add)
                          : apply<T, true, false>(z, out, b.num_classes, f, weight, add);
     else
         v.g_centered_sum ? apply<T, false, true>(z, out, b.num_classes, f, weight, add)
                          : apply<T, false, false>(z, out, b.num_classes, f, weight, add);
-    auto uniform_at = [&](int64_t i) {
-        return load_part(z + i, 1, 0.0f)[0] > MASKED ? uniform * (weight ? weight[i] : 1.0) : 0.0;
-    };
-    if (v.g_rest_log_sum && w >= 0) out[w] = at_w_before + (float)(alpha * inverse + uniform_at(w));
-    out[y] = at_y_before + (float)(at(v.g_target_logit) * inverse_t + uniform_at(y));
+    if (v.g_rest_log_sum && w >= 0) out[w] = at_w_before + (float)(alpha * inverse + uniform_at_w);
+    out[y] = at_y_before + (float)(at(v.g_target_logit) * inverse_t + uniform_at_y);
     if (v.g_top_wrong_logit && w >= 0) out[w] += (float)(at(v.g_top_wrong_logit) * inverse_t);
     if (v.g_candidate_logits)
         for (int64_t k = 0; k < b.num_candidates; ++k) {
@@ -317,9 +319,11 @@ template <class T> void one_row(const Batch& b, int64_t row, float* x, const flo
     }
     T* gradient = (T*)b.gradient + row * V;
     if (ignored) { std::memset((void*)gradient, 0, V * sizeof(T)); return; }
-    float* out = sizeof(T) == sizeof(float) ? (float*)gradient : x;
+    // In place a second view would find the first one's gradient where it looks for logits.
+    const bool direct = sizeof(T) == sizeof(float) && ((const void*)gradient != (const void*)z || b.num_views == 1);
+    float* out = direct ? (float*)gradient : x;
     for (int64_t k = 0; k < b.num_views; ++k) grad_of_row<T>(b, b.views[k], row, z, out, weight, k > 0);
-    if (sizeof(T) == sizeof(float)) return;
+    if (direct) return;
     for (int64_t i = 0; i < V; i += W) {
         if (V - i >= W) store(gradient + i, load(x + i)); else store_part(gradient + i, V - i, load(x + i));
     }

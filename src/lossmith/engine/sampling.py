@@ -19,16 +19,22 @@ def sample_ids(logits: Tensor, *, softcap: float | None = None) -> Tensor:
     Draws from PyTorch's default generator of the device.
     """
     flat = logits.detach().reshape(-1, logits.shape[-1])
-    uniform = torch.rand(len(flat), 1, device=flat.device, dtype=accumulation_dtype(flat.dtype))
+    uniform = uniform_numbers(len(flat), accumulation_dtype(flat.dtype), flat.device)
     num_rows = max(1, BLOCK_ELEMENTS // flat.shape[-1])
     drawn = [
-        _draw(flat[start : start + num_rows], uniform[start : start + num_rows], softcap)
+        draw(flat[start : start + num_rows], uniform[start : start + num_rows], softcap)
         for start in range(0, len(flat), num_rows)
     ]
     return torch.cat(drawn).reshape(logits.shape[:-1])
 
 
-def _draw(logits: Tensor, uniform: Tensor, softcap: float | None) -> Tensor:
+def uniform_numbers(num: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[num, 1] numbers in [0, 1), one for each id that is to be drawn."""
+    return torch.rand(num, 1, device=device, dtype=dtype)
+
+
+def draw(logits: Tensor, uniform: Tensor, softcap: float | None) -> Tensor:
+    """[R] the ids that uniform numbers [R, 1] stand for in the distributions of ``logits`` [R, V]."""
     z = logits.to(uniform.dtype)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from lossmith.engine.raw import Needs
 from lossmith.engine.raw_stats import RawStats
 
 # A gap this wide leaves nothing of the smaller side, in any dtype; +-inf would make 0 * inf.
@@ -108,8 +109,36 @@ class TokenStats:
 
     def announce(self, function: Callable[[TokenStats], Any]) -> TokenStats:
         """Compute, in one pass, what ``function`` is going to read; returns self."""
-        self._raw.add(*self._raw.needs_of(lambda blank: function(TokenStats(blank, shape=self._shape))))
+        self._raw.add(*self._needs_of(function))
         return self
+
+    def _needs_of(self, function: Callable[[TokenStats], Any]) -> tuple[Needs | None, Needs | None]:
+        return self._raw.needs_of(lambda blank: function(TokenStats(blank, shape=self._shape)))
+
+    def sweep_once(
+        self, function: Callable[[TokenStats], Any], loss_of: Callable[..., Tensor], unless: str | None
+    ) -> Any:
+        """Compute what ``function`` is going to read, and the gradient of ``loss_of``, in one sweep of a linear
+        head; see :class:`lossmith.engine.one_sweep.SweptOnce`. None where that is not to be.
+
+        Args:
+            loss_of: (statistics of some tokens, which they are) -> the sum of their shares of the loss.
+            unless: what forbids it, in words, if anything does.
+
+        Raises:
+            ValueError: it was asked for, and is forbidden.
+        """
+        if self._raw.once is None:
+            return None
+        swept = self._raw.once(lambda: self._needs_of(function), loss_of, unless)
+        if swept is not None:
+            self._raw.hold(*swept.views)
+        return swept
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether a statistic that was not announced takes a matrix product more."""
+        return self._raw.once is not None
 
     @property
     def unscaled(self) -> TokenStats:

@@ -8,25 +8,18 @@ arithmetic is ``rows_native``'s where that takes the rows, and ``rows_torch``'s 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lossmith.engine import rows_native
-from lossmith.engine.blocks import Blocks, accumulation_dtype, grad_in_blocks, stats_in_blocks
+from lossmith.engine.blocks import accumulation_dtype
 from lossmith.engine.checks import check_ids
-from lossmith.engine.memory import fresh
 from lossmith.engine.raw import Needs, View, ignored_fill, raw_dtype, raw_names
 from lossmith.engine.raw_stats import RawStats
+from lossmith.engine.rows import fill_stats
+from lossmith.engine.rows import gradient as gradient_of_rows
 from lossmith.engine.stats import TokenStats
-
-# Elements in a block: on a CPU two fp32 buffers of it stay in the last-level cache; elsewhere
-# launches are what a small block would cost, and this bounds the extra memory.
-BLOCK_ELEMENTS = {"cpu": 2**20}
-BLOCK_ELEMENTS_ELSEWHERE = 2**26
 
 # What the backward reads; the rest it can do without.
 SAVED = ("reference", "wrong_log_sum", "wrong_entropy", "top_wrong_id", "rest_log_sum")
@@ -50,11 +43,11 @@ def logits_stats(
     their gradient is exactly 0.
     """
 
-    _refuse_forward_mode(logits)
-    version = _version(logits)
+    refuse_forward_mode(logits)
+    before = version(logits)
 
     def fetch(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
-        if _version(logits) != version:
+        if version(logits) != before:
             raise RuntimeError(
                 "the logits were modified in place after their statistics were first asked for, so further "
                 "ones would not belong to them; announce what you need with stats.compute(...) before"
@@ -63,7 +56,7 @@ def logits_stats(
         flat = row_stats_op(
             logits, targets, candidates, class_weight, temperature, softcap, ignore_index, *groups
         )  # fmt: skip
-        scaled, unscaled = _by_view(flat, *groups)
+        scaled, unscaled = by_view(flat, *groups)
         return scaled, None if needs_unscaled is None else unscaled
 
     raw = RawStats(
@@ -78,12 +71,16 @@ def logits_stats(
     return TokenStats(raw)
 
 
-def _version(logits: Tensor) -> int:
+def version(logits: Tensor) -> int:
     """Counts the changes made to the logits in place, where PyTorch counts them."""
     return 0 if torch.compiler.is_compiling() or logits.is_inference() else logits._version
 
 
-def _refuse_forward_mode(logits: Tensor) -> None:
+def refuse_forward_mode(logits: Tensor) -> None:
+    """
+    Raises:
+        RuntimeError: a forward-mode derivative is asked for.
+    """
     if (
         not torch.compiler.is_compiling()
         and torch.autograd.forward_ad.unpack_dual(logits).tangent is not None
@@ -94,7 +91,7 @@ def _refuse_forward_mode(logits: Tensor) -> None:
         )
 
 
-def _by_view(values: Sequence[Any], needs: int, needs_unscaled: int) -> tuple[dict, dict]:
+def by_view(values: Sequence[Any], needs: int, needs_unscaled: int) -> tuple[dict, dict]:
     """Values listed in the operators' order, as {name: value} for each view that is asked for."""
     names = raw_names(needs)
     unscaled_names = raw_names(needs_unscaled) if needs_unscaled >= 0 else ()
@@ -114,22 +111,11 @@ def row_stats_op(
     needs: int,
     needs_unscaled: int,
 ) -> list[Tensor]:
-    num_classes = logits.shape[-1]
-    placed = targets.reshape(logits.shape[:-1])
-    check_ids("targets", placed, num_classes, exempt=ignore_index, exempt_name="ignore_index")
-    ids = None if candidates is None else candidates.reshape(targets.numel(), candidates.shape[-1])
-    if candidates is not None:
-        check_ids("candidates", candidates, num_classes, exempt=-1, exempt_name="-1")
-    outputs = _allocate(logits, targets, candidates, needs, needs_unscaled)
-    scaled, unscaled = _by_view(outputs, needs, needs_unscaled)
-    views = [View(temperature, Needs(needs), scaled)]
-    if unscaled:
-        views.append(View(None, Needs(needs_unscaled), unscaled))
-    if rows_native.takes(logits, softcap):
-        rows_native.sweep(logits, targets.reshape(-1), ids, class_weight, ignore_index, views)
-    else:
-        blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
-        stats_in_blocks(blocks, ids, class_weight, softcap, views)
+    check_all_ids(targets.reshape(logits.shape[:-1]), candidates, logits.shape[-1], ignore_index)
+    outputs = allocate(logits, targets, candidates, needs, needs_unscaled)
+    views = make_views(temperature, needs, needs_unscaled, outputs)
+    ids = flat_ids(candidates)
+    fill_stats(logits, targets.reshape(-1), ids, class_weight, softcap, ignore_index, views)
     return outputs
 
 
@@ -148,27 +134,43 @@ def row_grad_op(
     grads: list[Tensor | None],
 ) -> Tensor:
     """Gradient of the logits from those of the raw statistics, listed as ``row_stats`` returns them."""
-    ids = None if candidates is None else candidates.reshape(targets.numel(), candidates.shape[-1])
+    views = make_views(temperature, needs, needs_unscaled, raw, grads)
+    ids = flat_ids(candidates)
+    result = gradient_of_rows(logits, targets.reshape(-1), ids, class_weight, softcap, ignore_index, views)
+    return result.view(logits.shape)
+
+
+def flat_ids(candidates: Tensor | None) -> Tensor | None:
+    """Candidates [..., K] as [N, K]."""
+    return None if candidates is None else candidates.reshape(candidates.shape[:-1].numel(), candidates.shape[-1])
+
+
+def check_all_ids(targets: Tensor, candidates: Tensor | None, num_classes: int, ignore_index: int) -> None:
+    """Targets and candidates are classes, or the ids that stand for none."""
+    check_ids("targets", targets, num_classes, exempt=ignore_index, exempt_name="ignore_index")
+    if candidates is not None:
+        check_ids("candidates", candidates, num_classes, exempt=-1, exempt_name="-1")
+
+
+def make_views(
+    temperature: Tensor | None,
+    needs: int,
+    needs_unscaled: int,
+    raw: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None] | None = None,
+) -> list[View]:
+    """The views that raw statistics, listed in the operators' order, belong to; given their gradients, those
+    views alone that have any."""
+    known = by_view(raw, needs, needs_unscaled)
+    upstream = by_view([None] * len(raw) if grads is None else grads, needs, needs_unscaled)
     groups = (Needs(needs), Needs(max(needs_unscaled, 0)))
-    known = _by_view(raw, needs, needs_unscaled)
-    upstream = _by_view(grads, needs, needs_unscaled)
     views = [
         View(divisor, group, _present(values), _present(given))
         for divisor, group, values, given in zip((temperature, None), groups, known, upstream, strict=True)
-        if _present(given)
     ]
-    # A row that nobody has a gradient for gets exactly 0, also where its logits are no numbers.
-    given = [gradient != 0 for view in views for gradient in view.grads.values()]
-    wanted = reduce(or_, (rows if rows.dim() == 1 else rows.any(-1) for rows in given))
-    targets = targets.reshape(-1).masked_fill(~wanted, ignore_index)
-    if rows_native.takes(logits, softcap):
-        shape = (targets.numel(), logits.shape[-1])
-        result = fresh(shape, dtype=logits.dtype, device=logits.device, zero=False)
-        rows_native.sweep(logits, targets.reshape(-1), ids, class_weight, ignore_index, views, result)
-    else:
-        blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
-        result = grad_in_blocks(blocks, ids, class_weight, softcap, views)
-    return result.view(logits.shape)
+    if needs_unscaled < 0:
+        views.pop()
+    return views if grads is None else [view for view in views if view.grads]
 
 
 def _present(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
@@ -179,7 +181,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     *tensors, softcap, ignore_index, needs, needs_unscaled = inputs
     ctx.options = (softcap, ignore_index, needs, needs_unscaled)
     ctx.is_saved = [
-        name in SAVED for view in _by_view(output, needs, needs_unscaled) for name in view
+        name in SAVED for view in by_view(output, needs, needs_unscaled) for name in view
     ]  # fmt: skip
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *(out for out, saved in zip(output, ctx.is_saved, strict=True) if saved))
@@ -195,11 +197,11 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
             logits, targets, candidates, class_weight, temperature, *ctx.options, raw, grads
         )  # fmt: skip
         if torch.is_grad_enabled():  # create_graph: whoever differentiates through this is told
-            gradient = _DifferentiableOnce.apply(gradient.detach(), logits, *grads)
+            gradient = DifferentiableOnce.apply(gradient.detach(), logits, *grads)
     return gradient, None, None, None, None, None, None, None, None
 
 
-class _DifferentiableOnce(torch.autograd.Function):
+class DifferentiableOnce(torch.autograd.Function):
     """The identity on a gradient, connected to all that it depends on, whose own gradient is an error."""
 
     @staticmethod
@@ -219,7 +221,7 @@ row_stats_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 @row_stats_op.register_fake
 def _(logits, targets, candidates, class_weight, temperature, softcap, ignore_index, needs, needs_unscaled):
-    return _allocate(logits, targets, candidates, needs, needs_unscaled)
+    return allocate(logits, targets, candidates, needs, needs_unscaled)
 
 
 @row_grad_op.register_fake
@@ -227,13 +229,10 @@ def _(logits, *_unused):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _block_elements(logits: Tensor) -> int:
-    return BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS_ELSEWHERE)
-
-
-def _allocate(
+def allocate(
     logits: Tensor, targets: Tensor, candidates: Tensor | None, needs: int, needs_unscaled: int
 ) -> list[Tensor]:
+    """Raw statistics [N] of ignored rows, to be filled in; ``logits`` tell the dtype and the device."""
     outputs = []
     for group in (needs, needs_unscaled):
         for name in raw_names(group) if group >= 0 else ():

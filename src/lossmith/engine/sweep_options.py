@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossmith.engine.blocks import accumulation_dtype
+from lossmith.engine.predictions import Predictions
 from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
-from lossmith.engine.sweep import logits_stats
 
 
 @dataclass(frozen=True)
@@ -33,38 +32,36 @@ class SweepOptions:
 
     def stats(
         self,
-        logits: Tensor,
+        predictions: Predictions,
         targets: Tensor,
         *,
         ignore_index: int,
         candidates: Tensor | None = None,
         default_needs: Needs = Needs.CORE,
     ) -> TokenStats:
-        """Lazy statistics of ``logits`` [..., V] read this way."""
-        return logits_stats(
-            logits,
+        """Lazy statistics of predictions [...] read this way."""
+        return predictions.stats(
             targets,
             candidates=candidates,
-            class_weight=self.checked_class_weight(logits),
-            temperature=self._temperature_tensor(logits),
+            class_weight=self.checked_class_weight(predictions),
+            temperature=self._temperature_tensor(predictions),
             softcap=self.softcap,
             ignore_index=ignore_index,
             default_needs=default_needs,
         )
 
-    def _temperature_tensor(self, logits: Tensor) -> Tensor | None:
-        dtype = accumulation_dtype(logits.dtype)
+    def _temperature_tensor(self, predictions: Predictions) -> Tensor | None:
         if isinstance(self.temperature, Tensor):
-            return self.temperature.detach().to(logits.device, dtype).reshape(())
+            return self.temperature.detach().to(predictions.device, predictions.dtype).reshape(())
         if self.temperature == 1:
             return None
-        return torch.full((), self.temperature, dtype=dtype, device=logits.device)
+        return torch.full((), self.temperature, dtype=predictions.dtype, device=predictions.device)
 
-    def checked_class_weight(self, logits: Tensor) -> Tensor | None:
+    def checked_class_weight(self, predictions: Predictions) -> Tensor | None:
         if self.class_weight is None:
             return None
-        if self.class_weight.shape != logits.shape[-1:]:
+        if self.class_weight.shape != (predictions.num_classes,):
             raise ValueError(
-                f"class_weight must be [V] = [{logits.shape[-1]}]; got {list(self.class_weight.shape)}"
+                f"class_weight must be [V] = [{predictions.num_classes}]; got {list(self.class_weight.shape)}"
             )
-        return self.class_weight.detach().to(accumulation_dtype(logits.dtype))
+        return self.class_weight.detach().to(predictions.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.batch import TokenBatch
-from lossmith.engine.sampling import sample_ids
+from lossmith.engine.predictions import Logits
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, Term, with_parts
 from lossmith.metrics import Metrics
@@ -20,7 +20,8 @@ from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.modifiers.token_modifier import TokenModifier
 from lossmith.modifiers.token_run import TokenRun
-from lossmith.objective import OWN_INPUTS, Objective, both_masks, either
+from lossmith.inputs import OWN_INPUTS, both_masks, either, given_targets, take_predictions
+from lossmith.objective import Objective
 from lossmith.reduction import Denominator, Reduction, check_reduction
 from lossmith.terms.cross_entropy import cross_entropy
 from lossmith.wrapped_objective import WrappedObjective
@@ -152,8 +153,8 @@ class LossModifierPipeline(WrappedObjective):
 
     def modify_loss(
         self,
-        logits: Tensor,
-        targets: Tensor,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
         loss: Tensor | None = None,
         *,
         model_mode: ModelMode | str | None = None,
@@ -192,6 +193,7 @@ class LossModifierPipeline(WrappedObjective):
         Raises:
             TypeError: an input that neither the pipeline, nor its base, nor a custom modifier can take.
         """
+        targets = given_targets(targets)
         mode = self._mode(model_mode, logits, targets)
         self._check_inputs(inputs)
         if loss is not None and not isinstance(loss, Tensor):
@@ -216,8 +218,8 @@ class LossModifierPipeline(WrappedObjective):
 
     def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes more)
         self,
-        logits: Tensor,
-        targets: Tensor,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
         *,
         model_mode: ModelMode | str | None = None,
         mask: Tensor | None = None,
@@ -227,6 +229,7 @@ class LossModifierPipeline(WrappedObjective):
         **inputs: Any,
     ) -> LossOutput:
         """The loss with its parts and metrics; the arguments are those of :meth:`modify_loss`."""
+        targets = given_targets(targets)
         self._check_inputs(inputs)
         inputs["mask"], inputs["attention_mask"] = both_masks(mask, attention_mask)
         inputs["denominator"] = either("denominator", denominator, "num_items_in_batch", num_items_in_batch)
@@ -262,7 +265,7 @@ class LossModifierPipeline(WrappedObjective):
 
     def _evaluate(
         self,
-        logits: Tensor,
+        logits: Tensor | None,
         targets: Tensor,
         *,
         mode: ModelMode,
@@ -288,6 +291,8 @@ class LossModifierPipeline(WrappedObjective):
         for_custom = {**inputs, **of_batch, "model_mode": mode, "reduction": resolved}
         for_custom["ignore_index"] = ignored
         if mode is ModelMode.SEQUENCE_SCORER:
+            if logits is None:
+                raise TypeError("a sequence scorer's predictions [B] are missing; pass them as logits")
             if token_weight is not None:
                 raise TypeError("token_weight weighs tokens, and a sequence scorer has none; leave it out")
             scores = ScoreBatch(logits, targets, mask, denominator, resolved)
@@ -298,8 +303,11 @@ class LossModifierPipeline(WrappedObjective):
                 f"per_position_loss must have the targets' shape {list(targets.shape)}; "
                 f"got {list(per_position_loss.shape)}"
             )
+        predictions, inputs = take_predictions(logits, inputs, self.base.input_names)
+        if any(not isinstance(modifier, TokenModifier) for modifier in active):
+            predictions = Logits(predictions.logits())  # custom modifiers look at them
         batch, stats_of = self.base.bind(
-            logits,
+            predictions,
             _kept(active, targets, ignored),
             stats=stats,
             reduction=resolved,
@@ -314,12 +322,12 @@ class LossModifierPipeline(WrappedObjective):
             batch,
             stats_of,
             per_position_loss,
-            lambda: sample_ids(logits, softcap=self.base.sweep_options.softcap).reshape(-1),
+            lambda: predictions.sample(self.base.sweep_options.softcap).reshape(-1),
             denominator is not None or resolved not in ("sum", "none"),
             {"scalars": scalars, "per_token": resolved == "none"},
             inputs,
         )
-        return run.finish(logits, targets, loss, for_custom)
+        return run.finish(predictions, targets, loss, for_custom)
 
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 

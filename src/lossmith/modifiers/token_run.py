@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lossmith.batch import TokenBatch
+from lossmith.engine.predictions import Predictions
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, PerToken, StatsOf, evaluate, with_parts
 from lossmith.modifiers.base import BaseLossModifier
@@ -80,12 +81,12 @@ class TokenRun:
         return lambda loss, stats, batch: loss
 
     def finish(
-        self, logits: Tensor, targets: Tensor, loss: Tensor | None, for_custom: Mapping[str, Any]
+        self, predictions: Predictions, targets: Tensor, loss: Tensor | None, for_custom: Mapping[str, Any]
     ) -> LossOutput:
         """The modified loss.
 
         Args:
-            logits, targets: as they were given, for custom modifiers.
+            predictions, targets: as they were given; custom modifiers see logits.
             loss: the caller's reduced loss, which stays where nothing but custom modifiers changes it.
             for_custom: further arguments of custom modifiers.
         """
@@ -96,17 +97,18 @@ class TokenRun:
         if stays and loss is not None:
             scalars = {name: part for name, part in output.parts.items() if name in self._scalars()}
             output = with_parts(replace(output, total=loss, parts={"loss": loss}), scalars)
-        output = CustomModifiers(
-            custom,
-            logits,
-            targets,
-            lambda position, so_far: {
-                **for_custom,
-                "stats": so_far.stats,
-                "per_position_loss": self._so_far(position, so_far),
-            },
-            self._put,
-        ).apply(output)
+        if custom:
+            output = CustomModifiers(
+                custom,
+                predictions.logits(),
+                targets,
+                lambda position, so_far: {
+                    **for_custom,
+                    "stats": so_far.stats,
+                    "per_position_loss": self._so_far(position, so_far),
+                },
+                self._put,
+            ).apply(output)
         self._record(output)
         return output
 
@@ -129,7 +131,7 @@ class TokenRun:
             self.base.terms(self.token_loss()),
             self.stats_of,
             self.batch,
-            weigh=self._weigh,
+            weigh=self._weigh if self._measures or self.given_loss is not None else None,
             reads=self.base.reads,
             **self.options,
         )

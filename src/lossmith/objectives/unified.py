@@ -164,8 +164,8 @@ class UnifiedLoss(ComposedLoss):
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the documented order of arguments)
         self,
-        logits: Tensor,
-        targets: Tensor,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
         attention_mask: Tensor | None = None,
         hidden_states: Tensor | None = None,
         lm_head_weight: Tensor | None = None,
@@ -183,11 +183,11 @@ class UnifiedLoss(ComposedLoss):
         """The loss; with ``return_detailed`` a dict of its weighted parts, which sum to ``total_loss``.
 
         Args:
-            logits: [..., T, V].
+            logits: [..., T, V], or None with ``hidden_states`` and ``lm_head_weight``.
             targets: [..., T] ids, ``ignore_index`` where there is none.
             attention_mask: [..., T] bool or integers, 0 where a target does not count.
-            hidden_states: [B, T, D], for multi-token prediction and the contrastive loss.
-            lm_head_weight: [V, D], the unembedding that heads with ``shared_projection`` share.
+            hidden_states: [B, T, D], for multi-token prediction, the contrastive loss and in place of logits.
+            lm_head_weight: [V, D], the unembedding that heads with ``shared_projection`` share, likewise.
             input_ids: [..., T], the context of the repetition penalties; without it the targets before.
             gate_logits, expert_indices: of the routers; see :class:`lossmith.MoEBalance`.
             expert_outputs: see :class:`lossmith.ExpertDiversity`.
@@ -197,7 +197,8 @@ class UnifiedLoss(ComposedLoss):
             denominator: supervised tokens over all micro-batches and ranks (``num_items_in_batch`` is another
                 name of it).
             return_detailed: return the parts.
-            inputs: ``segment_ids``, ``token_weight``, ``mask``, ``num_items_in_batch``: see
+            inputs: ``segment_ids``, ``token_weight``, ``mask``, ``num_items_in_batch``, ``lm_head_bias``,
+                ``strategy``, ``memory_budget``: see
                 :meth:`lossmith.Objective.evaluate`.
 
         Raises:

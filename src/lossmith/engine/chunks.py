@@ -1,0 +1,197 @@
+"""A linear head's matrix products, a chunk of tokens at a time: logits out of hidden states, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lossmith.engine.blocks import accumulation_dtype
+from lossmith.engine.memory import fresh
+from lossmith.engine.plan import rows_of_a_chunk
+
+Rows = slice | Tensor
+
+# On a CPU the products are made this many elements of the weight, or of the logits, at a time: that much
+# stays in the cache, and the next chunk's product finds the matrix library's own copies of it there.
+TILE_ELEMENTS = 2**21
+# Elements of the weight's gradient that are made at a time where their sum is wider than they are.
+WIDE_ELEMENTS = {"cpu": 2**21}
+WIDE_ELEMENTS_ELSEWHERE = 2**26
+
+
+class Chunks:
+    """The tokens of a batch that have a target, in chunks, and the logits of one chunk at a time.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        bias: [V], or None.
+        targets: [N].
+        ignore_index: the target of tokens that take no part.
+        compute_dtype: that of the products.
+        memory_budget: bytes of logits held at a time.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        *,
+        ignore_index: int,
+        compute_dtype: torch.dtype,
+        memory_budget: int | None,
+    ) -> None:
+        self.hidden, self.targets = hidden, targets
+        self.weight = weight.to(compute_dtype)
+        self.bias = None if bias is None else bias.to(compute_dtype)
+        self.dtype = compute_dtype
+        self.num_classes = weight.shape[0]
+        self.packed = pack(targets, ignore_index)
+        num_rows = targets.numel() if self.packed is None else self.packed.numel()
+        self.num_rows = num_rows
+        self.size = rows_of_a_chunk(
+            num_rows, self.num_classes, compute_dtype.itemsize, hidden.device, memory_budget
+        )
+        self.is_tiled = hidden.device.type == "cpu" and compute_dtype in (torch.float32, torch.float64)
+        self._buffer: Tensor | None = None
+
+    def all(self) -> Iterator[Rows]:
+        """The rows of each chunk."""
+        for start in range(0, self.num_rows, self.size):
+            rows = slice(start, min(start + self.size, self.num_rows))
+            yield rows if self.packed is None else self.packed[rows]
+
+    def inputs(self, rows: Rows) -> Tensor:
+        """[n, D] the hidden states of a chunk."""
+        return self.hidden[rows].to(self.dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[n, V] the logits of hidden states [n, D], in memory that the next chunk reuses."""
+        z = self.buffer()[: len(x)]
+        for tile in self.tiles(len(x)):
+            torch.mm(x, self.weight[tile].t(), out=z[:, tile])
+            if self.bias is not None:
+                z[:, tile] += self.bias[tile]
+        return z
+
+    def target_logits(self, x: Tensor, targets: Tensor) -> Tensor:
+        """[n] the logits of the targets, summed in the accumulation dtype, where the others' is narrower."""
+        wide = accumulation_dtype(self.dtype)
+        ids = targets.clamp(0, self.num_classes - 1)
+        exact = (x.to(wide) * self.weight[ids].to(wide)).sum(-1)
+        return exact if self.bias is None else exact + self.bias[ids].to(wide)
+
+    def buffer(self) -> Tensor:
+        if self._buffer is None:
+            shape = (self.size, self.num_classes)
+            self._buffer = fresh(shape, dtype=self.dtype, device=self.hidden.device, zero=False)
+        return self._buffer
+
+    def reuse(self, buffer: Tensor) -> None:
+        """Take the memory of an earlier sweep of the same chunks."""
+        self._buffer = buffer
+
+    def tiles(self, num_rows: int) -> list[slice]:
+        """The classes in pieces that the products are made of."""
+        size = self.num_classes
+        if self.is_tiled:
+            most = max(256, TILE_ELEMENTS // max(self.weight.shape[1], num_rows))
+            size = -(-size // -(-size // most))
+        return [slice(start, start + size) for start in range(0, self.num_classes, size)]
+
+
+def pack(targets: Tensor, ignore_index: int) -> Tensor | None:
+    """[N'] the positions of the tokens that have a target; None where all take part. An accelerator would
+    have to tell the host how many they are, and everybody would wait."""
+    if targets.device.type != "cpu":
+        return None
+    valid = (targets != ignore_index).nonzero().squeeze(1)
+    return None if valid.numel() == targets.numel() else valid
+
+
+class HeadGradient:
+    """The gradients of hidden states, weight and bias, summed over chunks; at least fp32 while they are.
+
+    Args:
+        chunks: whose gradients.
+        needed: which of the three are wanted.
+    """
+
+    def __init__(self, chunks: Chunks, needed: tuple[bool, bool, bool]) -> None:
+        self.chunks = chunks
+        device, wide = chunks.hidden.device, accumulation_dtype(chunks.dtype)
+        self.hidden = self.weight = self.bias = None
+        if needed[0]:
+            self.hidden = fresh(
+                tuple(chunks.hidden.shape),
+                dtype=chunks.hidden.dtype,
+                device=device,
+                zero=chunks.packed is not None or not chunks.num_rows,
+            )
+        if needed[1]:
+            # A single chunk is no sum, so that nothing is lost by its own width.
+            is_sum = chunks.num_rows > chunks.size
+            self.weight = fresh(
+                tuple(chunks.weight.shape),
+                dtype=wide if is_sum else chunks.dtype,
+                device=device,
+                zero=not chunks.num_rows,
+            )
+        if needed[2]:
+            self.bias = torch.zeros(chunks.num_classes, dtype=wide, device=device)
+        self._is_first = True
+
+    def add(self, rows: Rows, x: Tensor, g: Tensor) -> None:
+        """Take in a chunk: its hidden states [n, D] and the gradient of its logits [n, V]."""
+        c = self.chunks
+        if self.hidden is not None:
+            is_there = isinstance(rows, slice) and self.hidden.dtype == c.dtype
+            total = self.hidden[rows] if is_there else torch.empty_like(x)
+            for k, tile in enumerate(c.tiles(len(x))):
+                _add_product(total, g[:, tile], c.weight[tile], is_first=k == 0)
+            if not is_there:
+                self.hidden[rows] = total.to(self.hidden.dtype)
+        if self.weight is not None:
+            for tile in c.tiles(len(x)) if self.weight.dtype == c.dtype else self._tiles_of_a_wider_sum():
+                _add_product(self.weight[tile], g[:, tile].t(), x, is_first=self._is_first)
+        if self.bias is not None:
+            self.bias += g.sum(0, dtype=self.bias.dtype)
+        self._is_first = False
+
+    def add_nothing(self, rows: Rows) -> None:
+        """Take in a chunk whose logits have no gradient."""
+        if self.hidden is not None:
+            self.hidden[rows] = 0.0
+        if self.weight is not None and self._is_first:
+            self.weight.zero_()
+        self._is_first = False
+
+    def finish(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients in the shapes and dtypes of what they are the gradients of."""
+        return (
+            None if self.hidden is None else self.hidden.view(hidden.shape),
+            None if self.weight is None else self.weight.to(weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+        )
+
+    def _tiles_of_a_wider_sum(self) -> list[slice]:
+        """The product is made before it is added: a piece at a time, so that it takes little memory."""
+        num_classes, size = self.chunks.weight.shape
+        step = max(1, WIDE_ELEMENTS.get(self.chunks.hidden.device.type, WIDE_ELEMENTS_ELSEWHERE) // size)
+        return [slice(start, start + step) for start in range(0, num_classes, step)]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """total <- total + a @ b, or a @ b if it is the first; ``total`` may be wider than the product."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0 if is_first else 1, out=total)
+    elif is_first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)

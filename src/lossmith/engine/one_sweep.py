@@ -1,0 +1,184 @@
+"""One sweep: each chunk's logits become their own gradient at once, so that they are made a single time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.engine.chunks import HeadGradient, Rows
+from lossmith.engine.head_stats import HeadStats, HeadSweep, once
+from lossmith.engine.raw_stats import RawStats
+from lossmith.engine.stats import TokenStats
+from lossmith.engine.sweep import allocate, by_view
+
+# (statistics of some tokens, which they are) -> the sum of those tokens' shares of the loss
+LossOf = Callable[[TokenStats, Rows], Tensor]
+
+
+class DependsOnMore(Exception):
+    """The loss has a gradient in something else than the statistics, which one sweep would lose."""
+
+
+@dataclass
+class SweptOnce:
+    """What one sweep leaves: the gradient of one loss, and the statistics.
+
+    Attributes:
+        views: the statistics by name, of each view, with gradients (by a second sweep, if one is asked for).
+    """
+
+    views: tuple[dict[str, Tensor], dict[str, Tensor]]
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gradients: list[Tensor | None]
+
+    def loss(self, value: Tensor) -> Tensor:
+        """``value`` as the loss whose gradient is known."""
+        return _KnownGradient.apply(value.detach(), self.gradients, self.hidden, self.weight, self.bias)
+
+    def part(self, value: Tensor, again: Callable[[], Tensor]) -> Tensor:
+        """``value``, a part of the loss that ``again()`` computes from the statistics; its gradient, of which
+        nothing is known, takes a second sweep if anybody asks for it."""
+        return _LazyGradient.apply(value.detach(), again, self.hidden, self.weight, self.bias)
+
+
+def sweep_once(
+    sweep: HeadSweep,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss_of: LossOf,
+    needed: tuple[bool, bool, bool],
+    make_stats: Callable[..., RawStats],
+) -> SweptOnce:
+    """Sweep a head's logits once, for the statistics and for the gradient of ``loss_of``.
+
+    Args:
+        make_stats: (targets, candidates, fetch) -> the raw statistics of some tokens.
+
+    Raises:
+        DependsOnMore: the loss has gradients that would be lost.
+    """
+    with torch.no_grad():
+        chunks = sweep.chunks(hidden, weight, bias)
+        result = HeadGradient(chunks, needed)
+        like = hidden.new_empty((), dtype=sweep.compute_dtype)
+        outputs = allocate(like, sweep.targets, sweep.candidates, sweep.needs, sweep.needs_unscaled)
+        for number, rows in enumerate(chunks.all()):
+            x = chunks.inputs(rows)
+            z = chunks.logits(x)
+            raw = sweep.stats_of(chunks, rows, x, z)
+            for out, value in zip(outputs, raw, strict=True):
+                out[rows] = value
+            grads = _gradients(sweep, rows, raw, loss_of, make_stats, is_first=number == 0)
+            if any(g is not None for g in grads):
+                result.add(rows, x, sweep.gradient_of(rows, z, raw, grads))
+            else:
+                result.add_nothing(rows)
+        gradients = list(result.finish(hidden, weight, bias))
+    known = HeadStats.apply(sweep, outputs, hidden, weight, bias)
+    views = by_view(known, sweep.needs, sweep.needs_unscaled)
+    return SweptOnce(views, hidden, weight, bias, gradients)
+
+
+def _gradients(
+    sweep: HeadSweep,
+    rows: Rows,
+    raw: list[Tensor],
+    loss_of: LossOf,
+    make_stats: Callable[..., RawStats],
+    *,
+    is_first: bool,
+) -> list[Tensor | None]:
+    """The gradients of a chunk's statistics, by autograd on [n] tensors."""
+    leaves = [value.requires_grad_() if value.is_floating_point() else value for value in raw]
+    views = by_view(leaves, sweep.needs, sweep.needs_unscaled)
+    candidates = None if sweep.candidates is None else sweep.candidates[rows]
+    stats = make_stats(sweep.targets[rows], candidates, lambda *_: views)
+    with torch.enable_grad():
+        loss = loss_of(TokenStats(stats), rows)
+    if not loss.requires_grad:
+        return [None] * len(raw)
+    ours = [value for value in leaves if value.requires_grad]
+    if is_first and _depends_on_more(loss, ours):
+        raise DependsOnMore
+    found = iter(torch.autograd.grad(loss, ours, allow_unused=True))
+    grads = [next(found) if value.requires_grad else None for value in leaves]
+    for value in ours:
+        value.requires_grad_(False)
+    return grads
+
+
+def _depends_on_more(loss: Tensor, leaves: list[Tensor]) -> bool:
+    """Whether the loss has a gradient in a leaf other than these."""
+    ours = {id(leaf) for leaf in leaves}
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and id(node.variable) not in ours:
+            return True
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A number whose gradients are there already, to be multiplied by what comes from above."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
+        ctx.gradients = gradients
+        ctx.inputs_with_gradient = [given for given in inputs if given is not None]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients: list[Tensor | None] = ctx.gradients
+        if not gradients:
+            raise RuntimeError(
+                "the gradient of this loss was given away by the backward before; pass retain_graph=True to "
+                "the first of several"
+            )
+        stays = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
+        scaled: list[Tensor | None] = []
+        # Nothing is multiplied where it would not change, if looking does not wait for a device.
+        is_one = upstream.device.type == "cpu" and upstream.item() == 1
+        for gradient in gradients:
+            if gradient is None or (is_one and not stays):
+                scaled.append(gradient)
+            elif stays:
+                scaled.append(gradient * upstream.to(gradient.dtype))
+            else:
+                scaled.append(gradient.mul_(upstream.to(gradient.dtype)))
+        if not stays:
+            gradients.clear()
+        return (None, None, *once(scaled, (upstream, *ctx.inputs_with_gradient)))
+
+
+class _LazyGradient(torch.autograd.Function):
+    """A number whose gradients are computed if they are asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, again: Callable[[], Tensor], *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.again, ctx.inputs = again, inputs
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch.enable_grad():
+            value = ctx.again()
+        wanted = [given for given in ctx.inputs if given is not None and given.requires_grad]
+        found = iter(torch.autograd.grad(value, wanted, upstream, retain_graph=True, allow_unused=True))
+        grads = [
+            next(found) if given is not None and given.requires_grad else None for given in ctx.inputs
+        ]
+        return (None, None, *once(grads, (upstream, *wanted)))

@@ -1,0 +1,85 @@
+"""What an objective is given: names, masks under two names, logits or what they would be made of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lossmith.engine.linear import LinearHead
+from lossmith.engine.predictions import Logits, Predictions
+
+# In place of logits. Components may take the first two as well.
+HEAD_INPUTS = ("hidden_states", "lm_head_weight", "lm_head_bias", "strategy", "memory_budget")
+OWN_INPUTS = (
+    "mask",
+    "attention_mask",
+    "token_weight",
+    "input_ids",
+    "segment_ids",
+    "denominator",
+    "num_items_in_batch",
+    "scalars",
+    "stats",
+    *HEAD_INPUTS,
+)
+
+
+def take_predictions(
+    logits: Tensor | None, inputs: Mapping[str, Any], taken: Collection[str]
+) -> tuple[Predictions, dict[str, Any]]:
+    """The predictions that the inputs hold, and the inputs that are left for the objective.
+
+    Args:
+        logits: [..., V]; where it is None the inputs have ``hidden_states`` [..., D] and ``lm_head_weight``
+            [V, D], and may have ``lm_head_bias`` [V], ``strategy`` and ``memory_budget``.
+        inputs: by name.
+        taken: names that the objective takes itself.
+
+    Raises:
+        TypeError: neither logits nor a head was given, or both.
+    """
+    rest = {name: value for name, value in inputs.items() if name in taken or name not in HEAD_INPUTS}
+    given = {name: inputs[name] for name in HEAD_INPUTS if inputs.get(name) is not None}
+    if logits is not None:
+        for name in given:
+            if name not in taken:
+                raise TypeError(f"{name} is for the loss without logits; pass either logits or {name}")
+        return Logits(logits), rest
+    missing = [name for name in HEAD_INPUTS[:2] if name not in given]
+    if missing:
+        raise TypeError(
+            "expected logits [..., V], or hidden_states [..., D] and lm_head_weight [V, D] in their place; "
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        )
+    head = LinearHead(
+        given["hidden_states"],
+        given["lm_head_weight"],
+        given.get("lm_head_bias"),
+        strategy=given.get("strategy", "auto"),
+        memory_budget=given.get("memory_budget"),
+    )
+    return head, rest
+
+
+def given_targets(targets: Tensor | None) -> Tensor:
+    """
+    Raises:
+        TypeError: there are none.
+    """
+    if targets is None:
+        raise TypeError("targets are missing; pass the ids [..., T] that the predictions are judged by")
+    return targets
+
+
+def both_masks(mask: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask of the targets and that of the tokens; each is the other where only one is given."""
+    return (attention_mask if mask is None else mask), (mask if attention_mask is None else attention_mask)
+
+
+def either(name: str, value: Any, alias: str, aliased: Any) -> Any:
+    """An argument under one of its two names."""
+    if value is not None and aliased is not None:
+        raise TypeError(f"{alias} is another name of {name}; pass one of them")
+    return aliased if value is None else value
