@@ -11,7 +11,15 @@ from lossmith.engine.linear import LinearHead
 from lossmith.engine.predictions import Logits, Predictions
 
 # In place of logits. Components may take the first two as well.
-HEAD_INPUTS = ("hidden_states", "lm_head_weight", "lm_head_bias", "strategy", "memory_budget")
+HEAD_INPUTS = (
+    "hidden_states",
+    "lm_head_weight",
+    "lm_head_bias",
+    "lm_head_scale",
+    "lm_head_softcap",
+    "strategy",
+    "memory_budget",
+)
 OWN_INPUTS = (
     "mask",
     "attention_mask",
@@ -33,7 +41,7 @@ def take_predictions(
 
     Args:
         logits: [..., V]; where it is None the inputs have ``hidden_states`` [..., D] and ``lm_head_weight``
-            [V, D], and may have ``lm_head_bias`` [V], ``strategy`` and ``memory_budget``.
+            [V, D], and may have the rest of ``HEAD_INPUTS``.
         inputs: by name.
         taken: names that the objective takes itself.
 
@@ -53,14 +61,9 @@ def take_predictions(
             "expected logits [..., V], or hidden_states [..., D] and lm_head_weight [V, D] in their place; "
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         )
-    head = LinearHead(
-        given["hidden_states"],
-        given["lm_head_weight"],
-        given.get("lm_head_bias"),
-        strategy=given.get("strategy", "auto"),
-        memory_budget=given.get("memory_budget"),
-    )
-    return head, rest
+    hidden, weight = given.pop("hidden_states"), given.pop("lm_head_weight")
+    options = {name.removeprefix("lm_head_"): value for name, value in given.items()}
+    return LinearHead(hidden, weight, **options), rest
 
 
 def given_targets(targets: Tensor | None) -> Tensor:

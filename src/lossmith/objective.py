@@ -121,8 +121,9 @@ class Objective(nn.Module):
             denominator, num_items_in_batch: supervised tokens (or samples) over all micro-batches and ranks.
             scalars: weighted scalars of other tensors to add, by name.
             inputs: what else the objective takes (``input_names``); and, without logits, ``hidden_states``
-                [..., T, D], ``lm_head_weight`` [V, D], ``lm_head_bias`` [V], and the ``strategy`` and
-                ``memory_budget`` of :func:`lossmith.linear_cross_entropy`.
+                [..., T, D], ``lm_head_weight`` [V, D], ``lm_head_bias`` [V], a model's own ``lm_head_scale``
+                and ``lm_head_softcap``, and the ``strategy`` and ``memory_budget`` of
+                :func:`lossmith.linear_cross_entropy`.
 
         Raises:
             TypeError: an input that the objective does not take, or neither logits nor a head.

@@ -49,7 +49,7 @@ class MTP(Component):
     Source: Gloeckle et al., Better & Faster Large Language Models via Multi-token Prediction, 2024.
     """
 
-    optional = ("hidden_states", "additional_logits", "lm_head_weight", SCORES)
+    optional = ("hidden_states", "additional_logits", "lm_head_weight", "memory_budget", SCORES)
     per_position = (SCORES,)
 
     def __init__(
@@ -131,7 +131,9 @@ class MTP(Component):
         is_used = torch.stack(used).any(0).unsqueeze(-1)
         flat = torch.where(is_used, hidden.reshape(-1, hidden.shape[-1]), 0.0)
         for head in range(self.num_future_tokens):
-            yield self.predict(head, flat, inputs.get("lm_head_weight"))
+            yield self.predict(
+                head, flat, inputs.get("lm_head_weight"), memory_budget=inputs.get("memory_budget")
+            )
 
     def _of_model(self, given: Any) -> list[Tensor]:
         logits = list(given)
@@ -150,17 +152,24 @@ class MTP(Component):
             )
         return logits.reshape(-1, logits.shape[-1])
 
-    def predict(self, head: int, hidden: Tensor, lm_head_weight: Tensor | None) -> LinearHead:
+    def predict(
+        self,
+        head: int,
+        hidden: Tensor,
+        lm_head_weight: Tensor | None,
+        *,
+        memory_budget: int | None = None,
+    ) -> LinearHead:
         """What a head predicts from hidden [N, D]."""
         own: Any = self.heads[head]
         hidden = hidden.to(own.weight.dtype)
         if not self.shared_projection:
-            return LinearHead(hidden, own.weight)
+            return LinearHead(hidden, own.weight, memory_budget=memory_budget)
         hidden = hidden + own(hidden)  # near the identity, the model's own prediction
         if lm_head_weight is None:
             assert self.unembedding is not None
             lm_head_weight = self.unembedding.weight
-        return LinearHead(hidden.to(lm_head_weight.dtype), lm_head_weight)
+        return LinearHead(hidden.to(lm_head_weight.dtype), lm_head_weight, memory_budget=memory_budget)
 
 
 NLL = Term("nll", lambda stats, _: stats.nll)

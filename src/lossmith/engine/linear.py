@@ -36,6 +36,8 @@ class LinearHead(Predictions):
             only where a token's weight depends on that token alone. ``two_sweep``: they are made for the
             statistics and again for the gradient, four products. ``auto``: one where that is possible.
         memory_budget: bytes of logits held at a time; None for the device's default.
+        scale: what the logits are multiplied by.
+        softcap: c for c tanh(z / c) after that, or None; a part of the model, before whatever an objective does.
 
     Raises:
         TypeError, ValueError: they do not belong together; the message says which.
@@ -46,10 +48,16 @@ class LinearHead(Predictions):
     bias: Tensor | None = None
     strategy: Strategy = "auto"
     memory_budget: int | None = None
+    scale: float = 1.0
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         check_strategy(self.strategy, self.memory_budget)
         check_head(self.hidden, self.weight, self.bias, is_autocast=self._autocast_dtype is not None)
+        if self.scale != 1:
+            object.__setattr__(self, "hidden", self.hidden * self.scale)
+            if self.bias is not None:
+                object.__setattr__(self, "bias", self.bias * self.scale)
 
     @property
     def num_classes(self) -> int:
@@ -86,10 +94,24 @@ class LinearHead(Predictions):
         check_targets_of_hidden(self.hidden, targets)
 
     def logits(self) -> Tensor:
-        return F.linear(self.hidden, self.weight, self.bias)
+        logits = F.linear(self.hidden, self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _capped_once(self, softcap: float | None) -> float | None:
+        """
+        Raises:
+            ValueError: both the model and the objective cap the logits.
+        """
+        if self.softcap is not None and softcap is not None:
+            raise ValueError(
+                f"the model caps its logits at {self.softcap} and the objective at {softcap}; leave the "
+                "objective's softcap out, or pass it logits"
+            )
+        return self.softcap if softcap is None else softcap
 
     @torch.no_grad()
     def sample(self, softcap: float | None) -> Tensor:
+        softcap = self._capped_once(softcap)
         flat = self.hidden.reshape(-1, self.hidden.shape[-1])
         chunks = self._chunks(torch.zeros(len(flat), dtype=torch.long, device=self.device))
         uniform = uniform_numbers(len(flat), self.dtype, self.device)
@@ -119,6 +141,7 @@ class LinearHead(Predictions):
         default_needs: Needs,
     ) -> TokenStats:
         refuse_forward_mode(self.hidden)
+        softcap = self._capped_once(softcap)
         inputs = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
         versions = [version(t) for t in inputs]
 

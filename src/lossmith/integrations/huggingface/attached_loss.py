@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lossmith.equation import LossOutput
+from lossmith.integrations.huggingface.fused_head import FusedHead
 from lossmith.integrations.huggingface.labels import (
     check_num_items,
     label_mask,
@@ -32,23 +33,30 @@ class AttachedLoss(nn.Module):
     Args:
         objective: the loss.
         known: names of the inputs that the model takes.
+        fused: the head whose logits need not be there, or None.
 
     Attributes:
         parts: what the last batch's loss was made of, detached; None before the first.
+        observe: what is wanted of every batch besides its loss, made of the output, or None.
+        observed: that of the last batch, detached.
         inner: what stood in the model's own ``forward`` attribute when the loss was attached, or None.
     """
 
-    def __init__(self, objective: Objective, known: frozenset[str]) -> None:
+    def __init__(self, objective: Objective, known: frozenset[str], fused: FusedHead | None) -> None:
         super().__init__()
         self.objective = objective
         self.known = known
+        self.fused = fused
         self.parts: dict[str, Tensor] | None = None
+        self.observe: Callable[[LossOutput], Tensor] | None = None
+        self.observed: Tensor | None = None
         self.inner: Callable[..., Any] | None = None
         self.handles: list[RemovableHandle] = []
         self.loss_type: Any = None  # the model's own, for detach
         self.frozen: list[nn.Parameter] = []
         self.has_run = False
-        self._listens = False
+        self.leaves_out_logits = False  # also where the model is evaluated
+        self._listens = self._skips_head = False
         self._hidden: Tensor | None = None
         self.register_state_dict_post_hook(_leave_out)
         self.register_load_state_dict_post_hook(_expect_nothing)
@@ -59,19 +67,31 @@ class AttachedLoss(nn.Module):
 
     # ── what the model makes on its way ───────────────────────────────────────────────────────────
 
-    def listen(self) -> None:
+    def skips_head(self, model: nn.Module, given: Mapping[str, Any]) -> bool:
+        """Whether the loss is to be made without the logits in the forward that begins: in training, unless
+        the caller has other hidden states for the objective."""
+        if self.fused is None or self.fused.why_not is not None or given.get("hidden_states") is not None:
+            return False
+        return model.training or self.leaves_out_logits
+
+    def listen(self, *, skips_head: bool) -> None:
         """Keep what the head sees in the forward that begins; it is there anyway, for the head's gradient."""
-        self._listens, self._hidden = self.wants("hidden_states"), None
+        self._skips_head = skips_head
+        self._listens, self._hidden = skips_head or self.wants("hidden_states"), None
 
     def take_hidden(self) -> Tensor | None:
-        """[B, T, D] what the head saw."""
-        hidden, self._hidden, self._listens = self._hidden, None, False
+        """[B, T, D] what the head saw, or would have."""
+        hidden, self._hidden, self._listens, self._skips_head = self._hidden, None, False, False
         return hidden
 
-    def on_head(self, head: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def on_head(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A forward pre-hook of the head."""
-        if self._listens:
-            self._hidden = inputs[0]
+        if not self._listens:
+            return None
+        self._hidden = inputs[0]
+        if not self._skips_head or self.fused is None:
+            return None
+        return (self.fused.seen_by_head(inputs[0]), *inputs[1:])
 
     def after_forward(
         self, model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], output: Any
@@ -109,7 +129,7 @@ class AttachedLoss(nn.Module):
 
     def evaluate(
         self,
-        logits: Tensor,
+        predictions: Mapping[str, Any],
         labels: Tensor,
         inputs: Mapping[str, Any],
         given: Mapping[str, Any],
@@ -119,7 +139,7 @@ class AttachedLoss(nn.Module):
         """The loss of a batch.
 
         Args:
-            logits: [B, T, V].
+            predictions: ``logits`` [B, T, V], or what :meth:`FusedHead.inputs` has in their place.
             labels: [B, T], not shifted.
             inputs: what the model was called with.
             given: what the caller has for the objective.
@@ -127,7 +147,7 @@ class AttachedLoss(nn.Module):
             num_items_in_batch: the number of tokens, if the caller has no ``denominator``.
         """
         loss, own = self.objective, dict(given)
-        device = logits.device
+        device = next(iter(predictions.values())).device
         labels = labels.to(device)
         denominator = own.pop("denominator", None)
         if denominator is None and num_items_in_batch is not None:
@@ -147,16 +167,16 @@ class AttachedLoss(nn.Module):
         output = reading_labels(
             loss,
             lambda: loss.evaluate(
-                logits,
-                targets_of(loss, labels),
+                targets=targets_of(loss, labels),
                 mask=None if mask is None else mask.to(device),
                 input_ids=ids.to(device) if ids is not None and ids.shape == labels.shape else None,
                 denominator=denominator,
-                **own,
+                **{**own, **predictions},
             ),
         )
         self.has_run = True
         self.parts = {name: part.detach() for name, part in _parts(loss, output).items()}
+        self.observed = None if self.observe is None else self.observe(output).detach()
         return output.total
 
 

@@ -10,7 +10,9 @@ from torch import nn
 
 from lossmith.components.moe import MoEBalance
 from lossmith.components.mtp import MTP
+from lossmith.engine.plan import Strategy
 from lossmith.integrations.huggingface.attached_loss import NAME, PER_BATCH, AttachedLoss
+from lossmith.integrations.huggingface.fused_head import FusedHead
 from lossmith.integrations.huggingface.labels import check_objective, wanted_inputs
 from lossmith.objective import Objective
 
@@ -20,11 +22,19 @@ IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 TAKEN_BY_ALL = {"return_dict", "output_hidden_states", "output_attentions", "use_cache", "cache_position"}
 
 
-def attach(model: Model, loss: Objective) -> Model:
+def attach(
+    model: Model,
+    loss: Objective,
+    *,
+    materialize_logits: bool = False,
+    strategy: Strategy = "auto",
+    memory_budget: int | None = None,
+) -> Model:
     """Let ``model(input_ids, ..., labels=...)`` return what ``loss`` makes of it; without labels it is as
     before.
 
-    The output is the model's own with ``.loss`` in it. Labels are Hugging Face's: not shifted, -100 where
+    The output is the model's own with ``.loss`` in it. In training its logits are None: they are never there all
+    at once (see :func:`lossmith.linear_cross_entropy`), unless the head is no plain linear layer. Labels are Hugging Face's: not shifted, -100 where
     there is none; the causal shift is made once, whatever the objective's ``shift`` says. The objective gets,
     as far as it takes them: ``input_ids``; ``attention_mask``, as the mask of the labels; ``segment_ids``,
     which change where ``position_ids`` start again; ``denominator=`` or, if it divides by tokens,
@@ -39,6 +49,8 @@ def attach(model: Model, loss: Objective) -> Model:
     Args:
         model: a causal language model of transformers, or one in a PEFT model.
         loss: the objective; it is moved to the device of the model's head.
+        materialize_logits: compute the logits as the model does, and the loss from them.
+        strategy, memory_budget: see :func:`lossmith.linear_cross_entropy`.
 
     Returns:
         The same model.
@@ -63,8 +75,9 @@ def attach(model: Model, loss: Objective) -> Model:
     detach(model)
     own = inspect.signature(type(base).forward).parameters
     extras = tuple(dict.fromkeys(n for n in (*PER_BATCH, *loss.input_names) if n not in own))
-    attached = AttachedLoss(loss, _known_inputs(base))
     head = base.get_output_embeddings()
+    fused = None if materialize_logits else FusedHead(base, strategy, memory_budget)
+    attached = AttachedLoss(loss, _known_inputs(base), fused)
     loss.to(next((head or base).parameters()).device)
     attached.handles.append(base.register_forward_hook(attached.after_forward, with_kwargs=True))
     if head is not None:
@@ -177,12 +190,10 @@ def _forward_with_loss(
         were_asked = getattr(model.config, "output_router_logits", False)
     if asks_routers:
         inputs["output_router_logits"] = True
-    attached.listen()
-    try:
-        # It sees no labels, and so adds no loss of its own.
-        output = _call(original, model, attached, {**inputs, "return_dict": True})
-    finally:
-        hidden = attached.take_hidden()
+    inputs["return_dict"] = True
+    # It sees no labels, and so adds no loss of its own.
+    skips_head = as_dict and attached.skips_head(model, given)  # a tuple's places stay
+    output, hidden, is_fused = _without_labels(original, model, attached, inputs, skips_head=skips_head)
     if asks_routers and not output.get("router_logits"):
         raise ValueError(
             f"the objective balances experts, and {type(model).__name__} returns no router_logits; pass "
@@ -194,11 +205,33 @@ def _forward_with_loss(
         "lm_head_weight": getattr(head, "weight", None),
         "gate_logits": [z for z in output.get("router_logits") or () if z is not None] or None,
     }
-    loss = attached.evaluate(output["logits"], labels, inputs, given, made, num_items)
+    predictions = {"logits": output["logits"]}
+    if is_fused:
+        assert attached.fused is not None
+        predictions = attached.fused.inputs(head, hidden)
+    loss = attached.evaluate(predictions, labels, inputs, given, made, num_items)
     left_out = () if were_asked or not asks_routers else ("router_logits", "aux_loss")
+    left_out += ("logits",) if is_fused else ()
     values = {name: value for name, value in output.items() if name not in left_out}
     result = type(output)(**{**values, "loss": loss})
     return result if as_dict else result.to_tuple()
+
+
+def _without_labels(
+    original: type, model: Any, attached: AttachedLoss, inputs: dict[str, Any], *, skips_head: bool
+) -> tuple[Any, Any, bool]:
+    """The model's output, what its head saw, and whether the logits were left out."""
+    attached.listen(skips_head=skips_head)
+    try:
+        output = _call(original, model, attached, inputs)
+    finally:
+        hidden = attached.take_hidden()
+    if not skips_head or hidden is None:
+        return output, hidden, False
+    assert attached.fused is not None
+    if attached.fused.is_right(model.get_output_embeddings(), hidden, output["logits"]):
+        return output, hidden, True
+    return _without_labels(original, model, attached, inputs, skips_head=False)
 
 
 def _call(original: type, model: Any, attached: AttachedLoss, inputs: dict[str, Any]) -> Any:
