@@ -61,9 +61,12 @@ def take_predictions(
             "expected logits [..., V], or hidden_states [..., D] and lm_head_weight [V, D] in their place; "
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         )
-    hidden, weight = given.pop("hidden_states"), given.pop("lm_head_weight")
+    hidden, weight, bias = (given.pop(name, None) for name in HEAD_INPUTS[:3])
+    scale = given.pop("lm_head_scale", 1.0)
+    if scale != 1:  # of the logits, in what they are made of
+        hidden, bias = hidden * scale, None if bias is None else bias * scale
     options = {name.removeprefix("lm_head_"): value for name, value in given.items()}
-    return LinearHead(hidden, weight, **options), rest
+    return LinearHead(hidden, weight, bias, **options), rest
 
 
 def given_targets(targets: Tensor | None) -> Tensor:

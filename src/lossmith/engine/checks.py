@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,9 @@ def check_logits(logits: Tensor, targets: Tensor) -> None:
         raise ValueError(f"logits are on {logits.device} but targets on {targets.device}; move one of them")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, is_autocast: bool) -> None:
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, is_autocast: Callable[[], bool]
+) -> None:
     """Hidden states [..., D], a weight [V, D] and a bias [V] belong together.
 
     Raises:
@@ -54,7 +58,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, is_autoca
     tensors = {name: value for name, value in given.items() if value is not None or name != "bias"}
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+            hint = ". Of the states of all layers pass the last" if isinstance(value, tuple | list) else ""
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}{hint}")
         if not value.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {value.dtype}")
         if hasattr(value, "full_tensor"):
@@ -64,7 +69,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, is_autoca
             )
         if value.device != hidden.device:
             raise ValueError(f"hidden is on {hidden.device} but {name} on {value.device}; move one of them")
-        if value.dtype != hidden.dtype and not is_autocast:
+        if value.dtype != hidden.dtype and not is_autocast():
             raise TypeError(
                 f"hidden is {hidden.dtype} but {name} is {value.dtype}; convert one of them, or use "
                 "torch.autocast"

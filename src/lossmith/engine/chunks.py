@@ -46,11 +46,13 @@ class Chunks:
         memory_budget: int | None,
     ) -> None:
         self.hidden, self.targets = hidden, targets
+        self.ignore_index = ignore_index
         self.weight = weight.to(compute_dtype)
         self.bias = None if bias is None else bias.to(compute_dtype)
         self.dtype = compute_dtype
         self.num_classes = weight.shape[0]
         self.packed = pack(targets, ignore_index)
+        self.is_packed = packs(targets)  # no ignored token is left
         num_rows = targets.numel() if self.packed is None else self.packed.numel()
         self.num_rows = num_rows
         self.size = rows_of_a_chunk(
@@ -66,16 +68,20 @@ class Chunks:
             yield rows if self.packed is None else self.packed[rows]
 
     def inputs(self, rows: Rows) -> Tensor:
-        """[n, D] the hidden states of a chunk."""
-        return self.hidden[rows].to(self.dtype)
+        """[n, D] the hidden states of a chunk; 0 where there is no target, whatever stands there."""
+        x = self.hidden[rows].to(self.dtype)
+        if self.is_packed:
+            return x
+        return x.masked_fill((self.targets[rows] == self.ignore_index).unsqueeze(1), 0.0)
 
     def logits(self, x: Tensor) -> Tensor:
         """[n, V] the logits of hidden states [n, D], in memory that the next chunk reuses."""
         z = self.buffer()[: len(x)]
         for tile in self.tiles(len(x)):
-            torch.mm(x, self.weight[tile].t(), out=z[:, tile])
-            if self.bias is not None:
-                z[:, tile] += self.bias[tile]
+            if self.bias is None:
+                torch.mm(x, self.weight[tile].t(), out=z[:, tile])
+            else:  # rounded once, after the bias
+                torch.addmm(self.bias[tile], x, self.weight[tile].t(), out=z[:, tile])
         return z
 
     def target_logits(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -104,10 +110,15 @@ class Chunks:
         return [slice(start, start + size) for start in range(0, self.num_classes, size)]
 
 
+def packs(targets: Tensor) -> bool:
+    """Whether tokens without a target are left out, rather than computed and thrown away."""
+    return targets.device.type == "cpu"
+
+
 def pack(targets: Tensor, ignore_index: int) -> Tensor | None:
     """[N'] the positions of the tokens that have a target; None where all take part. An accelerator would
     have to tell the host how many they are, and everybody would wait."""
-    if targets.device.type != "cpu":
+    if not packs(targets):
         return None
     valid = (targets != ignore_index).nonzero().squeeze(1)
     return None if valid.numel() == targets.numel() else valid

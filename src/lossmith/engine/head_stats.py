@@ -13,7 +13,7 @@ from torch import Tensor
 from lossmith.engine.chunks import Chunks, HeadGradient, Rows
 from lossmith.engine.raw import raw_names
 from lossmith.engine.rows import fill_stats, gradient
-from lossmith.engine.sweep import SAVED, DifferentiableOnce, allocate, make_views
+from lossmith.engine.sweep import SAVED, DifferentiableOnce, allocate, check_all_ids, make_views
 
 # hidden, weight, bias; a list of gradients in the operators' order
 Grads = Sequence["Tensor | None"]
@@ -93,7 +93,6 @@ class HeadSweep:
 class Kept:
     """The logits of the last chunk that was swept: the way back begins with it, and its memory serves all."""
 
-    rows: Rows
     buffer: Tensor
 
 
@@ -106,12 +105,11 @@ def forward_sweep(
         hidden.new_empty((), dtype=sweep.compute_dtype),
         sweep.targets, sweep.candidates, sweep.needs, sweep.needs_unscaled,
     )  # fmt: skip
-    rows = None
     for rows in chunks.all():
         x = chunks.inputs(rows)
         for out, value in zip(outputs, sweep.stats_of(chunks, rows, x, chunks.logits(x)), strict=True):
             out[rows] = value
-    return outputs, None if rows is None else Kept(rows, chunks.buffer())
+    return outputs, Kept(chunks.buffer()) if chunks.num_rows else None
 
 
 def backward_sweep(
@@ -127,11 +125,10 @@ def backward_sweep(
     """The gradients of hidden states, weight and bias from those of the statistics."""
     chunks = sweep.chunks(hidden, weight, bias)
     result = HeadGradient(chunks, needed)
-    every = list(chunks.all())
     if kept is not None:
         chunks.reuse(kept.buffer)
-        every.reverse()
-    for k, rows in enumerate(every):
+    # from the end, where the kept ones are; and always so, that the sums do not depend on what was kept
+    for k, rows in enumerate(reversed(list(chunks.all()))):
         x = chunks.inputs(rows)
         z = chunks.buffer()[: len(x)] if kept is not None and k == 0 else chunks.logits(x)
         result.add(rows, x, sweep.gradient_of(rows, z, _of(raw, rows), _of(grads, rows)))
@@ -174,7 +171,8 @@ class HeadStats(torch.autograd.Function):
             return (None,) * 5
         raw = unsaved(saved, ctx.is_saved)
         needed = ctx.needs_input_grad[2:]
-        found = backward_sweep(ctx.sweep, hidden, weight, bias, raw, grads, needed, kept)
+        with torch.no_grad():  # with create_graph autograd would watch the products
+            found = backward_sweep(ctx.sweep, hidden, weight, bias, raw, grads, needed, kept)
         return (None, None, *once(found, (hidden, weight, bias, *grads)))
 
 
@@ -214,6 +212,7 @@ def head_stats_op(
         targets, candidates, class_weight, temperature, softcap, ignore_index, needs, needs_unscaled,
         compute_dtype, memory_budget,
     )  # fmt: skip
+    check_all_ids(targets, candidates, weight.shape[0], ignore_index)
     return forward_sweep(sweep, hidden, weight, bias)[0]
 
 

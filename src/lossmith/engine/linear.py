@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,7 @@ class LinearHead(Predictions):
             only where a token's weight depends on that token alone. ``two_sweep``: they are made for the
             statistics and again for the gradient, four products. ``auto``: one where that is possible.
         memory_budget: bytes of logits held at a time; None for the device's default.
-        scale: what the logits are multiplied by.
-        softcap: c for c tanh(z / c) after that, or None; a part of the model, before whatever an objective does.
+        softcap: c for c tanh(z / c), or None; a part of the model, before whatever an objective does.
 
     Raises:
         TypeError, ValueError: they do not belong together; the message says which.
@@ -48,16 +48,11 @@ class LinearHead(Predictions):
     bias: Tensor | None = None
     strategy: Strategy = "auto"
     memory_budget: int | None = None
-    scale: float = 1.0
     softcap: float | None = None
 
     def __post_init__(self) -> None:
         check_strategy(self.strategy, self.memory_budget)
-        check_head(self.hidden, self.weight, self.bias, is_autocast=self._autocast_dtype is not None)
-        if self.scale != 1:
-            object.__setattr__(self, "hidden", self.hidden * self.scale)
-            if self.bias is not None:
-                object.__setattr__(self, "bias", self.bias * self.scale)
+        check_head(self.hidden, self.weight, self.bias, is_autocast=lambda: self._autocast_dtype is not None)
 
     @property
     def num_classes(self) -> int:
@@ -94,6 +89,7 @@ class LinearHead(Predictions):
         check_targets_of_hidden(self.hidden, targets)
 
     def logits(self) -> Tensor:
+        self._refuse("the logits are asked for as a whole")
         logits = F.linear(self.hidden, self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -140,10 +136,11 @@ class LinearHead(Predictions):
         ignore_index: int,
         default_needs: Needs,
     ) -> TokenStats:
-        refuse_forward_mode(self.hidden)
         softcap = self._capped_once(softcap)
         inputs = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+        refuse_forward_mode(*inputs)
         versions = [version(t) for t in inputs]
+        compute_dtype = self.compute_dtype  # autocast's is that of now, not of when a statistic is read
 
         def asked(needs: Needs, needs_unscaled: Needs | None) -> HeadSweep:
             if [version(t) for t in inputs] != versions:
@@ -161,7 +158,7 @@ class LinearHead(Predictions):
                 ignore_index,
                 int(needs),
                 -1 if needs_unscaled is None else int(needs_unscaled),
-                self.compute_dtype,
+                compute_dtype,
                 self.memory_budget,
             )
 
@@ -182,7 +179,7 @@ class LinearHead(Predictions):
                 ignore_index=ignore_index,
                 candidates=candidates,
                 has_temperature=temperature is not None,
-                dtype=self.dtype,
+                dtype=accumulation_dtype(compute_dtype),
                 default_needs=default_needs,
             )
 
@@ -195,10 +192,13 @@ class LinearHead(Predictions):
             needs, needs_unscaled = needs_of()
             sweep = asked(needs or Needs.CORE, needs_unscaled)
             try:
-                return sweep_once(sweep, self.hidden, self.weight, self.bias, loss_of, self.needed, make)
-            except DependsOnMore:
-                self._refuse(OTHER_GRADIENTS)
+                swept = sweep_once(sweep, self.hidden, self.weight, self.bias, loss_of, self.needed, make)
+            except DependsOnMore as found:
+                self._fall_back(found.problem, found.advice)
                 return None
+            if swept is not None:
+                swept.fall_back = self._fall_back
+            return swept
 
         raw = make(targets, candidates, fetch)
         raw.once = once
@@ -219,7 +219,8 @@ class LinearHead(Predictions):
         problem = unless
         if problem is None and torch.compiler.is_compiling():
             problem = "torch.compile needs a graph that does not depend on the objective's own autograd"
-        if problem is None and self.compute_dtype == torch.float16:
+        dtypes = (self.compute_dtype, self.hidden.dtype, self.weight.dtype)
+        if problem is None and torch.float16 in dtypes:
             problem = "in float16 a gradient that was made before the loss was scaled would underflow"
         if problem is not None:
             self._refuse(problem)
@@ -230,6 +231,12 @@ class LinearHead(Predictions):
             raise ValueError(
                 f"strategy='one_sweep' is not possible: {problem}. Pass strategy='two_sweep', or 'auto'"
             )
+
+    def _fall_back(self, problem: str, advice: str) -> None:
+        """Two sweeps after all, when one has begun already."""
+        self._refuse(problem)
+        if advice:
+            warnings.warn(f"{problem}, so that the head had to be swept again; {advice}", stacklevel=2)
 
     def plan(self, targets: Tensor, ignore_index: int, unless: str | None) -> Plan:
         """What sweeping the head at ``targets`` [...] will be.
@@ -261,6 +268,3 @@ class LinearHead(Predictions):
             logits_bytes=rows * self.num_classes * itemsize,
             accumulator_bytes=self.weight.numel() * self.dtype.itemsize if is_wider else 0,
         )
-
-
-OTHER_GRADIENTS = "a term has a gradient in something else than the logits, which one sweep would lose"

@@ -2,6 +2,10 @@
 // once, everything else happens in a row that stays in the core's own cache, and threads meet
 // only at the end. The formulas, and the names, are those of rows_torch.py.
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -28,6 +32,22 @@ vf splat(float x) { return x - vf{}; }
 vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 
 // exp to about 1 ulp; 0 below the smallest normal number; NaN stays NaN.
+#ifdef __AVX512F__  // fused and scaled by one instruction each, it takes half as long
+inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline vf vexp(vf x) {
+    const __mmask16 underflows = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_LT_OQ);
+    x = (vf)_mm512_min_ps(_mm512_set1_ps(88.0f), (__m512)x);  // NaN is the second operand, and stays
+    const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+    vf p = fma(r, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r + 1.0f);
+    return (vf)_mm512_mask_scalef_ps(_mm512_setzero_ps(), (__mmask16)~underflows, (__m512)p, (__m512)n);
+}
+#else
 inline vf vexp(vf x) {
     const vi underflows = x < -87.3f;
     x = select(x > 88.0f, splat(88.0f), x);
@@ -43,6 +63,7 @@ inline vf vexp(vf x) {
     const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
     return select(underflows, vf{}, p * (vf)power);
 }
+#endif
 
 inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }

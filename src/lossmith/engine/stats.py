@@ -23,7 +23,8 @@ _WIDE = 1e4
 
 
 class statistic:
-    """A property of ``TokenStats`` that is computed once.
+    """A property of ``TokenStats`` that is computed once; and once more where it was first read under
+    ``no_grad``, and then for a gradient.
 
     ``functools.cached_property`` takes a lock in Python 3.11, which ``torch.compile`` cannot trace.
     """
@@ -33,8 +34,10 @@ class statistic:
         self.name = function.__name__
 
     def __get__(self, owner: TokenStats, kind: type) -> Tensor:
-        value = owner.__dict__[self.name] = self.function(owner)
-        return value
+        known = owner.__dict__ if torch.is_grad_enabled() else owner._without_gradient
+        if self.name not in known:
+            known[self.name] = self.function(owner)
+        return known[self.name]
 
 
 class TokenStats:
@@ -93,6 +96,7 @@ class TokenStats:
         self._detached = detached
         self._shape = raw.targets.shape if shape is None else shape
         self._targets = raw.targets.reshape(self._shape)
+        self._without_gradient: dict[str, Tensor] = {}
 
     def compute(self, *names: str) -> TokenStats:
         """Compute the named statistics in one pass over the vocabulary; returns self.

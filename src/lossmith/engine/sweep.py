@@ -76,15 +76,14 @@ def version(logits: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or logits.is_inference() else logits._version
 
 
-def refuse_forward_mode(logits: Tensor) -> None:
+def refuse_forward_mode(*inputs: Tensor) -> None:
     """
     Raises:
         RuntimeError: a forward-mode derivative is asked for.
     """
-    if (
-        not torch.compiler.is_compiling()
-        and torch.autograd.forward_ad.unpack_dual(logits).tangent is not None
-    ):
+    if torch.compiler.is_compiling():
+        return
+    if any(torch.autograd.forward_ad.unpack_dual(given).tangent is not None for given in inputs):
         raise RuntimeError(
             "lossmith's losses have no forward-mode derivative (jvp, jacfwd); use backward, or "
             "torch.nn.functional.cross_entropy"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lossmith.batch import TokenBatch
 from lossmith.engine.predictions import Logits
 from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput, Term, with_parts
+from lossmith.equation import LossOutput, Term, whole_batch_reason, with_parts
 from lossmith.metrics import Metrics
 from lossmith.modifiers.base import BaseLossModifier, ModelMode
 from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
@@ -329,6 +329,14 @@ class LossModifierPipeline(WrappedObjective):
         )
         return run.finish(predictions, targets, loss, for_custom)
 
+    def whole_batch_reason(self) -> str | None:
+        for modifier in self._enabled(ModelMode.LANGUAGE_MODEL):
+            if not isinstance(modifier, TokenModifier):
+                return f"{modifier.name} looks at logits"
+            if modifier.weighs:
+                return f"{modifier.name} weighs samples"
+        return self.base.whole_batch_reason()
+
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 
     def _mode(self, asked: ModelMode | str | None, logits: Tensor | None, targets: Tensor) -> ModelMode:
@@ -347,6 +355,13 @@ class LossModifierPipeline(WrappedObjective):
         own: Reduction = self.base.reduction
         weighs = any(isinstance(m, TokenModifier) and m.weighs for m in active)
         return "sequence_mean" if weighs and own in ("mean", "token_mean") else own
+
+    def whole_batch_reason(self) -> str | None:
+        active = self._enabled(ModelMode.LANGUAGE_MODEL)
+        if any(not isinstance(modifier, TokenModifier) for modifier in active):
+            return "custom modifiers look at the logits"
+        weigh = (lambda stats, batch: None) if active else None
+        return whole_batch_reason(self.terms(), weigh, self._reduction("auto", active) == "none")
 
     def _check_inputs(self, inputs: Iterable[str]) -> None:
         """Custom modifiers may take anything but what is nearly a name of ours; without one an unknown name

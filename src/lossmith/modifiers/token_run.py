@@ -127,18 +127,25 @@ class TokenRun:
 
     def _evaluate(self) -> LossOutput:
         """The objective with all modifiers but the custom ones that work on the reduced loss."""
+        needs_all = self.given_loss is not None or any(modifier.weighs for modifier in self._measures)
         output = evaluate(
             self.base.terms(self.token_loss()),
             self.stats_of,
             self.batch,
-            weigh=self._weigh if self._measures or self.given_loss is not None else None,
-            reads=self.base.reads,
+            weigh=self._weigh if needs_all else None,
+            reads=self._reads,
             **self.options,
         )
         stats = output.stats
         assert stats is not None
+        if not needs_all:  # then nothing waits for what modifiers measure
+            self._weigh(stats.detach(), self.batch)
         self.stats_of = lambda candidates: stats  # what is known is not computed again
         return self.base.complete(output, self.inputs)
+
+    def _reads(self, stats: TokenStats) -> None:
+        self.base.reads(stats)
+        self._weigh(stats, self.batch)
 
     def _weigh(self, stats: TokenStats, batch: TokenBatch) -> Tensor | None:
         """[N] the product of the samples' weights. All that modifiers look at is read here, so that it is
