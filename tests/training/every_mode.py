@@ -12,6 +12,17 @@ MODES = {
     "classifier": ["--mode=token_classifier"],
     "scorer": ["--mode=sequence_scorer"],
 }
+# Losses that come out the same on any number of ranks, and what they have to carry.
+LOSSES = {
+    "nvamp": ["--loss=nvamp", "--nvamp_stats_scope=global", "--nvamp_gamma=0.1"],
+    "unified": [
+        "--loss=unified", "--use_mtp", "--adaptive_temperature", "--use_ngram_penalty", "--ngram_size=1",
+        "--eos_token_id=0", "--label_smoothing=0.1",
+    ],
+    "moe": ["--model=moe", "--loss=unified", "--router_z_loss_weight=0.1"],
+    "moe by bias": ["--model=moe", "--loss=unified", "--use_moe_balancing", "--moe_balance_mode=bias"],
+    "masked": ["--objective=masked", "--loss=unified", "--adaptive_temperature", "--z_loss=1e-3"],
+}  # fmt: skip
 CORRUPTED = [name for name in MODES if name != "causal"]
 
 

@@ -37,7 +37,7 @@ def test_labels_reach_the_loss_and_not_the_model():
 
     wrapped = with_loss(model, loss)  # type: ignore[arg-type]
     ids, labels = torch.ones(4, 2), torch.arange(4)
-    output = wrapped(input_ids=ids, attention_mask=1, labels=labels, num_items_in_batch=7)
+    output = wrapped(input_ids=ids, attention_mask=1, labels=labels, denominator=7, num_items_in_batch=8)
     assert model.got == {"labels": None, "attention_mask": 1}
     assert (seen["labels"] is labels, seen["num_items"]) == (True, 7)
     assert seen["inputs"] == {"input_ids": ids, "attention_mask": 1}

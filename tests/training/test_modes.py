@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from every_mode import CORRUPTED, MODES
+from every_mode import CORRUPTED, LOSSES, MODES
 from running import go, rows, weights
 from transformers import (
     AutoModelForMaskedLM,
@@ -191,9 +191,11 @@ def test_two_ranks_train_what_one_trains_with_twice_the_batch(tiny: list[str], t
         timeout=180,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for mode, of_mode in MODES.items():
-        one, two = tmp_path / "one" / mode, tmp_path / "two" / mode
-        assert go([*flags, *of_mode, f"--out_dir={one}", "--batch_size=8"])[0] == 0
+    runs = {f"mode {name}": own for name, own in MODES.items()}
+    runs |= {f"loss {name}": own for name, own in LOSSES.items()}
+    for name, own in runs.items():
+        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        assert go([*flags, *own, f"--out_dir={one}", "--batch_size=8"])[0] == 0
         mine, theirs = weights(one / "checkpoint-6"), weights(two / "checkpoint-6")
         for name, value in mine.items():
             torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-6)

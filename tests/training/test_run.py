@@ -23,6 +23,7 @@ from lossmith.training.errors import UserError
 from lossmith.training.progress import Display
 
 ROOT = Path(__file__).parents[2]
+FIFTY_STEPS = ["--max_iters=50", "--eval_interval=25", "--learning_rate=0.02", "--batch_size=8"]
 
 
 def interrupt_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +56,8 @@ def test_a_run_trains_and_leaves_everything_where_it_says(tiny: list[str], tmp_p
     assert saved["pad_token_id"] is None  # or the end-of-text embedding would never learn
     assert saved["eos_token_id"] == 0
     assert set(steps[0]) == {
-        "step", "loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second",
+        "step", "loss", "loss/cross_entropy", "loss/z_loss", "perplexity", "learning_rate", "grad_norm",
+        "tokens_per_second",
     }  # fmt: skip
     assert all(row["tokens_per_second"] > 0 for row in steps)
     evaluations = [row for row in logged if "val_loss" in row]
@@ -245,9 +247,16 @@ def test_ctrl_c_in_a_process_of_its_own(tiny: list[str], tmp_path: Path):
 
 @pytest.mark.parametrize("example", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.stem)
 def test_the_example_configs_train(example: Path, tiny: list[str], tmp_path: Path):
-    code, shown = go([str(example), *tiny, f"--out_dir={tmp_path / 'example'}"])
+    """Fifty steps of each, at a small size."""
+    out = tmp_path / "example"
+    code, shown = go([str(example), *tiny, *FIFTY_STEPS, f"--out_dir={out}"])
     assert code == 0
-    assert "All held-out text, after step 6: validation loss" in shown
+    assert "All held-out text, after step 50: validation loss" in shown
+    assert "warning" not in shown
+    losses = [row["loss"] for row in rows(out) if "loss" in row]
+    assert len(losses) == 50
+    assert all(value is not None and math.isfinite(value) for value in losses)
+    assert sum(losses[-10:]) < sum(losses[:10])
 
 
 def test_a_resumed_run_goes_by_its_own_settings(tiny: list[str], tmp_path: Path):

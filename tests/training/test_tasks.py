@@ -129,7 +129,7 @@ class KeepGradients(TrainerCallback):
     """A copy of the gradients just before the optimizer uses them."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def gradients_of_one_step(flags: list[str], batch_size: int, accumulation: int) -> dict[str, torch.Tensor]:

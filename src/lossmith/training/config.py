@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import os
 import re
-import sys
 import typing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,18 +18,12 @@ from omegaconf import MISSING, OmegaConf
 
 from lossmith.modifiers.config import ALIASES
 from lossmith.training.errors import UserError
-from lossmith.training.keys import MIN_LR_DIVISOR, TaskKeys, TrainConfig
+from lossmith.training.key_types import KEY_TYPES
+from lossmith.training.keys import MIN_LR_DIVISOR, TrainConfig
+from lossmith.training.objective import check_objective
 
 DEFAULTS = TrainConfig()
-KEY_TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
-TOKEN_IDS = tuple[int, ...]
-TYPE_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "True or False",
-    str: "text",
-    TOKEN_IDS: "token ids",
-}
+TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
 BOOLEAN_WORDS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
@@ -39,9 +32,14 @@ BOOLEAN_WORDS = {
 # How a saved run is read back is the command's business, not the run's.
 NOT_INHERITED = ("resume", "eval_only", "out_dir")
 # Changing one of these would make another model, or other tokens, than the checkpoint holds.
-FIXED_BY_CHECKPOINT = ("mode", "objective", "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+FIXED_BY_CHECKPOINT = (
+    "mode", "objective", "model", "vocab_size", "block_size", "n_layer", "n_head", "n_embd",
+    "num_experts", "moe_top_k",
+)  # fmt: skip
 # A run that was saved before there was a choice is what the default still is.
-CHOSEN_BEFORE = {"mode": TaskKeys.mode, "objective": TaskKeys.objective}
+CHOSEN_BEFORE = {
+    name: getattr(DEFAULTS, name) for name in ("mode", "objective", "model", "num_experts", "moe_top_k")
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ def load_config(args: list[str]) -> TrainConfig:
         config = resolve(without_derived(saved) + settings)
         refuse_another_model(saved, config)
     config.check()
+    check_objective(config)
     return config
 
 
@@ -107,7 +106,7 @@ def resolve(settings: list[Setting]) -> TrainConfig:
     """Lay the settings over the defaults, later ones over earlier ones, with their types checked."""
     values: dict[str, Any] = {}
     for setting in settings:
-        if setting.key not in KEY_TYPES:
+        if setting.key not in TYPES:
             raise UserError(unknown_key(setting))
         values[setting.key] = typed(setting)
     if "out_dir" in values:
@@ -115,41 +114,25 @@ def resolve(settings: list[Setting]) -> TrainConfig:
     if "learning_rate" in values and "min_lr" not in values:
         # Else a low learning rate alone would be refused for a default that nobody asked for.
         values["min_lr"] = values["learning_rate"] / MIN_LR_DIVISOR
-    schema = OmegaConf.structured(DEFAULTS)
-    for key, value in values.items():
-        schema[key] = escape(value) if isinstance(value, str) else value
-    config = OmegaConf.to_object(schema)
-    assert isinstance(config, TrainConfig)
-    for key, kind in KEY_TYPES.items():
-        if kind == TOKEN_IDS:
-            setattr(config, key, tuple(getattr(config, key)))  # OmegaConf makes lists of tuples
-    return config
+    return TrainConfig(**values)
 
 
 def typed(setting: Setting) -> Any:
-    """The value in its key's type: exactly that type, but a whole number may be spelled 3.0 or 1e3."""
-    wanted, value = KEY_TYPES[setting.key], setting.value
-    example = getattr(DEFAULTS, setting.key)
+    """The value in its key's type: exactly that type, but for what :mod:`key_types` lets through."""
+    kind, value = KEY_TYPES[TYPES[setting.key]], setting.value
+    example = getattr(DEFAULTS, setting.key) if kind.example is None else kind.example
     if value == MISSING:
         raise UserError(
             f"{setting.origin}: {setting.key}={MISSING!r} marks a value that is still missing; write it, "
             f"for example {setting.key}={example!r}."
         )
-    if type(value) is wanted:
-        return value
-    if wanted == TOKEN_IDS:
-        ids = [value] if type(value) is int else value
-        if isinstance(ids, list | tuple) and all(type(token) is int for token in ids):
-            return tuple(ids)
-        example = [0, 1, 2]
-    if wanted is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if wanted is float and type(value) is int and abs(value) <= sys.float_info.max:
-        return float(value)
-    raise UserError(
-        f"{setting.origin}: {setting.key} expects {TYPE_NAMES[wanted]}; "
-        f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}."
-    )
+    try:
+        return kind.read(value)
+    except ValueError:
+        raise UserError(
+            f"{setting.origin}: {setting.key} expects {kind.said}; "
+            f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}."
+        ) from None
 
 
 def folder(text: str) -> str:
@@ -164,8 +147,8 @@ def folder(text: str) -> str:
 def unknown_key(setting: Setting) -> str:
     """The message for a key that does not exist."""
     name = setting.key.lower()
-    initials = [known for known in KEY_TYPES if "".join(word[0] for word in known.split("_")) == name]
-    near = initials or difflib.get_close_matches(name, [*KEY_TYPES, *ALIASES], n=1, cutoff=0.5)
+    initials = [known for known in TYPES if "".join(word[0] for word in known.split("_")) == name]
+    near = initials or difflib.get_close_matches(name, [*TYPES, *ALIASES], n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}?" if near else "`--help` lists the keys."
     return f"{setting.origin}: there is no key {setting.key!r}. {hint}"
 
@@ -198,10 +181,10 @@ def read_flags(args: list[str]) -> tuple[Path | None, list[Setting]]:
 
 def take_value(name: str, rest: list[str]) -> str:
     """The value of a flag written without `=`: the next word, or "True" for a bare switch."""
-    if key_of(name) not in KEY_TYPES:
+    if key_of(name) not in TYPES:
         raise UserError(unknown_key(Setting(name, None, f"--{name}")))
     following = rest[0] if rest else None
-    if KEY_TYPES[key_of(name)] is bool:
+    if TYPES[key_of(name)] is bool:
         return rest.pop(0) if following is not None and following.lower() in BOOLEAN_WORDS else "True"
     if following is None or following.startswith("--"):
         raise UserError(f"--{name} needs a value; came nothing. Write --{name}=value.")
@@ -210,7 +193,7 @@ def take_value(name: str, rest: list[str]) -> str:
 
 def parse_text(name: str, text: str) -> Any:
     """What a flag's text stands for: itself for a text key, else the value it spells, if it spells one."""
-    kind = KEY_TYPES.get(key_of(name))
+    kind = TYPES.get(key_of(name))
     if kind is str:
         return text
     if kind is bool and text.lower() in BOOLEAN_WORDS:

@@ -5,6 +5,7 @@ of them side by side, so that `--n_layer=6` needs no prefix. The keys of the los
 `lossmith.modifiers` declares.
 """
 
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,10 @@ from lossmith.modifiers.config import KEYS as DECLARED_BY_MODIFIERS
 from lossmith.options import option as key
 from lossmith.options import range_problem
 from lossmith.training.errors import UserError
+from lossmith.training.loss_keys import OPTIONS, LossKeys, NVAMPKeys, UnifiedKeys
 
+# Of a mixture of experts, where the keys say nothing.
+NUM_EXPERTS, EXPERTS_PER_TOKEN = 4, 2
 # A learning rate that is set alone brings its lowest value with it.
 MIN_LR_DIVISOR = 10
 
@@ -48,28 +52,17 @@ class DataKeys:
 
 @dataclass
 class ModelKeys:
-    """The model: Llama's architecture, or ModernBERT's where it sees both ways."""
+    """The model: Llama's architecture or Mixtral's, or ModernBERT's where it sees both ways."""
 
+    model: str = key(
+        "llama",
+        "of a causal language model: one network in every layer, or a mixture of experts",
+        choices=("llama", "moe"),
+    )
     n_layer: int = key(4, "layers", low=1)
     n_head: int = key(4, "attention heads; divides `n_embd`", low=1)
     n_embd: int = key(128, "width", low=2)
     dropout: float = key(0.0, "dropout of the attention weights", low=0.0, below=1.0)
-
-
-@dataclass
-class LossKeys:
-    """The training objective. Evaluation always reports the loss without any of these options."""
-
-    label_smoothing: float = key(0.0, "share of the target that is given to other tokens", low=0.0, below=1.0)
-    smoothing_mode: str = key(
-        "uniform",
-        "who shares it, every token or only the wrong ones",
-        choices=("uniform", "exclude_target"),
-    )
-    z_loss: float = key(0.0, "weight of the squared log-sum-exp", low=0.0)
-    focal_gamma: float = key(0.0, "exponent of the focal loss; 0 is plain cross-entropy", low=0.0)
-    confidence_penalty: float = key(0.0, "weight of the negative entropy", low=0.0)
-    temperature: float = key(1.0, "divides the logits inside the loss", above=0.0)
 
 
 @dataclass
@@ -136,8 +129,17 @@ else:
 
 
 @dataclass
-class TrainConfig(ModifierKeys, RunKeys, OptimizerKeys, LossKeys, ModelKeys, DataKeys, TaskKeys):
+class TrainConfig(
+    ModifierKeys, NVAMPKeys, UnifiedKeys, RunKeys, OptimizerKeys, LossKeys, ModelKeys, DataKeys, TaskKeys
+):
     """Everything `lossmith train` can be told."""
+
+    @property
+    def experts(self) -> tuple[int, int] | None:
+        """How many experts a layer has and how many a token is sent to; None of a model without."""
+        if self.model != "moe":
+            return None
+        return self.num_experts or NUM_EXPERTS, self.moe_top_k or EXPERTS_PER_TOKEN
 
     def check(self) -> None:
         """Raise UserError for a value out of its range or values that do not go together."""
@@ -166,8 +168,20 @@ class TrainConfig(ModifierKeys, RunKeys, OptimizerKeys, LossKeys, ModelKeys, Dat
                 f"objective={self.objective} is about a language model, but mode={self.mode}. Leave "
                 f"objective out, or pass --mode={TaskKeys.mode}."
             )
-        off = LossKeys()
-        changed = [name for name in vars(off) if getattr(self, name) != getattr(off, name)]
+        if self.model != ModelKeys.model and (self.mode, self.objective) != (
+            TaskKeys.mode,
+            TaskKeys.objective,
+        ):
+            raise UserError(
+                f"model={self.model} is a causal language model, but mode={self.mode}, "
+                f"objective={self.objective}. Leave model out."
+            )
+        if self.experts is not None and self.experts[1] > self.experts[0]:
+            raise UserError(
+                f"moe_top_k={self.experts[1]} is above num_experts={self.experts[0]}; expected no more "
+                f"experts a token than there are. Try --num_experts={2 * self.experts[1]}."
+            )
+        changed = self.changed(OPTIONS["cross_entropy"])
         if self.mode == "sequence_scorer" and changed:
             name = changed[0]
             raise UserError(
@@ -175,11 +189,19 @@ class TrainConfig(ModifierKeys, RunKeys, OptimizerKeys, LossKeys, ModelKeys, Dat
                 f"squared error. Leave {name} out."
             )
 
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Those of the keys that are set to something else than their default."""
+        return [name for name in names if getattr(self, name) != SPECS[name].default]
+
+
+LOSS_KEYS = tuple(dict.fromkeys(["loss", *(name for options in OPTIONS.values() for name in options)]))
+SPECS = {spec.name: spec for spec in fields(TrainConfig)}
+
 
 def sections() -> list[tuple[str, list[Field]]]:
     """The keys by group, in the order they are documented: (what the group is, its fields)."""
     groups: tuple[Any, ...] = (
-        TaskKeys, DataKeys, ModelKeys, LossKeys, OptimizerKeys, RunKeys, ModifierKeys,
+        TaskKeys, DataKeys, ModelKeys, LossKeys, OptimizerKeys, RunKeys, UnifiedKeys, NVAMPKeys, ModifierKeys,
     )  # fmt: skip
     return [((group.__doc__ or "").split(".")[0], list(fields(group))) for group in groups]
 
@@ -201,6 +223,6 @@ def check_range(spec: Field, value: Any) -> None:
     choices = limits.get("choices")
     if choices and value not in choices:
         raise UserError(f"{spec.name}={value!r}; expected one of {', '.join(choices)}.")
-    wanted = range_problem(value, limits)
+    wanted = None if value is None else range_problem(value, limits)
     if wanted:
         raise UserError(f"{spec.name}={value!r} is out of range; expected {spec.name} {wanted}.")

@@ -28,11 +28,12 @@ def with_loss(model: PreTrainedModel, loss: Loss) -> PreTrainedModel:
     original = model.forward
 
     @functools.wraps(original)
-    def forward(*args: Any, labels: Any = None, num_items_in_batch: Any = None, **inputs: Any) -> Any:
+    def forward(*args: Any, labels: Any = None, denominator: Any = None, **inputs: Any) -> Any:
+        inputs.pop("num_items_in_batch", None)  # the Trainer's own name of the denominator
         output = original(*args, **inputs)
-        return output if labels is None else loss(output.logits, labels, inputs, num_items_in_batch)
+        return output if labels is None else loss(output.logits, labels, inputs, denominator)
 
     model.forward = forward
-    # What the Trainer asks before it passes `num_items_in_batch`.
+    # What the Trainer asks before it counts `num_items_in_batch`.
     model.accepts_loss_kwargs = True  # pyright: ignore[reportArgumentType]
     return model

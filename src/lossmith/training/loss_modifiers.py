@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 import lossmith
 from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
+from lossmith.modifiers.configured_modifier import ConfiguredModifier
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
 from lossmith.training.progress import say
@@ -30,10 +31,13 @@ def add_modifiers(task: Task, device: str, dtype: str) -> None:
         UserError: values that do not go together, or a judge that cannot be used.
     """
     values = {name: value for name, value in asdict(task.config).items() if name in KEYS}
+    for modifier in switched_on(task.config):
+        if not acts(modifier, task):
+            values[modifier.enabled_key] = False  # a judge would be loaded for nothing
     try:
         pipeline = lossmith.create_loss_modifier_pipeline(
             {**values, "device": device, "dtype": dtype},
-            base=task.make_objective(),
+            base=task.pipeline.base,
             model_mode=task.mode,
         )
     except (ValueError, OSError) as error:
@@ -41,6 +45,16 @@ def add_modifiers(task: Task, device: str, dtype: str) -> None:
     task.pipeline = pipeline.to(device)
     if any(isinstance(m, lossmith.SequenceScoringJudgeWeightModifier) for m in pipeline.modifiers):
         require_same_tokenizer(task, Path(values["judge_weight_checkpoint"]).expanduser())
+
+
+def switched_on(config: TrainConfig) -> list[type[ConfiguredModifier]]:
+    """The modifiers whose switch is on, whether they act or not."""
+    return [modifier for modifier in MODIFIERS if getattr(config, modifier.enabled_key)]
+
+
+def acts(modifier: type[ConfiguredModifier], task: Task) -> bool:
+    """Whether a modifier means something in a task's mode."""
+    return modifier({"enabled": False}).supports_mode(task.mode)
 
 
 def with_full_stop(text: str) -> str:
@@ -68,17 +82,16 @@ def require_same_tokenizer(task: Task, judge: Path) -> None:
 
 def show_modifiers(console: Console, task: Task) -> None:
     """Which modifiers act, and which of those switched on do not."""
-    switched_on = [modifier for modifier in MODIFIERS if getattr(task.config, modifier.enabled_key)]
-    if switched_on and not getattr(task.config, MASTER):
+    wanted = switched_on(task.config)
+    if wanted and not getattr(task.config, MASTER):
         say(
             console,
-            f"warning: {switched_on[0].enabled_key} has no effect without {MASTER}=True.\n",
+            f"warning: {wanted[0].enabled_key} has no effect without {MASTER}=True.\n",
             "yellow",
         )
         return
-    enabled = [modifier for modifier in task.pipeline.modifiers if modifier.enabled]
-    act = [type(m).__name__ for m in enabled if m.supports_mode(task.mode)]  # type: ignore[operator]
-    idle = [type(m).__name__ for m in enabled if type(m).__name__ not in act]
+    act = [modifier.__name__ for modifier in wanted if acts(modifier, task)]
+    idle = [modifier.__name__ for modifier in wanted if not acts(modifier, task)]
     if act:
         say(console, f"Enabled loss modifiers: {', '.join(act)}", "bold")
     if idle:

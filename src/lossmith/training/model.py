@@ -1,58 +1,75 @@
-"""The model: Llama's architecture, or ModernBERT's, at any size, from a configuration; nothing downloaded."""
+"""The model: Llama's architecture, Mixtral's, or ModernBERT's, at any size, from a configuration; nothing is
+downloaded."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     ModernBertConfig,
     PreTrainedModel,
 )
 
+from lossmith.components.moe import MoEBalance
 from lossmith.training.keys import TrainConfig
 
 INIT_STD = 0.02
+NORM_EPS = 1e-6
+ROPE_THETA = 10_000.0
 GLOBAL_EVERY = 4  # layers of a bidirectional model
 NEIGHBOURS = 4  # tokens, half of them on either side, that its other layers see
 
 
 def make_language_model(
     config: TrainConfig, end_of_text: int, never_generated: Sequence[int] = ()
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """A causal model whose first loss is close to log V.
 
     The output matrix is not tied to the embedding: after 300 steps on the default text the tied model was
     at 2.08 bits per byte, the untied one at 1.92.
 
     Args:
-        config: gives `vocab_size`, `block_size`, `n_layer`, `n_head`, `n_embd`, `dropout`.
+        config: gives `model` and its experts, `vocab_size`, `block_size`, `n_layer`, `n_head`, `n_embd`,
+            `dropout`.
         end_of_text: the token that stands before and after every document.
         never_generated: tokens that are no text; generation leaves them out.
     """
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.block_size,
-            hidden_size=config.n_embd,
-            intermediate_size=mlp_width(config.n_embd),
-            num_hidden_layers=config.n_layer,
-            num_attention_heads=config.n_head,
-            attention_dropout=config.dropout,
-            initializer_range=INIT_STD,
-            tie_word_embeddings=False,
-            bos_token_id=end_of_text,
-            eos_token_id=end_of_text,
-            pad_token_id=None,
-            use_cache=False,
+    shape: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": mlp_width(config.n_embd),
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_head,
+        "attention_dropout": config.dropout,
+        "initializer_range": INIT_STD,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": NORM_EPS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": None,
+        "use_cache": False,
+    }
+    model: PreTrainedModel
+    if config.experts is None:
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    else:
+        num, per_token = config.experts
+        model = MixtralForCausalLM(
+            MixtralConfig(**shape, num_local_experts=num, num_experts_per_tok=per_token)
         )
-    )
     # Each layer adds to the residual stream twice; without this its variance grows with depth (GPT-2).
     for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
             parameter.data.mul_(1 / math.sqrt(2 * config.n_layer))
     model.generation_config = GenerationConfig(
         bos_token_id=end_of_text,
@@ -61,6 +78,25 @@ def make_language_model(
         suppress_tokens=list(never_generated) or None,
     )
     return model
+
+
+def choose_experts_by_bias(model: PreTrainedModel, balance: MoEBalance) -> None:
+    """Let every router of a model choose its experts with the bias that balances them.
+
+    Args:
+        model: a mixture of experts of `make_language_model`.
+        balance: in the mode `bias`, of as many layers.
+    """
+    for i, layer in enumerate(model.model.layers):
+
+        def choose(
+            router: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor], i: int = i
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            gate_logits = output[0]
+            indices, weights = balance.select(gate_logits, layer=i)
+            return gate_logits, weights / weights.sum(-1, keepdim=True), indices
+
+        layer.mlp.gate.register_forward_hook(choose)
 
 
 def make_bidirectional_model(

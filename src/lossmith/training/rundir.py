@@ -5,12 +5,16 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
+from torch import Tensor
 
+from lossmith.integrations.huggingface.objective_trainer import LOSS_FILE
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
 from lossmith.training.tasks import task_class
@@ -33,6 +37,7 @@ KEYS_OF_THE_MODEL = {
     "n_head": "num_attention_heads",
     "n_embd": "hidden_size",
 }
+KEYS_OF_THE_EXPERTS = {"num_experts": "num_local_experts", "moe_top_k": "num_experts_per_tok"}
 
 
 def require_writable(out_dir: Path) -> None:
@@ -89,13 +94,14 @@ def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
     """
     saved = read_json(checkpoint / "config.json")
     require_architecture(saved.get("architectures"), checkpoint, config)
-    expected = {key: getattr(config, key) for key in KEYS_OF_THE_MODEL}
-    expected["block_size"] = task_class(config).num_positions(config)
-    for key, name in KEYS_OF_THE_MODEL.items():
-        if saved.get(name) != expected[key]:
+    said = {key: getattr(config, key) for key in KEYS_OF_THE_MODEL}
+    said |= zip(KEYS_OF_THE_EXPERTS, config.experts or (), strict=False)
+    expected = said | {"block_size": task_class(config).num_positions(config)}
+    for key, name in (KEYS_OF_THE_MODEL | KEYS_OF_THE_EXPERTS).items():
+        if key in said and saved.get(name) != expected[key]:
             raise UserError(
-                f"{checkpoint / 'config.json'} says {name}={saved.get(name)} but {CONFIG_FILE} of the run "
-                f"says {key}={getattr(config, key)}; expected them to agree. Restore the file that was "
+                f"{checkpoint / 'config.json'} says {name}={saved.get(name)} but {CONFIG_FILE} of "
+                f"the run says {key}={said[key]}; expected them to agree. Restore the file that was "
                 "changed, or train anew."
             )
     read_json(checkpoint / "tokenizer_config.json")
@@ -112,12 +118,37 @@ def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
 
 def require_architecture(architectures: Any, checkpoint: Path, config: TrainConfig) -> None:
     """Raise UserError when a checkpoint is of another mode; its head would be filled with random numbers."""
-    wanted = task_class(config).model_class.__name__
+    wanted = task_class(config).architecture(config).__name__
     if architectures != [wanted]:
         raise UserError(
             f"{checkpoint / 'config.json'} says architectures={architectures} but {CONFIG_FILE} of the run "
-            f"says mode={config.mode}, objective={config.objective}, which is a {wanted}; expected them to "
-            "agree. Restore the file that was changed, or train anew."
+            f"says mode={config.mode}, objective={config.objective}, model={config.model}, which is "
+            f"a {wanted}; expected them to agree. Restore the file that was changed, or train anew."
+        )
+
+
+def require_loss(checkpoint: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError when a checkpoint holds another state of the loss than this one can take.
+
+    Args:
+        checkpoint: its folder.
+        state: that of the loss that goes on.
+    """
+    path = checkpoint / LOSS_FILE
+    saved: Mapping[str, Tensor] = {}
+    if path.exists():
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # whatever the library raises of a file that was cut short
+            raise damaged(path, "the state of the loss") from None
+    theirs = {name: value.shape for name, value in saved.items()}
+    ours = {name: value.shape for name, value in state.items()}
+    if theirs != ours:
+        different = sorted(name for name in theirs.keys() | ours if theirs.get(name) != ours.get(name))
+        raise UserError(
+            f"the loss of {checkpoint} has other heads or another state than this one: {different[0]} and "
+            f"{len(different) - 1} more. Keys of the loss that change what it learns cannot change in a run; "
+            "leave them out, or start a new run with another --out_dir."
         )
 
 

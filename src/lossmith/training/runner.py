@@ -24,6 +24,7 @@ from lossmith.training.errors import UserError
 from lossmith.training.interrupt import StopOnSignal
 from lossmith.training.keys import TrainConfig
 from lossmith.training.loss_modifiers import add_modifiers, show_modifiers, verbose_modifiers
+from lossmith.training.objective import without_effect
 from lossmith.training.progress import Display, LogFile, describe, log_row, say
 from lossmith.training.tasks import make_task
 from lossmith.training.tasks.task import Task
@@ -75,7 +76,9 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
     task = make_task(config, corpus, tokenizer, blocks_to_draw(config, args))
     _ = task.train_blocks[0]  # a text too short for a block is refused here
     add_modifiers(task, str(args.device), choose_dtype(config))
-    model = task.make_model()
+    if checkpoint:
+        rundir.require_loss(checkpoint, task.pipeline.state_dict())
+    model = task.continue_model(checkpoint) if checkpoint else task.make_model()
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     if args.process_index == 0:
         show_summary(config, console, corpus, task, model, args)
@@ -116,6 +119,9 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
     model = task.load_model(checkpoint)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     trainer = TaskTrainer(task, model, config, args, [])
+    if config.experts and config.moe_balance_mode == "bias":  # experts are chosen with it
+        rundir.require_loss(checkpoint, task.pipeline.state_dict())
+        trainer.load_loss(checkpoint)
     measures = trainer.evaluate(everything=True)
     say(console, f"{checkpoint} (step {step}) on the held-out text of {corpus.name}:")
     say(console, describe(log_row(step, measures) or {}, task.evaluation_figures), "bold")
@@ -155,14 +161,16 @@ def show_summary(
     """What is about to be trained, on what, with what."""
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
+    of_the_loss = sum(p.numel() for p in task.pipeline.parameters() if p.requires_grad)
     rows = {
         "mode": config.mode + (f", {config.objective}" if config.mode == "language_model" else ""),
         "text": f"{corpus.name}: {len(task.train_tokens):,} tokens to train on, "
         f"{task.num_held_out_tokens:,} held out",
         "vocabulary": f"{config.vocab_size:,} pieces",
-        "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}: "
-        f"{model.num_parameters():,} parameters",
-        "objective": task.describe_loss(),
+        "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}"
+        + (", {} experts with {} a token".format(*config.experts) if config.experts else "")
+        + f": {model.num_parameters() - sum(p.numel() for p in task.pipeline.parameters()):,} parameters",
+        "objective": task.describe_loss() + (f": {of_the_loss:,} parameters" if of_the_loss else ""),
         "training": f"{config.max_iters:,} steps of {tokens_per_step * args.world_size:,} tokens, "
         f"{args.device.type}, {precision}{', compiled' if config.compile else ''}",
     }
@@ -176,6 +184,8 @@ def show_summary(
             "the learning rate never reaches its height. Lower --warmup_iters.\n",
             "yellow",
         )
+    for name, switch in without_effect(config):
+        say(console, f"warning: {name} has no effect without {switch}.\n", "yellow")
 
 
 def show_first_loss(console: Console, task: Task, model: PreTrainedModel, config: TrainConfig) -> None:

@@ -6,24 +6,25 @@ means of batches, which weighs tokens unevenly) and what is logged.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, SequentialSampler, Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from lossmith.integrations.huggingface.objective_trainer import ObjectiveTrainer
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
 from lossmith.training.progress import Stopwatch
 from lossmith.training.tasks.task import Task
 
 CHECKPOINTS_KEPT = 2
-METRICS_OF_MODIFIERS = "loss_modifiers/"
 
 
-class TaskTrainer(Trainer):
+class TaskTrainer(ObjectiveTrainer):
     """The Trainer for one task.
 
     Args:
@@ -43,6 +44,7 @@ class TaskTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ):
         self.task = task
+        self.loss = task.pipeline
         self.config = config
         self.observed: torch.Tensor | float = 0.0  # summed since the last line of the log
         tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -71,17 +73,16 @@ class TaskTrainer(Trainer):
         count = torch.stack([self.task.count(batch) for batch in batch_samples]).sum().to(device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count  # pyright: ignore
 
+    def parts_of(self, outputs: Any) -> Mapping[str, torch.Tensor]:
+        parts = self.task.seen(outputs).parts
+        return parts if len(parts) > 1 else {}  # one part alone is the loss
+
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        outputs: Any
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         wide = torch.float32 if loss.device.type == "mps" else torch.float64
-        self.observed = self.observed + outputs["observed"].detach().to(wide)
+        self.observed = self.observed + self.task.seen(outputs).observed.to(wide)
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(
@@ -124,8 +125,6 @@ class TaskTrainer(Trainer):
             total, number = self._add_over_ranks(self.observed.tolist())
             self.observed = 0.0
             logs.update(self.task.training_measures(total / max(number, 1)))
-            metrics = self.task.pipeline.get_all_metrics()
-            logs.update({METRICS_OF_MODIFIERS + name: value for name, value in metrics.items()})
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise self._no_number(f"loss became {logs['loss']}")

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import copy
-import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lossmith.integrations.huggingface.attachment import attach, attached_to
 from lossmith.integrations.huggingface.labels import check_objective, count
-from lossmith.modifiers.pipeline import LossModifierPipeline
+from lossmith.integrations.huggingface.objective_trainer import ObjectiveTrainer
 from lossmith.objective import Objective
 
-LOSS_FILE = "lossmith_loss.pt"
-PARTS = "loss/"
-METRICS_OF_MODIFIERS = "loss_modifiers/"
 
-
-class LossTrainer(Trainer):
+class LossTrainer(ObjectiveTrainer):
     """Hugging Face's Trainer, training with an objective.
 
     The loss is computed in the model's forward (:func:`attach`) and divided by what the objective itself
@@ -60,8 +55,6 @@ class LossTrainer(Trainer):
             raise ValueError("this Trainer has a loss already; leave out compute_loss_func, or loss")
         self.loss = loss
         self._at_first: dict[str, Any] | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._summed_since = 0
         super().__init__(*args, **options)
         self._check_arguments()
         # Not before: PEFT would freeze what is in the model, and TRL puts a forward of its own in place.
@@ -119,97 +112,12 @@ class LossTrainer(Trainer):
             total = self.accelerator.gather(total.sum())
         return total.sum() / self.get_tp_size()
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if num_items_in_batch is not None:
-            # by its own name: num_items_in_batch are tokens
-            inputs = {**inputs, "denominator": num_items_in_batch}
-        # a subclass may compute another loss here
-        result = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        if model.training:
-            is_multiplied = self.args.average_tokens_across_devices and num_items_in_batch is not None
-            self._take_in(self.accelerator.num_processes // self.get_tp_size() if is_multiplied else 1)
-        return result
-
-    # ── the log ───────────────────────────────────────────────────────────────────────────────────
-
-    def _take_in(self, factor: int) -> None:
-        """Add up the parts, as the Trainer does with the loss."""
-        if not self._sums:
-            self._summed_since = self.state.global_step
+    def parts_of(self, outputs: Any) -> Mapping[str, Tensor]:
         assert self._attached is not None
-        for name, part in (self._attached.parts or {}).items():
-            self._sums[name] = self._sums.get(name, 0.0) + factor * part
-
-    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        if "loss" in logs and self._sums:
-            logs |= {f"{PARTS}{name}": value for name, value in self._mean_parts().items()}
-        if "loss" in logs and isinstance(self.loss, LossModifierPipeline):
-            metrics = self.loss.get_all_metrics()
-            logs |= {f"{METRICS_OF_MODIFIERS}{name}": value for name, value in metrics.items()}
-        super().log(logs, *args, **options)
-
-    def _mean_parts(self) -> dict[str, float]:
-        """The parts a step, a mean over ranks, since the last time."""
-        num_steps = max(self.state.global_step - self._summed_since, 1)
-        sums = torch.stack([value.float() for value in self._sums.values()])
-        gathered: Any = self.accelerator.gather(sums.unsqueeze(0))
-        means = gathered.mean(0) / num_steps
-        named = dict(zip(self._sums, means.tolist(), strict=True))
-        self._sums = {}
-        return named
-
-    # ── checkpoints ───────────────────────────────────────────────────────────────────────────────
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        state = {name: _whole(value) for name, value in self.loss.state_dict().items()}
-        folder = self.args.output_dir if output_dir is None else output_dir
-        if state and self.args.should_save:
-            torch.save(state, os.path.join(str(folder), LOSS_FILE))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_loss(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_loss(self.state.best_model_checkpoint)
-
-    def _load_loss(self, folder: Any) -> None:
-        """
-        Raises:
-            FileNotFoundError: a checkpoint without the loss that it was trained with.
-        """
-        if not self.loss.state_dict():
-            return
-        path = os.path.join(folder, LOSS_FILE)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"{folder} has no {LOSS_FILE}: {type(self.loss).__name__} was not trained there, and would "
-                "begin anew in the middle of a run. Resume with the loss that the run had, or load the model "
-                "with from_pretrained and begin a new run"
-            )
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        _load_whole(self.loss, state)
+        return self._attached.parts or {}
 
 
 def _count(loss: Objective, batch: Any, device: torch.device) -> Tensor:
     mask = batch.get("attention_mask")
     mask = mask.to(device) if isinstance(mask, Tensor) else None
     return count(loss, batch["labels"].to(device), mask)
-
-
-def _whole(value: Any) -> Any:
-    """A tensor that FSDP has sharded, put together; every rank has to call this."""
-    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
-
-
-def _load_whole(loss: Objective, state: dict[str, Any]) -> None:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    if any(hasattr(value, "full_tensor") for value in loss.state_dict().values()):
-        set_model_state_dict(loss, state, options=StateDictOptions(full_state_dict=True))
-    else:
-        loss.load_state_dict(state)

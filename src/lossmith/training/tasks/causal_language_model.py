@@ -2,18 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from rich.text import Text
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, MixtralForCausalLM, PreTrainedModel
 
 import lossmith
+from lossmith.components.moe import MoEBalance
+from lossmith.integrations.huggingface.attachment import attach, attached_to
 from lossmith.training.data import IGNORED, RandomBlocks, Windows, bytes_per_token
-from lossmith.training.model import make_language_model
+from lossmith.training.keys import TrainConfig
+from lossmith.training.model import choose_experts_by_bias, make_language_model
 from lossmith.training.progress import Figure
-from lossmith.training.tasks.task import Batch, KnowingNothing
+from lossmith.training.tasks.task import Batch, KnowingNothing, Seen
 from lossmith.training.tasks.token_task import TokenTask
 
 SAMPLE_TEMPERATURE = 0.8
@@ -27,7 +31,6 @@ class CausalLanguageModel(TokenTask):
     mode = lossmith.ModelMode.LANGUAGE_MODEL
     model_class = LlamaForCausalLM
     shift = True
-    loss_name = "cross-entropy"
     training_measure = "perplexity"
     step_figures = (
         Figure("loss", "loss {:.3f}"),
@@ -46,10 +49,31 @@ class CausalLanguageModel(TokenTask):
     def make_train_blocks(self, blocks: RandomBlocks) -> Dataset:
         return blocks
 
+    @classmethod
+    def architecture(cls, config: TrainConfig) -> type[PreTrainedModel]:
+        return MixtralForCausalLM if config.experts else cls.model_class
+
     def build_model(self) -> PreTrainedModel:
         # By what the tokenizer has: that of an older run knows the end of text alone.
         others = [token for token in self.tokenizer.all_special_ids if token != self.end_of_text]
         return make_language_model(self.config, self.end_of_text, never_generated=others)
+
+    def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
+        # In here components find hidden states, routers and the output matrix.
+        attach(model, self.pipeline)
+        for part in self.pipeline.modules():
+            if isinstance(part, MoEBalance) and part.mode == "bias":
+                choose_experts_by_bias(model, part)
+        self.attached = attached_to(model)
+        assert self.attached is not None
+        self.attached.observe = self.observed
+        return model
+
+    def seen(self, outputs: Any) -> Seen:
+        assert self.attached is not None
+        assert self.attached.parts is not None
+        assert self.attached.observed is not None
+        return Seen(self.attached.parts, self.attached.observed)
 
     def training_measures(self, mean: float) -> dict[str, float]:
         return {"perplexity": perplexity(mean)}

@@ -29,7 +29,7 @@ class MaskedLanguageModel(CorruptedTask, TokenTask):
 
     mode = lossmith.ModelMode.LANGUAGE_MODEL
     model_class = ModernBertForMaskedLM
-    loss_name = "cross-entropy of masked tokens"
+    loss_of = " of masked tokens"
     training_measure = "perplexity"
     step_figures = (
         Figure("loss", "loss {:.3f}"),

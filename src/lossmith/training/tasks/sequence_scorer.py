@@ -16,7 +16,7 @@ from lossmith.training.keys import TrainConfig
 from lossmith.training.model import make_bidirectional_model
 from lossmith.training.progress import Figure
 from lossmith.training.tasks.corrupted_task import CorruptedTask
-from lossmith.training.tasks.task import Batch, KnowingNothing
+from lossmith.training.tasks.task import Batch, KnowingNothing, detached
 
 SAMPLE_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 FAR_OFF = 0.15  # of a mean over few texts
@@ -32,7 +32,6 @@ class SequenceScorer(CorruptedTask):
 
     mode = lossmith.ModelMode.SEQUENCE_SCORER
     model_class = ModernBertForSequenceClassification
-    loss_name = "squared error of the score"
     training_measure = "mean_absolute_error"
     step_figures = (
         Figure("loss", "loss {:.4f}"),
@@ -79,12 +78,16 @@ class SequenceScorer(CorruptedTask):
         logits: Tensor,  # [B, 1]
         labels: Tensor,  # [B]
         inputs: dict[str, Any],
-        num_items_in_batch: Tensor | None,
-    ) -> dict[str, Tensor]:
+        denominator: Tensor | None,
+    ) -> dict[str, Any]:
         scores = logits.float().squeeze(-1).sigmoid()
-        output = self.pipeline.evaluate(scores, labels, denominator=num_items_in_batch)
+        output = self.pipeline.evaluate(scores, labels, denominator=denominator)
         errors = (scores - labels).detach().abs()
-        return {"loss": output.total, "observed": torch.stack([errors.sum(), torch.ones_like(errors).sum()])}
+        observed = torch.stack([errors.sum(), torch.ones_like(errors).sum()])
+        return {"loss": output.total, "parts": detached(output.parts), "observed": observed}
+
+    def describe_loss(self) -> str:
+        return "squared error of the score"
 
     def knowing_nothing(self) -> KnowingNothing:
         length = self.config.block_size

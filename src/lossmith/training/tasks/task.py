@@ -5,7 +5,7 @@ subclass.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import lossmith
 from lossmith.training.corpus import Corpus
 from lossmith.training.data import CLS, END_OF_TEXT, MASK, RandomBlocks, encode, token_id
-from lossmith.training.keys import LossKeys, TrainConfig
+from lossmith.training.keys import TrainConfig
 from lossmith.training.loss_in_forward import with_loss
+from lossmith.training.loss_keys import OPTIONS
 from lossmith.training.progress import Figure
 
 Batch = dict[str, Tensor]
+LOSS_NAMES = {"cross_entropy": "cross-entropy", "nvamp": "NVAMP", "unified": "unified loss"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,19 @@ class KnowingNothing:
     loss: float
     said: str
     margin: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is to be known of a batch that was trained on.
+
+    Attributes:
+        parts: what its loss was made of, detached.
+        observed: the sum that `training_measures` takes the mean of, and how many they were [2].
+    """
+
+    parts: Mapping[str, Tensor]
+    observed: Tensor
 
 
 class Task(ABC):
@@ -59,8 +74,8 @@ class Task(ABC):
 
     mode: ClassVar[lossmith.ModelMode]
     model_class: ClassVar[type[PreTrainedModel]]
-    loss_name: ClassVar[str]
-    training_measure: ClassVar[str]  # logged beside the loss: a mean of what `loss` observes
+    loss_of: ClassVar[str] = ""  # what the loss is of, where that has to be said
+    training_measure: ClassVar[str]  # logged beside the loss: a mean of what is observed
     step_figures: ClassVar[Sequence[Figure]]
     evaluation_figures: ClassVar[Sequence[Figure]]
     sample_title: ClassVar[str] = "sample"
@@ -119,35 +134,58 @@ class Task(ABC):
         """How long a sequence the model can read."""
         return config.block_size
 
+    @classmethod
+    def architecture(cls, config: TrainConfig) -> type[PreTrainedModel]:
+        """The class of the model."""
+        return cls.model_class
+
     @abstractmethod
     def build_model(self) -> PreTrainedModel:
         """A new model, as its library makes it."""
 
     def make_model(self) -> PreTrainedModel:
         """A new model with the loss inside its forward."""
-        return with_loss(self.build_model(), self.loss)
+        return self.put_loss_into(self.build_model())
 
     def load_model(self, checkpoint: Path) -> PreTrainedModel:
         """The model of a checkpoint, likewise."""
-        return with_loss(self.model_class.from_pretrained(checkpoint), self.loss)
+        return self.put_loss_into(self.architecture(self.config).from_pretrained(checkpoint))
+
+    def continue_model(self, checkpoint: Path) -> PreTrainedModel:
+        """A new model with a checkpoint's weights, to go on with.
+
+        The Trainer would read them by their names, and those of experts are others in a checkpoint. They are
+        copied, so that they lie in memory as they did, and sums come out the same to the last bit.
+        """
+        model = self.build_model()
+        model.load_state_dict(self.architecture(self.config).from_pretrained(checkpoint).state_dict())
+        return self.put_loss_into(model)
+
+    def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Let the model's forward return the loss; the modifiers have to be in it already."""
+        return with_loss(model, self.loss)
 
     @abstractmethod
     def make_objective(self) -> lossmith.Objective | None:
         """The training loss without modifiers, None for squared error."""
 
-    @abstractmethod
     def loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """`loss`, and `observed`: a sum over what was trained on and its number [2], unmodified.
+        self, logits: Tensor, labels: Tensor, inputs: dict[str, Any], denominator: Tensor | None
+    ) -> dict[str, Any]:
+        """What the model's forward returns in training: `loss`, and the fields of `Seen`.
 
         The Trainer adds up `count` over all micro-batches and ranks before any forward; with that sum as
         the denominator the micro-batches' losses simply add up.
         """
+        raise NotImplementedError
+
+    def seen(self, outputs: Any) -> Seen:
+        """What is to be known of the last batch.
+
+        Args:
+            outputs: what the model's forward returned.
+        """
+        return Seen(outputs["parts"], outputs["observed"])
 
     def count(self, batch: Batch) -> Tensor:
         """What the loss of a batch is divided by."""
@@ -159,9 +197,9 @@ class Task(ABC):
 
     def describe_loss(self) -> str:
         """The loss and those of its options that are on."""
-        off = LossKeys()
-        changed = [name for name in vars(off) if getattr(self.config, name) != getattr(off, name)]
-        return ", ".join([self.loss_name, *(f"{name} {getattr(self.config, name)}" for name in changed)])
+        config = self.config
+        changed = [f"{name} {getattr(config, name)}" for name in config.changed(OPTIONS[config.loss])]
+        return ", ".join([LOSS_NAMES[config.loss] + self.loss_of, *changed])
 
     # ── how good it is ────────────────────────────────────────────────────────────────────────────
 
@@ -196,3 +234,8 @@ class Task(ABC):
     @abstractmethod
     def sample(self, model: PreTrainedModel) -> RenderableType | None:
         """Something to look at once the run is over, or None."""
+
+
+def detached(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a loss as numbers, without what they were made of."""
+    return {name: part.detach() for name, part in parts.items()}

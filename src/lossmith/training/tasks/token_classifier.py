@@ -32,7 +32,7 @@ class TokenClassifier(CorruptedTask, TokenTask):
 
     mode = lossmith.ModelMode.TOKEN_CLASSIFIER
     model_class = ModernBertForTokenClassification
-    loss_name = "cross-entropy of replaced or not"
+    loss_of = " of replaced or not"
     training_measure = "accuracy"
     step_figures = (Figure("loss", "loss {:.3f}"), Figure("accuracy", "accuracy {:.1%}"))
     evaluation_figures = (

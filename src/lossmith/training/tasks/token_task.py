@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import lossmith
-from lossmith.training.tasks.task import Task
+from lossmith.training.objective import make_objective
+from lossmith.training.tasks.task import Task, detached
 
 
 class TokenTask(Task):
@@ -15,30 +16,24 @@ class TokenTask(Task):
     shift: ClassVar[bool] = False  # whether logits[t] predict labels[t + 1]
 
     def make_objective(self) -> lossmith.Objective:
-        config = self.config
-        return lossmith.CrossEntropyLoss(
-            shift=self.shift,
-            label_smoothing=config.label_smoothing,
-            smoothing_mode=config.smoothing_mode,  # pyright: ignore[reportArgumentType]
-            z_loss=config.z_loss,
-            focal_gamma=config.focal_gamma,
-            confidence_penalty=config.confidence_penalty,
-            temperature=config.temperature,
-        )
+        return make_objective(self.config, shift=self.shift)
 
     def loss(
         self,
         logits: Tensor,  # [B, T, V]
-        labels: Tensor,  # [B, T], not shifted
+        labels: Tensor,  # [B, T]
         inputs: dict[str, Any],
-        num_items_in_batch: Tensor | None,
-    ) -> dict[str, Tensor]:
+        denominator: Tensor | None,
+    ) -> dict[str, Any]:
         output = self.pipeline.evaluate(
-            logits, labels, denominator=num_items_in_batch, input_ids=inputs["input_ids"]
+            logits, labels, denominator=denominator, input_ids=inputs["input_ids"]
         )
+        return {"loss": output.total, "parts": detached(output.parts), "observed": self.observed(output)}
+
+    def observed(self, output: lossmith.LossOutput) -> Tensor:
+        """[2] the sum of what is observed of every token, and how many they are."""
         assert output.stats is not None
-        observed = self.observe(output.stats).detach()
-        return {"loss": output.total, "observed": torch.stack([observed.sum(), output.num_tokens])}
+        return torch.stack([self.observe(output.stats).detach().sum(), output.num_tokens])
 
     def observe(self, stats: lossmith.TokenStats) -> Tensor:
         """[N] what `training_measure` is made of: the plain negative log-likelihood of each token."""
