@@ -103,7 +103,7 @@ def test_everything_on_is_the_composition_written_out(count_ops):
     with count_ops as ops:
         parts = loss_fn(**given, return_detailed=True)
         parts["total_loss"].backward()
-    assert ops.passes == (4, 4)  # the prediction's, and one a head
+    assert ops.passes == (1, 1)  # the prediction's; the heads' logits are never there
     assert list(parts) == [
         "main_loss",
         "confidence_loss",

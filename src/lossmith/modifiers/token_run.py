@@ -133,7 +133,7 @@ class TokenRun:
             self.stats_of,
             self.batch,
             weigh=self._weigh if needs_all else None,
-            reads=self._reads,
+            reads=self.base.reads if needs_all else self._reads,
             **self.options,
         )
         stats = output.stats

@@ -95,9 +95,7 @@ def _candidates(batch: TokenBatch, ids: Tensor) -> Tensor:
     ids = ids.reshape(len(batch.targets), -1)
     if ids.shape[-1] > 1:
         ids = ids.sort(-1, descending=True).values
-        repeats = torch.zeros_like(ids, dtype=torch.bool)
-        repeats[:, 1:] = ids[:, 1:] == ids[:, :-1]
-        ids = ids.masked_fill(repeats, NONE)
+        ids = ids.masked_fill(ids == _moved(ids, 1, fill=NONE), NONE)
     ids = ids.masked_fill(ids == batch.targets.unsqueeze(-1), NONE)
     if batch.pad_token_id is not None:
         ids = ids.masked_fill(ids == batch.pad_token_id, NONE)
@@ -114,6 +112,7 @@ def _moved(values: Tensor, by: int, *, fill: float | bool) -> Tensor:
     """values[:, t - by] at t, ``fill`` at the beginning."""
     if by == 0:
         return values
-    out = torch.full_like(values, fill)
-    out[:, by:] = values[:, :-by]
-    return out
+    # not by assigning to a part: Inductor writes C++ for parts of masks that does not compile (torch 2.13)
+    positions = torch.arange(values.shape[1], device=values.device)
+    is_before = (positions < by).reshape(-1, *[1] * (values.dim() - 2))
+    return values.roll(by, 1).masked_fill(is_before, fill)
