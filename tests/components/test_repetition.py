@@ -15,6 +15,7 @@ from lossmith import (
     MaskRatioWeightModifier,
     NgramRepetition,
     NVAMPLoss,
+    UnifiedLoss,
     Weighted,
 )
 from lossmith.batch import align
@@ -196,3 +197,22 @@ def test_a_component_of_ones_own():
         criterion(logits, targets, rooter=router)
     off = ComposedLoss(CrossEntropyLoss(), {"router": Weighted(Scalar(), 0.0)})
     assert torch.equal(off(logits, targets), CrossEntropyLoss()(logits, targets))
+
+
+def test_compiled_by_inductor():
+    """Inductor wrote C++ that did not compile for the candidates' masks."""
+    torch.compiler.reset()
+    criterion = UnifiedLoss(
+        30,
+        use_ngram_penalty=True,
+        ngram_size=3,
+        use_immediate_repetition_penalty=True,
+        eos_token_id=2,
+        track_statistics=False,
+    )
+    logits, ids = torch.randn(2, 24, 30), torch.randint(4, (2, 24))
+    segments = (torch.arange(24) // 9).expand(2, 24)
+    for more in ({}, {"segment_ids": segments}):
+        given = {"targets": ids.roll(-1, 1), "input_ids": ids, **more}
+        compiled = torch.compile(criterion, fullgraph=True)(logits, **given)
+        torch.testing.assert_close(compiled, criterion(logits, **given))

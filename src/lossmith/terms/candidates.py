@@ -13,8 +13,9 @@ from lossmith.batch import TokenBatch
 NONE = -1
 
 
-def context(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """What has been read at each position, x [B, T], and which document of the row it belongs to, [B, T].
+def context(batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
+    """What has been read at each position, x [B, T], and which document of the row it belongs to, [B, T],
+    or None where a row is one.
 
     x[t] is the last token seen where y[t] is predicted: the input, or without it the target before.
     -1 where nothing is known, which matches nothing.
@@ -26,9 +27,7 @@ def context(batch: TokenBatch) -> tuple[Tensor, Tensor]:
         before = torch.roll(targets, 1, dims=-1)
         before[:, 0] = NONE
         tokens = before.masked_fill(before == batch.ignore_index, NONE)
-    if batch.segment_ids is None:
-        return tokens, torch.zeros_like(tokens)
-    return tokens, batch.rows(batch.segment_ids)
+    return tokens, None if batch.segment_ids is None else batch.rows(batch.segment_ids)
 
 
 def ngram_candidates(batch: TokenBatch, *, ngram_size: int, window: int) -> Tensor:
@@ -43,16 +42,20 @@ def ngram_candidates(batch: TokenBatch, *, ngram_size: int, window: int) -> Tens
     """
     tokens, segments = context(batch)
     num_offsets = min(window - ngram_size + 1, tokens.shape[-1])
-    earlier, segments_then = (_looking_back(values, num_offsets) for values in (tokens, segments))
-    same = (earlier == tokens.unsqueeze(-1)) & (segments_then == segments.unsqueeze(-1)) & (earlier >= 0)
+    earlier = _looking_back(tokens, num_offsets)
+    same = (earlier == tokens.unsqueeze(-1)) & (earlier >= 0)
+    is_inside = None
+    if segments is not None:
+        is_inside = _looking_back(segments, num_offsets) == segments.unsqueeze(-1)
+        same &= is_inside
     # offset s: x[u] = x[u - s] at the n - 1 positions u up to t, then x[t + 1 - s] would come again
     is_match = torch.ones_like(same)
     for step in range(ngram_size - 1):
         is_match &= _moved(same, step, fill=False)
     completing = torch.cat([tokens.unsqueeze(-1), earlier[..., :-1]], -1)
-    completing_segments = torch.cat([segments.unsqueeze(-1), segments_then[..., :-1]], -1)
-    is_match &= completing_segments == segments.unsqueeze(-1)
-    return _candidates(batch, torch.where(is_match, completing, NONE))
+    if is_inside is not None:
+        is_match[..., 1:] &= is_inside[..., :-1]
+    return _candidates(batch, completing.masked_fill(~is_match, NONE))
 
 
 def immediate_candidates(batch: TokenBatch, *, threshold: int) -> Tensor:
@@ -63,7 +66,9 @@ def immediate_candidates(batch: TokenBatch, *, threshold: int) -> Tensor:
         threshold: k >= 1 equal tokens.
     """
     tokens, segments = context(batch)
-    is_repeated = (tokens == _moved(tokens, 1, fill=NONE)) & (segments == _moved(segments, 1, fill=NONE))
+    is_repeated = tokens == _moved(tokens, 1, fill=NONE)
+    if segments is not None:
+        is_repeated &= segments == _moved(segments, 1, fill=NONE)
     is_run = tokens >= 0
     for step in range(threshold - 1):
         is_run = is_run & _moved(is_repeated, step, fill=False)
