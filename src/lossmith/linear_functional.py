@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -13,7 +14,7 @@ from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.functional import stats_of_predictions
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
-from lossmith.options import strict_options
+from lossmith.options import strict_options, unknown_option
 from lossmith.reduction import Denominator, Empty, Reduction
 from lossmith.terms.cross_entropy import SmoothingMode
 
@@ -98,23 +99,24 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they 
     strategy: Strategy = "auto",
     memory_budget: int | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """:func:`lossmith.cross_entropy` of the logits hidden @ weight.T + bias, which are never there all at once.
+    """:func:`lossmith.cross_entropy` of the logits hidden @ weight.T + bias, never there all at once.
 
-    Chunk by chunk the logits are made and turned into their own gradient: three matrix products, which is what
-    they cost with all the logits in memory. Tokens without a target take no part in any. The loss, and the
-    sum of the weight's gradient over chunks, are fp32 at least, whatever the dtype.
+    Chunk by chunk the logits are made and turned into their own gradient: three matrix products, which is
+    what they cost with all the logits in memory. Tokens without a target take no part in any. The loss, and
+    the sum of the weight's gradient over chunks, are fp32 at least, whatever the dtype.
 
     Args:
         hidden: [..., D], fp64, fp32, bf16 or fp16, of any stride.
         weight: [V, D], of the same dtype, or of any under ``torch.autocast``.
         targets: [...] ids, or ``ignore_index``.
         bias: [V].
-        reduction, denominator, ignore_index, mask, label_smoothing, smoothing_mode, special_tokens, class_weight,
-            token_weight, temperature, softcap, z_loss, focal_gamma, confidence_penalty, shift, empty,
-            return_stats: see :func:`lossmith.cross_entropy`.
+        reduction, denominator, ignore_index, mask, label_smoothing, smoothing_mode, special_tokens,
+            class_weight, token_weight, temperature, softcap, z_loss, focal_gamma, confidence_penalty, shift,
+            empty, return_stats: see :func:`lossmith.cross_entropy`.
         strategy: ``one_sweep``: as above, where every token's gradient depends on that token alone; asked for
-            where that is not so, it is an error. ``two_sweep``: the logits are made again on the way back, four
-            products. ``auto``: one sweep where it can be; :func:`linear_cross_entropy.explain` says which.
+            where that is not so, it is an error. ``two_sweep``: the logits are made again on the way back,
+            four products. ``auto``: one sweep where it can be; :func:`linear_cross_entropy.explain` says
+            which.
         memory_budget: bytes of logits held at a time; default 52 MiB on a CPU, 512 MiB elsewhere.
 
     Returns:
@@ -127,7 +129,8 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they 
 
     Example:
         >>> import torch, lossmith
-        >>> hidden, weight = torch.randn(2, 6, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
+        >>> hidden = torch.randn(2, 6, 16, requires_grad=True)
+        >>> weight = torch.randn(100, 16, requires_grad=True)
         >>> labels = torch.randint(100, (2, 6))
         >>> loss = lossmith.linear_cross_entropy(hidden, weight, labels, shift=True, label_smoothing=0.1)
         >>> loss.backward()
@@ -165,14 +168,21 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they 
 
 
 def explain(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Plan:
-    """What :func:`linear_cross_entropy` will do with these arguments, and what it will cost; nothing is computed.
+    """What :func:`linear_cross_entropy` will do with these arguments, and what it costs; nothing is computed.
 
     Args:
         hidden, weight, targets, options: those of :func:`linear_cross_entropy`.
 
     Returns:
         :class:`lossmith.Plan`; printed, it is a sentence.
+
+    Raises:
+        TypeError: an unknown option; the message names the nearest.
+        ValueError: a strategy that cannot be.
     """
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(unknown_option("linear_cross_entropy", name, _OPTIONS))
     of_head = {
         "lm_head_bias": options.pop("bias", None),
         **{name: options.pop(name) for name in ("mask", "strategy", "memory_budget") if name in options},
@@ -183,4 +193,5 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> 
     return criterion.plan(hidden_states=hidden, lm_head_weight=weight, targets=targets, **of_head)
 
 
+_OPTIONS = list(inspect.signature(linear_cross_entropy).parameters)[3:]
 linear_cross_entropy.explain = explain  # type: ignore[attr-defined]

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.batch import TokenBatch, align
+from lossmith.engine.linear import LinearHead
 from lossmith.engine.plan import Plan
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput, PerToken, StatsOf, Term, evaluate, whole_batch_reason
+from lossmith.equation import LossOutput, PerToken, StatsOf, Term
+from lossmith.evaluation import Memory, evaluate, whole_batch_reason
 from lossmith.inputs import HEAD_INPUTS, OWN_INPUTS, both_masks, either, given_targets, take_predictions
 from lossmith.options import unknown_option
 from lossmith.reduction import Denominator, Empty, Reduction, check_reduction
 from lossmith.stepping import Stepped
 from lossmith.temperature import AdaptiveTemperature
 from lossmith.terms.cross_entropy import cross_entropy
+
 
 class Objective(nn.Module):
     """A training objective: terms, how the logits are read, and how the tokens are averaged.
@@ -77,6 +80,7 @@ class Objective(nn.Module):
         _sweep_options(temperature, softcap, class_weight)  # which refuses what cannot be
         self._terms = tuple(terms)
         self._shift_was_checked = False
+        self._memory: Memory = {}
 
     def token_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         """[N] the loss of each token that the terms are made of: the first term's, cross-entropy where there
@@ -148,6 +152,7 @@ class Objective(nn.Module):
             reads=self.reads,
             scalars=scalars,
             per_token=self.reduction == "none",
+            memory=self._memory,
         )
         return self.complete(output, {"attention_mask": attention_mask, **inputs})
 
@@ -191,9 +196,7 @@ class Objective(nn.Module):
         """Those of the inputs that belong to a position each."""
         return {name: inputs[name] for name in self.feature_names if inputs.get(name) is not None}
 
-    def plan(
-        self, *, hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, **inputs: Any
-    ) -> Plan:
+    def plan(self, *, hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, **inputs: Any) -> Plan:
         """How this objective would sweep a linear head, and what that costs; nothing is computed.
 
         Args:
@@ -203,14 +206,17 @@ class Objective(nn.Module):
             >>> import torch, lossmith
             >>> hidden = torch.randn(64, 16, requires_grad=True)
             >>> weight, targets = torch.randn(1000, 16, requires_grad=True), torch.zeros(64).long()
-            >>> print(lossmith.NVAMPLoss().plan(hidden_states=hidden, lm_head_weight=weight, targets=targets))
-            two_sweep: the weights of the term 'variance' depend on the whole batch. 64 tokens in 1 chunks of \
-64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides the gradients
+            >>> head = {"hidden_states": hidden, "lm_head_weight": weight}
+            >>> print(lossmith.NVAMPLoss().plan(targets=targets, **head))
+            two_sweep: the weights of the term 'variance' depend on the whole batch. 64 tokens in 1 chunks \
+of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides the gradients
         """
+        self.check_inputs(inputs, more=OWN_INPUTS)
         given = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight, **inputs}
         predictions, rest = take_predictions(None, given, ())
         mask, _ = both_masks(rest.get("mask"), rest.get("attention_mask"))
         batch, _ = self.bind(predictions, targets, mask=mask)
+        assert isinstance(predictions, LinearHead)
         return predictions.plan(batch.targets, batch.ignore_index, self.whole_batch_reason())
 
     def whole_batch_reason(self) -> str | None:

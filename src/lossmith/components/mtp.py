@@ -16,7 +16,8 @@ from lossmith.engine.linear import LinearHead
 from lossmith.engine.predictions import Logits, Predictions
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput, Term, evaluate
+from lossmith.equation import LossOutput, Term
+from lossmith.evaluation import evaluate
 from lossmith.terms.confidence_weight import (
     SCORES,
     check_confidence_weight,

@@ -64,8 +64,8 @@ def check_head(
             raise TypeError(f"{name} must be floating point; got {value.dtype}")
         if hasattr(value, "full_tensor"):
             raise ValueError(
-                f"{name} is a DTensor, of which this rank may have a part. Compute the loss inside the forward "
-                "of the module that fully_shard wraps, where the weight is whole"
+                f"{name} is a DTensor, of which this rank may have a part. Compute the loss inside the "
+                "forward of the module that fully_shard wraps, where the weight is whole"
             )
         if value.device != hidden.device:
             raise ValueError(f"hidden is on {hidden.device} but {name} on {value.device}; move one of them")
@@ -94,8 +94,8 @@ def check_targets_of_hidden(hidden: Tensor, targets: Tensor) -> None:
     check_targets(targets)
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(
-            f"expected targets of shape {list(hidden.shape[:-1])} for hidden {list(hidden.shape)} = [..., D]; "
-            f"got {list(targets.shape)}"
+            f"expected targets of shape {list(hidden.shape[:-1])} for hidden {list(hidden.shape)} = "
+            f"[..., D]; got {list(targets.shape)}"
         )
     if targets.numel() == 0:
         raise ValueError(_empty_message("hidden", hidden))

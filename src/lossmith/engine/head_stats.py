@@ -1,5 +1,5 @@
-"""Raw statistics of a linear head's logits, and their gradients, by two sweeps: the logits of a chunk are made
-for its statistics and, on the way back, once more for its gradient."""
+"""Raw statistics of a linear head's logits, and their gradients, by two sweeps: the logits of a chunk are
+made for its statistics and, on the way back, once more for its gradient."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from lossmith.engine.one_sweep import DependsOnMore, LossOf, SweptOnce, sweep_on
 from lossmith.engine.plan import Plan, Strategy, check_strategy, rows_of_a_chunk
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.raw import Needs
-from lossmith.engine.raw_stats import RawStats
+from lossmith.engine.raw_stats import AskedFor, RawStats
 from lossmith.engine.sampling import draw, uniform_numbers
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep import by_view, check_all_ids, flat_ids, refuse_forward_mode, version
@@ -53,6 +53,8 @@ class LinearHead(Predictions):
     def __post_init__(self) -> None:
         check_strategy(self.strategy, self.memory_budget)
         check_head(self.hidden, self.weight, self.bias, is_autocast=lambda: self._autocast_dtype is not None)
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"the model's softcap must be > 0, or None for none; got {self.softcap}")
 
     @property
     def num_classes(self) -> int:
@@ -140,6 +142,7 @@ class LinearHead(Predictions):
         inputs = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
         refuse_forward_mode(*inputs)
         versions = [version(t) for t in inputs]
+        seen: list[Needs | None] = [None, None]
         compute_dtype = self.compute_dtype  # autocast's is that of now, not of when a statistic is read
 
         def asked(needs: Needs, needs_unscaled: Needs | None) -> HeadSweep:
@@ -173,7 +176,7 @@ class LinearHead(Predictions):
             return scaled, None if needs_unscaled is None else unscaled
 
         def make(targets: Tensor, candidates: Tensor | None, fetch: Callable[..., Any]) -> RawStats:
-            return RawStats(
+            made = RawStats(
                 targets,
                 fetch,
                 ignore_index=ignore_index,
@@ -182,9 +185,11 @@ class LinearHead(Predictions):
                 dtype=accumulation_dtype(compute_dtype),
                 default_needs=default_needs,
             )
+            made.seen = seen  # what is read of a part counts as read of the whole
+            return made
 
         def once(
-            needs_of: Callable[[], tuple[Needs | None, Needs | None]], loss_of: LossOf, unless: str | None
+            needs_of: Callable[[], AskedFor], loss_of: LossOf, unless: str | None
         ) -> SweptOnce | None:
             if self._why_not_once(unless) is not None:
                 return None
@@ -252,7 +257,7 @@ class LinearHead(Predictions):
         rows = rows_of_a_chunk(num_tokens, self.num_classes, itemsize, self.device, self.memory_budget)
         num_chunks = -(-num_tokens // rows)
         wanted = sum(self.needed[:2])
-        products: float = 1 + wanted
+        products = 1.0 + wanted
         if reason is not None and any(self.needed):
             products += 1 - (num_tokens - rows * (num_chunks - 1)) / max(num_tokens, 1)
         is_wider = self.needed[1] and num_chunks > 1 and self.compute_dtype != self.dtype

@@ -44,25 +44,31 @@ class SweptOnce:
 
     Attributes:
         views: the statistics by name, of each view, with gradients (by a second sweep, if one is asked for).
+        of_parts: the same statistics in a graph of their own, which ``part`` may go through again and again.
+        in_parts: whether the loss saw less than all tokens at a time.
         fall_back: given what forbids one sweep after all, and what to do about it, raises if it was asked
             for, and warns if not.
     """
 
     views: tuple[dict[str, Tensor], dict[str, Tensor]]
+    of_parts: TokenStats
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     gradients: list[Tensor | None]
+    in_parts: bool
     fall_back: Callable[[str, str], None] = lambda problem, advice: None
 
     def loss(self, value: Tensor) -> Tensor:
         """``value`` as the loss whose gradient is known."""
         return _KnownGradient.apply(value.detach(), self.gradients, self.hidden, self.weight, self.bias)
 
-    def part(self, value: Tensor, again: Callable[[], Tensor]) -> Tensor:
-        """``value``, a part of the loss that ``again()`` computes from the statistics; its gradient, of which
+    def part(self, value: Tensor, again: Callable[[TokenStats], Tensor]) -> Tensor:
+        """``value``, a part of the loss that ``again`` computes from the statistics; its gradient, of which
         nothing is known, takes a second sweep if anybody asks for it."""
-        return _LazyGradient.apply(value.detach(), again, self.hidden, self.weight, self.bias)
+        return _LazyGradient.apply(
+            value.detach(), lambda: again(self.of_parts), self.hidden, self.weight, self.bias
+        )
 
 
 def sweep_once(
@@ -102,9 +108,15 @@ def sweep_once(
             else:
                 result.add_nothing(rows)
         gradients = list(result.finish(hidden, weight, bias))
-    known = HeadStats.apply(sweep, outputs, hidden, weight, bias)
-    views = by_view(known, sweep.needs, sweep.needs_unscaled)
-    return SweptOnce(views, hidden, weight, bias, gradients)
+
+    def known() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        values = HeadStats.apply(sweep, [out.detach() for out in outputs], hidden, weight, bias)
+        return by_view(values, sweep.needs, sweep.needs_unscaled)
+
+    of_parts = known()
+    stats = TokenStats(make_stats(sweep.targets, sweep.candidates, lambda *_: of_parts))
+    in_parts = chunks.packed is not None or chunks.num_rows > chunks.size
+    return SweptOnce(known(), stats, hidden, weight, bias, gradients, in_parts)
 
 
 def _gradients(
@@ -173,7 +185,9 @@ class _KnownGradient(torch.autograd.Function):
             if gradient is None or (is_one and not stays):
                 scaled.append(gradient)
             else:
-                scaled.append(_times(gradient, upstream, into=torch.empty_like(gradient) if stays else gradient))
+                scaled.append(
+                    _times(gradient, upstream, into=torch.empty_like(gradient) if stays else gradient)
+                )
         if not stays:
             gradients.clear()
         return (None, None, *once(scaled, (upstream, *ctx.inputs_with_gradient)))
@@ -195,9 +209,7 @@ class _LazyGradient(torch.autograd.Function):
     """A number whose gradients are computed if they are asked for."""
 
     @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, again: Callable[[], Tensor], *inputs: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, value: Tensor, again: Callable[[], Tensor], *inputs: Tensor | None) -> Tensor:
         ctx.again, ctx.inputs = again, inputs
         return value.clone()
 
@@ -207,7 +219,5 @@ class _LazyGradient(torch.autograd.Function):
             value = ctx.again()
         wanted = [given for given in ctx.inputs if given is not None and given.requires_grad]
         found = iter(torch.autograd.grad(value, wanted, upstream, retain_graph=True, allow_unused=True))
-        grads = [
-            next(found) if given is not None and given.requires_grad else None for given in ctx.inputs
-        ]
+        grads = [next(found) if given is not None and given.requires_grad else None for given in ctx.inputs]
         return (None, None, *once(grads, (upstream, *wanted)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from lossmith.distributed import no_collectives
-from lossmith.engine.raw import GROUP_OF, Needs, ignored_fill, raw_dtype, raw_names
+from lossmith.engine.raw import GROUP_OF, Needs, closed, ignored_fill, raw_dtype, raw_names
 
 # Computes groups of raw statistics: (of the logits over the temperature, of the logits as they are).
 Fetch = Callable[[Needs, "Needs | None"], "tuple[dict[str, Tensor], dict[str, Tensor] | None]"]
+
+# Groups of each of the two views; None where not even the core is wanted.
+AskedFor = tuple["Needs | None", "Needs | None"]
 
 
 class RawStats:
@@ -43,7 +46,10 @@ class RawStats:
         self._fetch = fetch
         self._default_needs = default_needs
         # How to sweep a linear head once, where there is one: see lossmith.engine.linear.
-        self.once: Callable[[Callable[[], tuple[Needs | None, Needs | None]], Any, str | None], Any] | None = None
+        self.once: (
+            Callable[[Callable[[], AskedFor], Any, str | None], Any] | None
+        ) = None
+        self.seen: list[Needs | None] = [None, None]  # the groups that were read, of each view
         self._values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def add(self, needs: Needs | None, needs_unscaled: Needs | None = None) -> None:
@@ -67,24 +73,20 @@ class RawStats:
 
     def read(self, view: int, name: str) -> Tensor:
         """A raw statistic, flat; read unannounced, it brings the default groups along."""
+        self.seen[view] = GROUP_OF[name] | (self.seen[view] or Needs.CORE)
         if name not in self._values[view]:
             needs = GROUP_OF[name] if self._values[0] else GROUP_OF[name] | self._default_needs
             self.add(*((needs, None) if view == 0 else (Needs.CORE, needs)))
         return self._values[view][name]
 
-    def needs_of(self, function: Callable[[RawStats], Any]) -> tuple[Needs | None, Needs | None]:
+    def needs_of(self, function: Callable[[RawStats], Any]) -> AskedFor:
         """The groups of each view that ``function`` reads, found by running it on blank statistics."""
-        asked: list[Needs | None] = [None, None]
 
         def blank(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
-            values = []
-            for view, group in enumerate((needs, needs_unscaled)):
-                if group is not None:
-                    asked[view] = group | (asked[view] or Needs.CORE)
-                values.append(
-                    None if group is None else {name: self._blank(name) for name in raw_names(group)}
-                )
-            return tuple(values)  # type: ignore[return-value]
+            return tuple(  # type: ignore[return-value]
+                None if group is None else {name: self._blank(name) for name in raw_names(group)}
+                for group in (needs, needs_unscaled)
+            )
 
         record = RawStats(
             self.targets,
@@ -96,7 +98,7 @@ class RawStats:
         )
         with torch.no_grad(), no_collectives():
             function(record)
-        return asked[0], asked[1]
+        return record.seen[0], record.seen[1]
 
     def _blank(self, name: str) -> Tensor:
         width = () if name != "candidate_logits" or self.candidates is None else self.candidates.shape[-1:]
@@ -106,11 +108,31 @@ class RawStats:
     def restrict(self, targets: Tensor, ignore_index: int) -> RawStats:
         """The same, as if only these ``targets`` [N] had been given: elsewhere those of an ignored row."""
         valid = targets != ignore_index
+        return self._derived(
+            targets, self.candidates, ignore_index, lambda value, name: _where(valid, value, name)
+        )
+
+    def select(self, rows: slice) -> RawStats:
+        """Those of some of the tokens."""
+        candidates = self.candidates
+        if candidates is not None:
+            candidates = candidates.reshape(self.targets.numel(), candidates.shape[-1])[rows]
+        targets = self.targets.reshape(-1)[rows]
+        return self._derived(targets, candidates, self.ignore_index, lambda value, _: value[rows])
+
+    def _derived(
+        self,
+        targets: Tensor,
+        candidates: Tensor | None,
+        ignore_index: int,
+        change: Callable[[Tensor, str], Tensor],
+    ) -> RawStats:
+        """Statistics that are fetched here, and changed."""
 
         def fetch(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
             self.add(needs, needs_unscaled)
             return tuple(  # type: ignore[return-value]
-                None if group is None else {n: _where(valid, self.read(view, n), n) for n in raw_names(group)}
+                None if group is None else {n: change(self.read(view, n), n) for n in raw_names(group)}
                 for view, group in enumerate((needs, needs_unscaled))
             )
 
@@ -118,10 +140,20 @@ class RawStats:
             targets,
             fetch,
             ignore_index=ignore_index,
-            candidates=self.candidates,
+            candidates=candidates,
             has_temperature=self.has_temperature,
             dtype=self.dtype,
         )
+
+
+def union(*asked: Sequence[Needs | None] | None) -> list[Needs | None]:
+    """All groups of each view that one of them has, with those that computing them takes."""
+    result: list[Needs | None] = [None, None]
+    for groups in asked:
+        for view, group in enumerate(groups or ()):
+            if group is not None:
+                result[view] = closed(group) | (result[view] or Needs.CORE)
+    return result
 
 
 def _where(valid: Tensor, value: Tensor, name: str) -> Tensor:

@@ -20,12 +20,7 @@ def sample_ids(logits: Tensor, *, softcap: float | None = None) -> Tensor:
     """
     flat = logits.detach().reshape(-1, logits.shape[-1])
     uniform = uniform_numbers(len(flat), accumulation_dtype(flat.dtype), flat.device)
-    num_rows = max(1, BLOCK_ELEMENTS // flat.shape[-1])
-    drawn = [
-        draw(flat[start : start + num_rows], uniform[start : start + num_rows], softcap)
-        for start in range(0, len(flat), num_rows)
-    ]
-    return torch.cat(drawn).reshape(logits.shape[:-1])
+    return draw(flat, uniform, softcap).reshape(logits.shape[:-1])
 
 
 def uniform_numbers(num: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -35,6 +30,12 @@ def uniform_numbers(num: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 def draw(logits: Tensor, uniform: Tensor, softcap: float | None) -> Tensor:
     """[R] the ids that uniform numbers [R, 1] stand for in the distributions of ``logits`` [R, V]."""
+    num_rows = max(1, BLOCK_ELEMENTS // logits.shape[-1])
+    blocks = zip(logits.split(num_rows), uniform.split(num_rows), strict=True)
+    return torch.cat([_draw(some, numbers, softcap) for some, numbers in blocks])
+
+
+def _draw(logits: Tensor, uniform: Tensor, softcap: float | None) -> Tensor:
     z = logits.to(uniform.dtype)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)

@@ -8,7 +8,7 @@ any loss into gradients of the raw statistics, which the sweep's one backward ta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from lossmith.engine.raw import Needs
-from lossmith.engine.raw_stats import RawStats
+from lossmith.engine.raw_stats import AskedFor, RawStats
 
 # A gap this wide leaves nothing of the smaller side, in any dtype; +-inf would make 0 * inf.
 _WIDE = 1e4
@@ -36,8 +36,15 @@ class statistic:
     def __get__(self, owner: TokenStats, kind: type) -> Tensor:
         known = owner.__dict__ if torch.is_grad_enabled() else owner._without_gradient
         if self.name not in known:
-            known[self.name] = self.function(owner)
+            known[self.name] = self._of(owner)
         return known[self.name]
+
+    def _of(self, owner: TokenStats) -> Tensor:
+        whole = owner._of_all_candidates
+        if whole is None:
+            return self.function(owner)
+        value = getattr(whole, self.name)  # computed there, once for every term
+        return value[..., owner._columns] if self.name.startswith("candidate") else value
 
 
 class TokenStats:
@@ -95,6 +102,8 @@ class TokenStats:
         self._columns = columns
         self._detached = detached
         self._shape = raw.targets.shape if shape is None else shape
+        self._of_all_candidates: TokenStats | None = None
+        self._unscaled: TokenStats | None = None
         self._targets = raw.targets.reshape(self._shape)
         self._without_gradient: dict[str, Tensor] = {}
 
@@ -113,19 +122,30 @@ class TokenStats:
 
     def announce(self, function: Callable[[TokenStats], Any]) -> TokenStats:
         """Compute, in one pass, what ``function`` is going to read; returns self."""
-        self._raw.add(*self._needs_of(function))
+        self.add(self.needs_of(function))
         return self
 
-    def _needs_of(self, function: Callable[[TokenStats], Any]) -> tuple[Needs | None, Needs | None]:
+    def add(self, asked: AskedFor) -> None:
+        """Compute these groups in one pass, as far as they are not here."""
+        self._raw.add(*asked)
+
+    @property
+    def seen(self) -> Sequence[Needs | None]:
+        """The groups that were read so far, of each view."""
+        return self._raw.seen
+
+    def needs_of(self, function: Callable[[TokenStats], Any]) -> AskedFor:
+        """The groups that ``function`` reads, found by running it on blank statistics."""
         return self._raw.needs_of(lambda blank: function(TokenStats(blank, shape=self._shape)))
 
     def sweep_once(
-        self, function: Callable[[TokenStats], Any], loss_of: Callable[..., Tensor], unless: str | None
+        self, needs: Callable[[], AskedFor], loss_of: Callable[..., Tensor], unless: str | None
     ) -> Any:
-        """Compute what ``function`` is going to read, and the gradient of ``loss_of``, in one sweep of a linear
-        head; see :class:`lossmith.engine.one_sweep.SweptOnce`. None where that is not to be.
+        """Compute groups of statistics, and the gradient of ``loss_of``, in one sweep of a linear head; see
+        :class:`lossmith.engine.one_sweep.SweptOnce`. None where that is not to be.
 
         Args:
+            needs: the groups, asked for if there is one sweep.
             loss_of: (statistics of some tokens, which they are) -> the sum of their shares of the loss.
             unless: what forbids it, in words, if anything does.
 
@@ -134,7 +154,7 @@ class TokenStats:
         """
         if self._raw.once is None:
             return None
-        swept = self._raw.once(lambda: self._needs_of(function), loss_of, unless)
+        swept = self._raw.once(needs, loss_of, unless)
         if swept is not None:
             self._raw.hold(*swept.views)
         return swept
@@ -147,11 +167,17 @@ class TokenStats:
     @property
     def unscaled(self) -> TokenStats:
         """The same statistics at temperature 1."""
-        return self._also(view=1) if self._raw.has_temperature else self
+        if not self._raw.has_temperature or self._view == 1:
+            return self
+        if self._unscaled is None:
+            self._unscaled = self._also(view=1)
+        return self._unscaled
 
     def with_candidates(self, columns: slice) -> TokenStats:
         """The same statistics with only these columns of the candidates in view."""
-        return self._also(columns=columns)
+        view = self._also(columns=columns)
+        view._of_all_candidates = self
+        return view
 
     def detach(self) -> TokenStats:
         """The same statistics without gradients."""
@@ -160,6 +186,10 @@ class TokenStats:
     def reshape(self, shape: torch.Size) -> TokenStats:
         """The same statistics with their tokens laid out as ``shape``."""
         return self._also(shape=shape)
+
+    def select(self, rows: slice) -> TokenStats:
+        """The statistics, flat, of some of the tokens."""
+        return TokenStats(self._raw.select(rows), detached=self._detached)
 
     def restrict(self, targets: Tensor, ignore_index: int) -> TokenStats:
         """The same statistics, flat, as if only these ``targets`` [N] had been given: where one is
@@ -178,13 +208,14 @@ class TokenStats:
 
     def _also(self, **changes: Any) -> TokenStats:
         now = {"view": self._view, "columns": self._columns, "detached": self._detached, "shape": self._shape}
-        return TokenStats(self._raw, **(now | changes))
+        other = TokenStats(self._raw, **(now | changes))
+        if self._of_all_candidates is not None:  # of which it has some columns, whatever else it is
+            other._of_all_candidates = self._of_all_candidates._also(**changes)
+        return other
 
     def _read(self, name: str) -> Tensor:
         value = self._raw.read(self._view, name)
         value = value.reshape((*self._shape, *value.shape[1:]))
-        if name == "candidate_logits":
-            value = value[..., self._columns]
         return value.detach() if self._detached else value
 
     def _constant(self, name: str) -> Tensor:
@@ -312,7 +343,7 @@ class TokenStats:
         ids = self._raw.candidates
         if ids is None:
             raise ValueError("there are no candidates to give statistics of; pass candidates=[..., K] ids")
-        return ids.reshape(*self._shape, ids.shape[-1])[..., self._columns]
+        return ids.reshape(*self._shape, ids.shape[-1])
 
 
 STATISTIC_NAMES = frozenset(

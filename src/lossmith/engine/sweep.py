@@ -141,7 +141,11 @@ def row_grad_op(
 
 def flat_ids(candidates: Tensor | None) -> Tensor | None:
     """Candidates [..., K] as [N, K]."""
-    return None if candidates is None else candidates.reshape(candidates.shape[:-1].numel(), candidates.shape[-1])
+    return (
+        None
+        if candidates is None
+        else candidates.reshape(candidates.shape[:-1].numel(), candidates.shape[-1])
+    )
 
 
 def check_all_ids(targets: Tensor, candidates: Tensor | None, num_classes: int, ignore_index: int) -> None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from lossmith.batch import TokenBatch
 from lossmith.engine.predictions import Logits
 from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput, Term, whole_batch_reason, with_parts
+from lossmith.equation import LossOutput, Term, with_parts
+from lossmith.inputs import OWN_INPUTS, both_masks, either, given_targets, take_predictions
 from lossmith.metrics import Metrics
 from lossmith.modifiers.base import BaseLossModifier, ModelMode
 from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.modifiers.token_modifier import TokenModifier
 from lossmith.modifiers.token_run import TokenRun
-from lossmith.inputs import OWN_INPUTS, both_masks, either, given_targets, take_predictions
 from lossmith.objective import Objective
 from lossmith.reduction import Denominator, Reduction, check_reduction
 from lossmith.terms.cross_entropy import cross_entropy
@@ -324,7 +324,7 @@ class LossModifierPipeline(WrappedObjective):
             per_position_loss,
             lambda: predictions.sample(self.base.sweep_options.softcap).reshape(-1),
             denominator is not None or resolved not in ("sum", "none"),
-            {"scalars": scalars, "per_token": resolved == "none"},
+            {"scalars": scalars, "per_token": resolved == "none", "memory": self._memory},
             inputs,
         )
         return run.finish(predictions, targets, loss, for_custom)
@@ -355,13 +355,6 @@ class LossModifierPipeline(WrappedObjective):
         own: Reduction = self.base.reduction
         weighs = any(isinstance(m, TokenModifier) and m.weighs for m in active)
         return "sequence_mean" if weighs and own in ("mean", "token_mean") else own
-
-    def whole_batch_reason(self) -> str | None:
-        active = self._enabled(ModelMode.LANGUAGE_MODEL)
-        if any(not isinstance(modifier, TokenModifier) for modifier in active):
-            return "custom modifiers look at the logits"
-        weigh = (lambda stats, batch: None) if active else None
-        return whole_batch_reason(self.terms(), weigh, self._reduction("auto", active) == "none")
 
     def _check_inputs(self, inputs: Iterable[str]) -> None:
         """Custom modifiers may take anything but what is nearly a name of ours; without one an unknown name

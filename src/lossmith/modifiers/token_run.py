@@ -12,7 +12,8 @@ from torch import Tensor
 from lossmith.batch import TokenBatch
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput, PerToken, StatsOf, evaluate, with_parts
+from lossmith.equation import LossOutput, PerToken, StatsOf, with_parts
+from lossmith.evaluation import evaluate
 from lossmith.modifiers.base import BaseLossModifier
 from lossmith.modifiers.custom import CustomModifiers
 from lossmith.modifiers.token_modifier import Measure, Measured, SampleLosses, TokenModifier

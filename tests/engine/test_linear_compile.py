@@ -1,0 +1,202 @@
+"""Under ``torch.compile(fullgraph=True)``: the same loss and gradients over a head, ignored rows included."""
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+
+import linear_case
+import lossmith
+from linear_case import IGNORE, B, D, Head, T, V
+from lossmith import AdaptiveCrossEntropyLoss, CrossEntropyLoss, NVAMPLoss, Objective, Term, UnifiedLoss
+from lossmith.engine.head_stats import head_grad_op, head_stats_op
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+FULL = {
+    "label_smoothing": 0.1,
+    "special_tokens": (1,),
+    "z_loss": 0.01,
+    "focal_gamma": 2.0,
+    "confidence_penalty": 0.1,
+    "temperature": 0.7,
+    "softcap": 8.0,
+}
+
+
+def of_objective(criterion, **more):
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        inputs = {"hidden_states": hidden, "lm_head_weight": weight, "lm_head_bias": bias}
+        return criterion(targets=targets, memory_budget=2 * V * 4, **inputs, **more)
+
+    return loss
+
+
+def of_options(**options):
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        found = lossmith.linear_cross_entropy(
+            hidden, weight, targets, bias=bias, memory_budget=3 * V * 4, **options
+        )
+        return found.sum()
+
+    return loss
+
+
+def statistics(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    stats = lossmith.linear_token_stats(hidden, weight, targets, bias=bias, temperature=0.8)
+    focal = stats.nll * (1 - stats.target_prob) ** 2 + 0.1 * stats.normalized_wrong_entropy
+    return torch.where(stats.is_valid, focal + 0.01 * stats.unscaled.logsumexp**2, 0.0).sum()
+
+
+def candidates(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    stats = lossmith.linear_token_stats(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        candidates=torch.zeros_like(targets).unsqueeze(-1),
+        memory_budget=1,
+    ).compute("entropy", "candidate_log1m_prob")
+    return (stats.entropy - stats.candidate_log1m_prob.sum(-1)).mean()
+
+
+LOSSES = {
+    "plain": of_options(),
+    "full": of_options(class_weight=torch.linspace(1, 2, V), **FULL),
+    "shift": of_options(shift=True, reduction="sequence_mean"),
+    "none": of_options(reduction="none"),
+    "statistics": statistics,
+    "candidates": candidates,
+    "module": of_objective(CrossEntropyLoss(label_smoothing=0.1)),
+    "adaptive": of_objective(AdaptiveCrossEntropyLoss()),
+    "nvamp": of_objective(NVAMPLoss(gamma=0.5)),
+    "objective": of_objective(
+        Objective([Term("u", lambda s, b: s.nll * s.entropy, 0.5, weight=lambda s, b: s.target_prob)])
+    ),
+    "unified": of_objective(UnifiedLoss(V, use_focal_loss=True, use_ngram_penalty=True, z_loss=0.01)),
+    "unified_mtp": of_objective(UnifiedLoss(V, D, use_mtp=True, shared_projection=True)),
+}
+
+
+def check(loss, head: Head, targets: Tensor, *, backend: str = "aot_eager", tolerance: float = 1e-5) -> None:
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    found = []
+    for function in (loss, compiled):
+        value = function(head.hidden, head.weight, head.bias, targets)
+        found.append((value.detach(), *torch.autograd.grad(3 * value, head.leaves)))
+    torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_equals_eager(name):
+    torch.manual_seed(0)
+    check(LOSSES[name], linear_case.head(dtype=torch.float32), linear_case.targets())
+
+
+def test_fp64_and_half_precision_compile():
+    check(LOSSES["full"], linear_case.head(), linear_case.targets())
+    head, targets = linear_case.head(dtype=torch.bfloat16), linear_case.targets()
+    values = []
+    for function in (LOSSES["full"], torch.compile(LOSSES["full"], fullgraph=True, backend="aot_eager")):
+        value = function(*head.leaves, targets)
+        gradients = torch.autograd.grad(value, head.leaves)
+        assert [g.dtype for g in gradients] == [torch.bfloat16] * 3
+        values.append((value, *gradients))
+    torch.testing.assert_close(*values, rtol=0.02, atol=0.02)
+
+
+def test_all_ignored_and_frozen_inputs_compile():
+    head = linear_case.head(dtype=torch.float32)
+    check(LOSSES["plain"], head, torch.full((B, T), IGNORE))
+    head.weight.requires_grad_(False)
+    found = []
+    for function in (LOSSES["plain"], torch.compile(LOSSES["plain"], fullgraph=True, backend="aot_eager")):
+        value = function(*head.leaves, linear_case.targets())
+        found.append(torch.autograd.grad(value, (head.hidden, head.bias)))
+    torch.testing.assert_close(*found)
+
+
+def test_autocast_compiles():
+    head, targets = linear_case.head(dtype=torch.float32), linear_case.targets()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(LOSSES["plain"], head, targets, tolerance=0.02)
+
+
+@pytest.mark.parametrize("name", ["plain", "full", "nvamp", "statistics"])
+def test_other_numbers_of_tokens_compile_once(name):
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager", dynamic=True)
+        for rows, tokens in ((3, 5), (2, 7), (5, 4)):
+            head = linear_case.head(rows, tokens, dtype=torch.float32)
+            targets = linear_case.targets(rows, tokens)
+            values = [loss(*head.leaves, targets) for loss in (LOSSES[name], compiled)]
+            torch.testing.assert_close(*values)
+            torch.testing.assert_close(*(torch.autograd.grad(value, head.leaves) for value in values))
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ and there is no g++")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own imports
+@pytest.mark.parametrize("name", ["full", "unified"])
+def test_with_inductor(name):
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        return LOSSES[name](torch.tanh(hidden) * 2, weight, bias, targets)
+
+    check(loss, linear_case.head(dtype=torch.float32), linear_case.targets(), backend="inductor")
+
+
+@pytest.mark.parametrize("wrong", [V, -1, 10**9])
+def test_an_id_out_of_range_is_an_error_not_a_crash(wrong):
+    head, targets = linear_case.head(dtype=torch.float32), linear_case.targets()
+    targets[1, 1] = wrong
+    compiled = torch.compile(LOSSES["plain"], fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=rf"class ids in \[0, {V}\).*{wrong}"):
+        compiled(*head.leaves, targets)
+
+
+def test_one_sweep_is_refused():
+    head, targets = linear_case.head(dtype=torch.float32), linear_case.targets()
+    compiled = torch.compile(of_options(strategy="one_sweep"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"one_sweep.*torch\.compile"):
+        compiled(*head.leaves, targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_the_operators_keep_their_promises(temperature, bias, dtype):
+    """PyTorch's own checks: schema, fake kernels, autograd registration, tracing."""
+    head, targets = linear_case.head(6, dtype=dtype, bias=bias), torch.tensor([0, 1, IGNORE, 3, 4, 2])
+    divisor = None if temperature is None else torch.tensor(temperature, dtype=dtype)
+    needs_unscaled = -1 if temperature is None else 1
+    arguments = (
+        head.hidden,
+        head.weight,
+        head.bias,
+        targets,
+        torch.zeros(6, 2, dtype=torch.long),
+        torch.ones(V, dtype=dtype),
+        divisor,
+        5.0,
+        IGNORE,
+        31,
+        needs_unscaled,
+        dtype,
+        2 * V * dtype.itemsize,
+    )
+    torch.library.opcheck(head_stats_op, arguments)
+    with torch.no_grad():
+        raw = head_stats_op(*arguments)
+    grads = [torch.randn_like(value) if value.is_floating_point() else None for value in raw]
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    for needed in ([True, True, bias], [True, False, False], [False, True, False]):
+        torch.library.opcheck(head_grad_op, (*detached, raw, grads, needed))
