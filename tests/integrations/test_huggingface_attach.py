@@ -222,6 +222,13 @@ def test_what_does_not_go_together():
     with pytest.raises(ValueError, match="LlamaModel is none"):
         attach(bare, unified())
     t5 = transformers.T5Config(vocab_size=V, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    sizes = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 2}
+    masked = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, intermediate_size=32))
+    with pytest.raises(ValueError, match="BertForMaskedLM is none"):
+        attach(masked, unified())
+    classifier = transformers.LlamaForSequenceClassification(make("llama").config)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification is none"):
+        attach(classifier, unified())
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is none"):
         attach(transformers.T5ForConditionalGeneration(t5), unified())
 

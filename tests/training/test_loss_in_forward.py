@@ -31,9 +31,9 @@ def test_labels_reach_the_loss_and_not_the_model():
     keys = list(model.state_dict())
     seen = {}
 
-    def loss(logits, labels, inputs, num_items):
+    def loss(predictions, labels, inputs, num_items):
         seen.update(labels=labels, inputs=inputs, num_items=num_items)
-        return {"loss": logits.sum()}
+        return {"loss": predictions["logits"].sum()}
 
     wrapped = with_loss(model, loss)  # type: ignore[arg-type]
     ids, labels = torch.ones(4, 2), torch.arange(4)
@@ -59,4 +59,5 @@ def test_a_model_of_every_mode_saves_what_it_is(mode: str, tiny: list[str], tmp_
     batch = {name: value[None] for name, value in task.train_blocks[0].items()}
     for each in (model, again):
         each.eval()
-    assert torch.equal(model(**batch)["loss"], again(**batch)["loss"])
+    # Not to the last bit: the weights lie elsewhere in memory.
+    torch.testing.assert_close(model(**batch)["loss"], again(**batch)["loss"])
