@@ -55,7 +55,7 @@ def test_a_learned_coefficient():
     coefficient = learned()
     criterion = Objective([PLAIN, Term("z", lambda s, b: s.logsumexp**2, coefficient)])
     assert_same_gradients(criterion, [coefficient])
-    assert_refused(criterion, "gradient in something else")
+    assert_refused(criterion, "coefficient of the term 'z' has a gradient")
 
 
 def test_a_parameter_inside_a_term():

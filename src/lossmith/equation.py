@@ -40,7 +40,7 @@ class Term:
         coefficient: lambda; a term whose coefficient is the number 0 is as good as absent.
         weight: (stats, batch) -> [N] or a scalar; sees detached statistics, since a weight
             that could be lowered by gradient descent would be lowered instead of the loss.
-        scope: ``token`` if a token's weight depends on that token alone, ``batch`` if on others.
+        scope: ``token`` if a token's loss and weight depend on that token alone, ``batch`` if on others.
         candidates: batch -> [N, K] ids (-1 pads) whose logits ``loss`` reads.
     """
 

@@ -159,6 +159,8 @@ def whole_batch_reason(terms: Sequence[Term], weigh: Weigh | None, per_token: bo
     for term in terms:
         if term.scope == "batch" and not term.is_off:
             return f"the weights of the term {term.name!r} depend on the whole batch"
+        if isinstance(term.coefficient, Tensor) and term.coefficient.requires_grad:
+            return f"the coefficient of the term {term.name!r} has a gradient"
     if weigh is not None:
         return "tokens are weighed by what the whole batch shows"
     return "reduction='none' has a gradient of its own for every token" if per_token else None
@@ -234,13 +236,12 @@ def _who_looks_around(
     terms: Sequence[tuple[Term, slice | None]], stats: TokenStats, batch: TokenBatch, shares: Tensor
 ) -> str | None:
     """The name of a term that comes to something else than ``shares`` [terms, N] when it sees all tokens
-    together; looked at once. An accelerator is not asked: everybody would wait for the answer."""
-    if shares.device.type != "cpu":
-        return None
+    together. A term is looked at once; one that shows no code would be every time, so that on an accelerator,
+    where everybody waits for the answer, it is not."""
     with torch.no_grad():
         for (term, column), some in zip(terms, shares, strict=True):
             code = None if term.weight is not None else _code_of(term.loss)
-            if code in _LOCAL:
+            if code in _LOCAL or (code is None and shares.device.type != "cpu"):
                 continue
             every = _shares(term, column, stats, batch)
             are_known = some.isfinite() & every.isfinite()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("arithmetic")
 def small_blocks(set_block_rows, monkeypatch):
     """PyTorch's arithmetic has blocks of its own, and these tests are small."""
     set_block_rows(SMALL, V)
-    monkeypatch.setitem(chunks.WIDE_ELEMENTS, "cpu", 16 * D)
+    monkeypatch.setattr(chunks, "TILE_ELEMENTS", 16 * D)
 
 
 def batch(dtype: torch.dtype) -> tuple[Head, torch.Tensor]:
@@ -103,7 +103,7 @@ def test_sampling_a_large_chunk_takes_little_more(packed, monkeypatch):
     head, _ = batch(torch.bfloat16)
     with LargestTensor() as largest:
         LinearHead(head.hidden, head.weight, head.bias).sample(None)
-    assert largest.nbytes <= N * V * 2  # all the logits at once, in their own dtype
+    assert largest.nbytes <= N * V * 4  # all the logits at once, in fp32
 
 
 # -- the budget ---------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_the_chunks_are_within_the_budget(budget, dtype):
     assert sum(sizes) == (targets != -100).sum()
     assert max(sizes) == of.size == len(of.buffer())
     assert max(sizes) - min(sizes) < len(sizes)  # evenly
-    assert of.buffer().nbytes <= max(budget or MEMORY_BUDGET["cpu"], V * dtype.itemsize)
+    assert of.buffer().nbytes <= max(budget or MEMORY_BUDGET["cpu"], V * max(4, dtype.itemsize))
     plan = lossmith.linear_cross_entropy.explain(head.hidden, head.weight, targets, memory_budget=budget)
     assert (plan.chunk_rows, plan.num_chunks) == (of.size, len(sizes))
     assert plan.logits_bytes == of.buffer().nbytes
@@ -157,7 +157,7 @@ def test_what_a_plan_says():
     assert "one_sweep" in str(once)
     assert "two_sweep: it was asked for" in str(twice)
     half = lossmith.linear_cross_entropy.explain(
-        hidden.bfloat16(), weight.bfloat16(), targets, memory_budget=budget // 2
+        hidden.bfloat16(), weight.bfloat16(), targets, memory_budget=budget
     )
     assert (half.num_chunks, half.accumulator_bytes) == (3, V * D * 4)
     with torch.no_grad():

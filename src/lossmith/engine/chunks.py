@@ -16,9 +16,6 @@ Rows = slice | Tensor
 # On a CPU the products are made this many elements of the weight, or of the logits, at a time: that much
 # stays in the cache, and the next chunk's product finds the matrix library's own copies of it there.
 TILE_ELEMENTS = 2**21
-# Elements of the weight's gradient that are made at a time where their sum is wider than they are.
-WIDE_ELEMENTS = {"cpu": 2**21}
-WIDE_ELEMENTS_ELSEWHERE = 2**26
 
 
 class Chunks:
@@ -50,15 +47,15 @@ class Chunks:
         self.weight = weight.to(compute_dtype)
         self.bias = None if bias is None else bias.to(compute_dtype)
         self.dtype = compute_dtype
+        self.wide = accumulation_dtype(compute_dtype)
         self.num_classes = weight.shape[0]
         self.packed = pack(targets, ignore_index)
         self.is_packed = packs(targets)  # no ignored token is left
         num_rows = targets.numel() if self.packed is None else self.packed.numel()
         self.num_rows = num_rows
         self.size = rows_of_a_chunk(
-            num_rows, self.num_classes, compute_dtype.itemsize, hidden.device, memory_budget
+            num_rows, self.num_classes, self.wide.itemsize, hidden.device, memory_budget
         )
-        self.is_tiled = hidden.device.type == "cpu" and compute_dtype in (torch.float32, torch.float64)
         self._buffer: Tensor | None = None
 
     def all(self) -> Iterator[Rows]:
@@ -75,26 +72,18 @@ class Chunks:
         return x.masked_fill((self.targets[rows] == self.ignore_index).unsqueeze(1), 0.0)
 
     def logits(self, x: Tensor) -> Tensor:
-        """[n, V] the logits of hidden states [n, D], in memory that the next chunk reuses."""
+        """[n, V] the logits of hidden states [n, D], fp32 at least, in memory that the next chunk reuses."""
         z = self.buffer()[: len(x)]
         for tile in self.tiles(len(x)):
-            if self.bias is None:
-                torch.mm(x, self.weight[tile].t(), out=z[:, tile])
-            else:  # rounded once, after the bias
-                torch.addmm(self.bias[tile], x, self.weight[tile].t(), out=z[:, tile])
+            wide_product(x, self.weight[tile].t(), into=z[:, tile])
+            if self.bias is not None:
+                z[:, tile] += self.bias[tile]
         return z
-
-    def target_logits(self, x: Tensor, targets: Tensor) -> Tensor:
-        """[n] the logits of the targets, summed in the accumulation dtype, where the others' is narrower."""
-        wide = accumulation_dtype(self.dtype)
-        ids = targets.clamp(0, self.num_classes - 1)
-        exact = (x.to(wide) * self.weight[ids].to(wide)).sum(-1)
-        return exact if self.bias is None else exact + self.bias[ids].to(wide)
 
     def buffer(self) -> Tensor:
         if self._buffer is None:
             shape = (self.size, self.num_classes)
-            self._buffer = fresh(shape, dtype=self.dtype, device=self.hidden.device, zero=False)
+            self._buffer = fresh(shape, dtype=self.wide, device=self.hidden.device, zero=False)
         return self._buffer
 
     def reuse(self, buffer: Tensor) -> None:
@@ -104,7 +93,7 @@ class Chunks:
     def tiles(self, num_rows: int) -> list[slice]:
         """The classes in pieces that the products are made of."""
         size = self.num_classes
-        if self.is_tiled:
+        if self.hidden.device.type == "cpu":
             most = max(256, TILE_ELEMENTS // max(self.weight.shape[1], num_rows))
             size = -(-size // -(-size // most))
         return [slice(start, start + size) for start in range(0, self.num_classes, size)]
@@ -134,7 +123,7 @@ class HeadGradient:
 
     def __init__(self, chunks: Chunks, needed: tuple[bool, bool, bool]) -> None:
         self.chunks = chunks
-        device, wide = chunks.hidden.device, accumulation_dtype(chunks.dtype)
+        device = chunks.hidden.device
         self.hidden = self.weight = self.bias = None
         if needed[0]:
             self.hidden = fresh(
@@ -144,33 +133,34 @@ class HeadGradient:
                 zero=chunks.packed is not None or not chunks.num_rows,
             )
         if needed[1]:
-            # A single chunk is no sum, so that nothing is lost by its own width.
-            is_sum = chunks.num_rows > chunks.size
             self.weight = fresh(
-                tuple(chunks.weight.shape),
-                dtype=wide if is_sum else chunks.dtype,
-                device=device,
-                zero=not chunks.num_rows,
+                tuple(chunks.weight.shape), dtype=chunks.wide, device=device, zero=not chunks.num_rows
             )
         if needed[2]:
-            self.bias = torch.zeros(chunks.num_classes, dtype=wide, device=device)
+            self.bias = torch.zeros(chunks.num_classes, dtype=chunks.wide, device=device)
         self._is_first = True
 
     def add(self, rows: Rows, x: Tensor, g: Tensor) -> None:
-        """Take in a chunk: its hidden states [n, D] and the gradient of its logits [n, V]."""
+        """Take in a chunk: its hidden states [n, D] and the gradient of its logits [n, V], whose memory may be
+        written over."""
         c = self.chunks
+        if self.bias is not None:
+            self.bias += g.sum(0)
+        is_cpu = g.device.type == "cpu"
+        if not is_cpu:
+            g = g.to(c.dtype)
+        if self.weight is not None:
+            for tile in c.tiles(len(x)):
+                wide_product(g[:, tile].t(), x, into=self.weight[tile], is_sum=not self._is_first)
         if self.hidden is not None:
+            if is_cpu:
+                g = narrowed(g, c.dtype)
             is_there = isinstance(rows, slice) and self.hidden.dtype == c.dtype
             total = self.hidden[rows] if is_there else torch.empty_like(x)
-            for k, tile in enumerate(c.tiles(len(x))):
-                _add_product(total, g[:, tile], c.weight[tile], is_first=k == 0)
+            for k, tile in enumerate(c.tiles(len(x)) if g.dtype == c.wide else [slice(None)]):
+                torch.addmm(total, g[:, tile], c.weight[tile], beta=min(k, 1), out=total)
             if not is_there:
                 self.hidden[rows] = total.to(self.hidden.dtype)
-        if self.weight is not None:
-            for tile in c.tiles(len(x)) if self.weight.dtype == c.dtype else self._tiles_of_a_wider_sum():
-                _add_product(self.weight[tile], g[:, tile].t(), x, is_first=self._is_first)
-        if self.bias is not None:
-            self.bias += g.sum(0, dtype=self.bias.dtype)
         self._is_first = False
 
     def add_nothing(self, rows: Rows) -> None:
@@ -191,18 +181,26 @@ class HeadGradient:
             None if self.bias is None or bias is None else self.bias.to(bias.dtype),
         )
 
-    def _tiles_of_a_wider_sum(self) -> list[slice]:
-        """The product is made before it is added: a piece at a time, so that it takes little memory."""
-        num_classes, size = self.chunks.weight.shape
-        step = max(1, WIDE_ELEMENTS.get(self.chunks.hidden.device.type, WIDE_ELEMENTS_ELSEWHERE) // size)
-        return [slice(start, start + step) for start in range(0, num_classes, step)]
+
+def wide_product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool = False) -> None:
+    """into <- a @ b, or with ``is_sum`` into + a @ b, in the dtype of ``into``: at least fp32, whatever the
+    factors are, and rounded nowhere before."""
+    wide = into.dtype
+    if a.dtype == b.dtype != wide and into.device.type == "cuda":
+        product = torch.mm(a, b, out_dtype=wide)  # fp32 out of half-precision units
+        into.add_(product) if is_sum else into.copy_(product)
+        return
+    torch.addmm(into, a.to(wide), b.to(wide), beta=int(is_sum), out=into)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """total <- total + a @ b, or a @ b if it is the first; ``total`` may be wider than the product."""
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=0 if is_first else 1, out=total)
-    elif is_first:
-        total.copy_(a @ b)
-    else:
-        total.add_(a @ b)
+def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous [n, V] values in a dtype of at most half the width, in the memory where they are."""
+    if values.dtype == dtype:
+        return values
+    target = values.view(dtype).view(-1)[: values.numel()].view(values.shape)
+    # Some rows at a time, and those copied out before: they end up in front of where they were.
+    rows = max(1, TILE_ELEMENTS // values.shape[1])
+    for start in range(0, len(values), rows):
+        some = slice(start, start + rows)
+        target[some] = values[some].to(dtype)
+    return target

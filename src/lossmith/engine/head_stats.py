@@ -50,20 +50,12 @@ class HeadSweep:
             memory_budget=self.memory_budget,
         )
 
-    def stats_of(self, chunks: Chunks, rows: Rows, x: Tensor, z: Tensor) -> list[Tensor]:
+    def stats_of(self, rows: Rows, z: Tensor) -> list[Tensor]:
         """The statistics [n] of a chunk's logits."""
         targets, ids = self.targets[rows], self._candidates_of(rows)
         raw = allocate(z, targets, ids, self.needs, self.needs_unscaled)
         views = make_views(self.temperature, self.needs, self.needs_unscaled, raw)
         fill_stats(z, targets, ids, self.class_weight, self.softcap, self.ignore_index, views)
-        if z.dtype not in (torch.float32, torch.float64):
-            # Of a likely token everything hangs on its own logit, and there the rounding shows in the loss.
-            exact = chunks.target_logits(x, targets)
-            if self.softcap is not None:
-                exact = self.softcap * torch.tanh(exact / self.softcap)
-            for view in views:
-                own = exact if view.temperature is None else exact / view.temperature
-                view.raw["target_logit"].copy_(torch.where(targets == self.ignore_index, 0.0, own))
         return raw
 
     def gradient_of(self, rows: Rows, z: Tensor, raw: Grads, grads: Grads) -> Tensor:
@@ -107,7 +99,7 @@ def forward_sweep(
     )  # fmt: skip
     for rows in chunks.all():
         x = chunks.inputs(rows)
-        for out, value in zip(outputs, sweep.stats_of(chunks, rows, x, chunks.logits(x)), strict=True):
+        for out, value in zip(outputs, sweep.stats_of(rows, chunks.logits(x)), strict=True):
             out[rows] = value
     return outputs, Kept(chunks.buffer()) if chunks.num_rows else None
 

@@ -253,14 +253,14 @@ class LinearHead(Predictions):
         reason = self._why_not_once(unless)
         packed = pack(targets.reshape(-1), ignore_index)
         num_tokens = targets.numel() if packed is None else packed.numel()
-        itemsize = self.compute_dtype.itemsize
+        itemsize = self.dtype.itemsize
         rows = rows_of_a_chunk(num_tokens, self.num_classes, itemsize, self.device, self.memory_budget)
         num_chunks = -(-num_tokens // rows)
         wanted = sum(self.needed[:2])
         products = 1.0 + wanted
         if reason is not None and any(self.needed):
             products += 1 - (num_tokens - rows * (num_chunks - 1)) / max(num_tokens, 1)
-        is_wider = self.needed[1] and num_chunks > 1 and self.compute_dtype != self.dtype
+        is_wider = self.needed[1] and self.weight.dtype != self.dtype
         return Plan(
             "one_sweep" if reason is None else "two_sweep",
             "every token's weight depends on that token alone" if reason is None else reason,

@@ -99,7 +99,7 @@ def sweep_once(
         for rows in chunks.all():
             x = chunks.inputs(rows)
             z = chunks.logits(x)
-            raw = sweep.stats_of(chunks, rows, x, z)
+            raw = sweep.stats_of(rows, z)
             for out, value in zip(outputs, raw, strict=True):
                 out[rows] = value
             grads = _gradients(sweep, rows, raw, loss_of, make_stats)

@@ -90,9 +90,10 @@ class Plan:
 
     def __str__(self) -> str:
         extra = (self.logits_bytes + self.accumulator_bytes) / 2**20
+        products = "product" if self.num_products == 1 else "products"
         return (
             f"{self.strategy}: {self.reason}. {self.num_tokens} tokens in {self.num_chunks} chunks of "
-            f"{self.chunk_rows}; {self.num_products:.3g} products of N V D = {self.num_tokens} x "
+            f"{self.chunk_rows}; {self.num_products:.3g} {products} of N V D = {self.num_tokens} x "
             f"{self.num_classes} x {self.hidden_size} ({self.num_flops / 1e9:.3g} GFLOP); {extra:.3g} MiB "
             "besides the gradients"
         )

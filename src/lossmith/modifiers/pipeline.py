@@ -14,6 +14,7 @@ from lossmith.batch import TokenBatch
 from lossmith.engine.predictions import Logits
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, Term, with_parts
+from lossmith.evaluation import whole_batch_reason
 from lossmith.inputs import OWN_INPUTS, both_masks, either, given_targets, take_predictions
 from lossmith.metrics import Metrics
 from lossmith.modifiers.base import BaseLossModifier, ModelMode
@@ -330,12 +331,13 @@ class LossModifierPipeline(WrappedObjective):
         return run.finish(predictions, targets, loss, for_custom)
 
     def whole_batch_reason(self) -> str | None:
-        for modifier in self._enabled(ModelMode.LANGUAGE_MODEL):
+        active = self._enabled(ModelMode.LANGUAGE_MODEL)
+        for modifier in active:
             if not isinstance(modifier, TokenModifier):
                 return f"{modifier.name} looks at logits"
             if modifier.weighs:
                 return f"{modifier.name} weighs samples"
-        return self.base.whole_batch_reason()
+        return whole_batch_reason(self.base.terms(), None, self._reduction("auto", active) == "none")
 
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 
