@@ -1,10 +1,10 @@
 """Losses over a linear head, hidden @ weight.T, against the three matrix products alone and against peers.
 
-    python benchmarks/head.py [--rounds 7] [--device cpu] [--csv FILE] [--shape 2048,512,32000] [--dtype float32]
+    python benchmarks/head.py [--rounds 7] [--shape N,D,V] [--dtype float32] [--csv FILE]
 
-"All" is label smoothing + z-loss + focal loss + confidence penalty + n-gram penalty, the same loss however it
-is computed. cut-cross-entropy takes part where it is installed. Memory is what a step takes besides its inputs
-and their gradients.
+"All" is label smoothing + z-loss + focal loss + confidence penalty + n-gram penalty, the same loss
+however it is computed. cut-cross-entropy takes part where it is installed. Memory is what a step takes
+besides its inputs and their gradients.
 """
 
 from __future__ import annotations
@@ -143,10 +143,9 @@ def there() -> list[str]:
     for name, make in CONTENDERS.items():
         try:
             make()
-        except ImportError as error:
-            print(f"{name} is left out: {error}")
-        else:
             names.append(name)
+        except ImportError as error:  # noqa: PERF203
+            print(f"{name} is left out: {error}")
     return names
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/training_step.py [--rounds 40] [--device cpu] [--csv FILE]
 
-The model, the batch and the optimizer are those of `python train.py`. "All" is UnifiedLoss with label
-smoothing, z-loss, n-gram, immediate-repetition and early-EOS penalties and focal loss, under the loss modifiers
-(entropy weighting, target smoothing, mask ratio, metrics).
+The model, the batch and the optimizer are those of `python train.py`. UnifiedLoss has label smoothing,
+z-loss, n-gram, immediate-repetition and early-EOS penalties and focal loss; the modifiers are entropy
+weighting, target smoothing, mask ratio and metrics.
 """
 
 from __future__ import annotations

@@ -72,7 +72,9 @@ def test_what_is_switched_on_or_off_later_is_as_if_it_had_been_from_the_first(of
         switched.components["ngram_penalty"].weight = float(number != 1)
         fresh = copy.deepcopy(switched)
         fresh._memory = {}
-        given = {"hidden_states": logits[..., :D], "lm_head_weight": weight} if of_head else {"logits": logits}
+        given = (
+            {"hidden_states": logits[..., :D], "lm_head_weight": weight} if of_head else {"logits": logits}
+        )
         found, expected = (loss(**given, targets=targets, return_detailed=True) for loss in (switched, fresh))
         assert found.keys() == expected.keys()
         for name in found:
@@ -80,7 +82,7 @@ def test_what_is_switched_on_or_off_later_is_as_if_it_had_been_from_the_first(of
 
 
 def test_a_reading_that_changes_is_found_out(count_ops):
-    """A term that reads now this and now that is right all the same, and its passes are not wasted for long."""
+    """A term that reads now this and now that is right all the same, and wastes no passes for long."""
     state = {"reads": "nll"}
     criterion = lossmith.Objective([lossmith.Term("own", lambda stats, _: getattr(stats, state["reads"]))])
     (logits, targets), *_ = batches()

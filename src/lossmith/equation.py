@@ -11,17 +11,15 @@ are ways to fill it in.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lossmith.batch import TokenBatch
-from lossmith.distributed import masked_mean
-from lossmith.engine.one_sweep import DependsOnMore
 from lossmith.engine.stats import TokenStats
 from lossmith.metrics import Metrics
 

@@ -59,7 +59,9 @@ def token_stats(
         >>> round(stats.normalized_wrong_entropy.item(), 3), stats.correct.item()
         (0.825, True)
     """
-    return stats_of_predictions(Logits(logits), targets, candidates, SweepOptions(temperature, softcap), ignore_index)
+    return stats_of_predictions(
+        Logits(logits), targets, candidates, SweepOptions(temperature, softcap), ignore_index
+    )
 
 
 def stats_of_predictions(

@@ -60,9 +60,7 @@ class WrappedObjective(Objective):
     def terms(self, token_loss: PerToken | None = None) -> Sequence[Term]:
         return self.base.terms(token_loss)
 
-    def bind(
-        self, predictions: Predictions, targets: Tensor, **inputs: Any
-    ) -> tuple[TokenBatch, StatsOf]:
+    def bind(self, predictions: Predictions, targets: Tensor, **inputs: Any) -> tuple[TokenBatch, StatsOf]:
         return self.base.bind(predictions, targets, **inputs)
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:

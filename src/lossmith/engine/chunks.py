@@ -141,7 +141,7 @@ class HeadGradient:
         self._is_first = True
 
     def add(self, rows: Rows, x: Tensor, g: Tensor) -> None:
-        """Take in a chunk: its hidden states [n, D] and the gradient of its logits [n, V], whose memory may be
+        """Take in a chunk: its hidden states [n, D] and the gradient of its logits [n, V], whose memory is
         written over."""
         c = self.chunks
         if self.bias is not None:

@@ -188,9 +188,7 @@ class LinearHead(Predictions):
             made.seen = seen  # what is read of a part counts as read of the whole
             return made
 
-        def once(
-            needs_of: Callable[[], AskedFor], loss_of: LossOf, unless: str | None
-        ) -> SweptOnce | None:
+        def once(needs_of: Callable[[], AskedFor], loss_of: LossOf, unless: str | None) -> SweptOnce | None:
             if self._why_not_once(unless) is not None:
                 return None
             check_all_ids(targets, candidates, self.num_classes, ignore_index)

@@ -46,9 +46,7 @@ class RawStats:
         self._fetch = fetch
         self._default_needs = default_needs
         # How to sweep a linear head once, where there is one: see lossmith.engine.linear.
-        self.once: (
-            Callable[[Callable[[], AskedFor], Any, str | None], Any] | None
-        ) = None
+        self.once: Callable[[Callable[[], AskedFor], Any, str | None], Any] | None = None
         self.seen: list[Needs | None] = [None, None]  # the groups that were read, of each view
         self._values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
