@@ -104,6 +104,9 @@ class RunKeys:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = key(False, "compile the model with `torch.compile`")
+    materialize_logits: bool = key(
+        False, "compute all logits at once in training, rather than a few tokens' at a time"
+    )
     seed: int = key(1337, "seed of the weights, the order of the data and the sample", low=0, high=2**32 - 1)
     tensorboard_log: bool = key(
         False, "log to TensorBoard, in `tensorboard/` under `out_dir` (needs the extra `track`)"
@@ -180,6 +183,11 @@ class TrainConfig(
             raise UserError(
                 f"moe_top_k={self.experts[1]} is above num_experts={self.experts[0]}; expected no more "
                 f"experts a token than there are. Try --num_experts={2 * self.experts[1]}."
+            )
+        if self.materialize_logits and self.mode != TaskKeys.mode:
+            raise UserError(
+                f"materialize_logits=True is about a language model; mode={self.mode} has few logits, which "
+                "are always there. Leave materialize_logits out."
             )
         changed = self.changed(OPTIONS["cross_entropy"])
         if self.mode == "sequence_scorer" and changed:

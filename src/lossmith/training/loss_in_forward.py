@@ -1,17 +1,20 @@
 """The loss inside the model's forward, whichever model it is."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# (logits, labels, the model's other inputs, what to divide by) -> `loss` and whatever else is to be known
-Loss = Callable[[Tensor, Tensor, dict[str, Any], Tensor | None], dict[str, Tensor]]
+from lossmith.integrations.huggingface.fused_head import FusedHead, HeadInput
+
+# (`logits`, or what stands in their place, labels, the model's other inputs, what to divide by) -> `loss` and
+# whatever else is to be known
+Loss = Callable[[Mapping[str, Any], Tensor, dict[str, Any], Tensor | None], dict[str, Tensor]]
 
 
-def with_loss(model: PreTrainedModel, loss: Loss) -> PreTrainedModel:
+def with_loss(model: PreTrainedModel, loss: Loss, fused: FusedHead | None = None) -> PreTrainedModel:
     """Let `model(..., labels=...)` return what `loss` makes of its logits; without labels it is as before.
 
     Whatever wraps the model (DistributedDataParallel, `torch.compile`, mixed precision) calls its forward,
@@ -21,17 +24,33 @@ def with_loss(model: PreTrainedModel, loss: Loss) -> PreTrainedModel:
     Args:
         model: a model whose output has `logits`.
         loss: see `Loss`; the result is what the forward returns.
+        fused: the model's head, where it is to be left out of the forward in training: `loss` gets what is
+            multiplied there, and no logits.
 
     Returns:
         The same model.
     """
-    original = model.forward
+    original, seen = model.forward, HeadInput(fused)
+    head: Any = model.get_output_embeddings() if fused is not None else None
+    if head is not None:
+        head.register_forward_pre_hook(seen.on_head)
 
     @functools.wraps(original)
     def forward(*args: Any, labels: Any = None, denominator: Any = None, **inputs: Any) -> Any:
         inputs.pop("num_items_in_batch", None)  # the Trainer's own name of the denominator
-        output = original(*args, **inputs)
-        return output if labels is None else loss(output.logits, labels, inputs, denominator)
+        if labels is None:
+            return original(*args, **inputs)
+        if fused is None or fused.why_not is not None or not model.training:
+            return loss({"logits": original(*args, **inputs).logits}, labels, inputs, denominator)
+        output, hidden, is_fused = seen.during(
+            lambda: original(*args, **inputs), head, keeps=False, skips=True
+        )
+        predictions = {"logits": output.logits}
+        if is_fused:
+            assert head is not None
+            assert hidden is not None
+            predictions = fused.inputs(head, hidden)
+        return loss(predictions, labels, inputs, denominator)
 
     model.forward = forward
     # What the Trainer asks before it counts `num_items_in_batch`.

@@ -78,7 +78,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
     add_modifiers(task, str(args.device), choose_dtype(config))
     if checkpoint:
         rundir.require_loss(checkpoint, task.pipeline.state_dict())
-    model = task.continue_model(checkpoint) if checkpoint else task.make_model()
+    model = task.make_model()  # the Trainer reads a checkpoint's weights
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     if args.process_index == 0:
         show_summary(config, console, corpus, task, model, args)

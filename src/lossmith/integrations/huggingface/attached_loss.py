@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lossmith.equation import LossOutput
-from lossmith.integrations.huggingface.fused_head import FusedHead
+from lossmith.integrations.huggingface.fused_head import FusedHead, HeadInput
 from lossmith.integrations.huggingface.labels import (
     check_num_items,
     label_mask,
@@ -47,6 +47,7 @@ class AttachedLoss(nn.Module):
         self.objective = objective
         self.known = known
         self.fused = fused
+        self.head_input = HeadInput(fused)
         self.parts: dict[str, Tensor] | None = None
         self.observe: Callable[[LossOutput], Tensor] | None = None
         self.observed: Tensor | None = None
@@ -56,8 +57,6 @@ class AttachedLoss(nn.Module):
         self.frozen: list[nn.Parameter] = []
         self.has_run = False
         self.leaves_out_logits = False  # also where the model is evaluated
-        self._listens = self._skips_head = False
-        self._hidden: Tensor | None = None
         self.register_state_dict_post_hook(_leave_out)
         self.register_load_state_dict_post_hook(_expect_nothing)
 
@@ -73,25 +72,6 @@ class AttachedLoss(nn.Module):
         if self.fused is None or self.fused.why_not is not None or given.get("hidden_states") is not None:
             return False
         return model.training or self.leaves_out_logits
-
-    def listen(self, *, skips_head: bool) -> None:
-        """Keep what the head sees in the forward that begins; it is there anyway, for the head's gradient."""
-        self._skips_head = skips_head
-        self._listens, self._hidden = skips_head or self.wants("hidden_states"), None
-
-    def take_hidden(self) -> Tensor | None:
-        """[B, T, D] what the head saw, or would have."""
-        hidden, self._hidden, self._listens, self._skips_head = self._hidden, None, False, False
-        return hidden
-
-    def on_head(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """A forward pre-hook of the head."""
-        if not self._listens:
-            return None
-        self._hidden = inputs[0]
-        if not self._skips_head or self.fused is None:
-            return None
-        return (self.fused.seen_by_head(inputs[0]), *inputs[1:])
 
     def after_forward(
         self, model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], output: Any

@@ -33,14 +33,15 @@ def attach(
     """Let ``model(input_ids, ..., labels=...)`` return what ``loss`` makes of it; without labels it is as
     before.
 
-    The output is the model's own with ``.loss`` in it. In training its logits are None: they are never there all
-    at once (see :func:`lossmith.linear_cross_entropy`), unless the head is no plain linear layer. Labels are Hugging Face's: not shifted, -100 where
-    there is none; the causal shift is made once, whatever the objective's ``shift`` says. The objective gets,
-    as far as it takes them: ``input_ids``; ``attention_mask``, as the mask of the labels; ``segment_ids``,
-    which change where ``position_ids`` start again; ``denominator=`` or, if it divides by tokens,
-    ``num_items_in_batch``; ``hidden_states``, what the model's head sees; ``lm_head_weight``; ``gate_logits``
-    of a mixture of experts, whose own auxiliary loss is not added; and whatever else the caller passes of its
-    ``input_names``, with ``token_weight`` and ``segment_ids``.
+    The output is the model's own with ``.loss`` in it. In training its logits are None: they are never there
+    all at once (see :func:`lossmith.linear_cross_entropy`), unless the head is no plain linear layer. Labels
+    are Hugging Face's: not shifted, -100 where there is none; the causal shift is made once, whatever the
+    objective's ``shift`` says. The objective gets, as far as it takes them: ``input_ids``;
+    ``attention_mask``, as the mask of the labels; ``segment_ids``, which change where ``position_ids`` start
+    again; ``denominator=`` or, if it divides by tokens, ``num_items_in_batch``; ``hidden_states``, what the
+    model's head sees; ``lm_head_weight``; ``gate_logits`` of a mixture of experts, whose own auxiliary loss
+    is not added; and whatever else the caller passes of its ``input_names``, with ``token_weight`` and
+    ``segment_ids``.
 
     The loss becomes a submodule: its parameters are among ``model.parameters()``, so make the optimizer, and
     wrap the model (DDP, FSDP, ``torch.compile``), afterwards. ``state_dict`` and ``save_pretrained`` are as
@@ -81,7 +82,7 @@ def attach(
     loss.to(next((head or base).parameters()).device)
     attached.handles.append(base.register_forward_hook(attached.after_forward, with_kwargs=True))
     if head is not None:
-        attached.handles.append(head.register_forward_pre_hook(attached.on_head))
+        attached.handles.append(head.register_forward_pre_hook(attached.head_input.on_head))
         attached.frozen = _unused(loss)
         for parameter in attached.frozen:
             parameter.requires_grad_(False)
@@ -193,13 +194,18 @@ def _forward_with_loss(
     inputs["return_dict"] = True
     # It sees no labels, and so adds no loss of its own.
     skips_head = as_dict and attached.skips_head(model, given)  # a tuple's places stay
-    output, hidden, is_fused = _without_labels(original, model, attached, inputs, skips_head=skips_head)
+    head = model.get_output_embeddings()
+    output, hidden, is_fused = attached.head_input.during(
+        lambda: _call(original, model, attached, inputs),
+        head,
+        keeps=attached.wants("hidden_states"),
+        skips=skips_head,
+    )
     if asks_routers and not output.get("router_logits"):
         raise ValueError(
             f"the objective balances experts, and {type(model).__name__} returns no router_logits; pass "
             "gate_logits=, or give the component a weight of 0"
         )
-    head = model.get_output_embeddings()
     made = {
         "hidden_states": hidden,
         "lm_head_weight": getattr(head, "weight", None),
@@ -208,6 +214,7 @@ def _forward_with_loss(
     predictions = {"logits": output["logits"]}
     if is_fused:
         assert attached.fused is not None
+        assert hidden is not None
         predictions = attached.fused.inputs(head, hidden)
     loss = attached.evaluate(predictions, labels, inputs, given, made, num_items)
     left_out = () if were_asked or not asks_routers else ("router_logits", "aux_loss")
@@ -215,23 +222,6 @@ def _forward_with_loss(
     values = {name: value for name, value in output.items() if name not in left_out}
     result = type(output)(**{**values, "loss": loss})
     return result if as_dict else result.to_tuple()
-
-
-def _without_labels(
-    original: type, model: Any, attached: AttachedLoss, inputs: dict[str, Any], *, skips_head: bool
-) -> tuple[Any, Any, bool]:
-    """The model's output, what its head saw, and whether the logits were left out."""
-    attached.listen(skips_head=skips_head)
-    try:
-        output = _call(original, model, attached, inputs)
-    finally:
-        hidden = attached.take_hidden()
-    if not skips_head or hidden is None:
-        return output, hidden, False
-    assert attached.fused is not None
-    if attached.fused.is_right(model.get_output_embeddings(), hidden, output["logits"]):
-        return output, hidden, True
-    return _without_labels(original, model, attached, inputs, skips_head=False)
 
 
 def _call(original: type, model: Any, attached: AttachedLoss, inputs: dict[str, Any]) -> Any:
@@ -277,12 +267,29 @@ def _causal_model(model: Any) -> Any:
     if (
         getattr(base.config, "is_encoder_decoder", False)
         or "labels" not in inspect.signature(type(base).forward).parameters
+        or _predicts_something_else(base)
     ):
         raise ValueError(
             f"attach takes causal language models, which have labels of their input; {type(base).__name__} "
             "is none"
         )
     return base
+
+
+def _predicts_something_else(model: Any) -> bool:
+    """Whether transformers knows the model's class as one that predicts masked tokens, classes or spans: of a
+    masked one, a loss of the next token would be computed without complaint."""
+    from transformers.models.auto import modeling_auto as known
+
+    others = (
+        known.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        known.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        known.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    )
+    name = type(model).__name__
+    is_causal = name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return not is_causal and any(name in names.values() for names in others)
 
 
 def _check_experts(model: Any, loss: Objective) -> None:

@@ -1,9 +1,10 @@
-"""``FusedHead``: a causal model's head, left out of its forward, so that the loss makes the logits a few at a
-time."""
+"""``FusedHead``: a model's head, left out of its forward, so that the loss makes the logits a few at a time;
+``HeadInput``: what the head sees in that forward."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from lossmith.engine.blocks import accumulation_dtype
 from lossmith.engine.plan import Strategy, check_strategy
 
 # What models do to their logits after the head, and where their configurations say so.
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, 3; Griffin; xLSTM
+# Gemma 2, 3; Griffin; xLSTM
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 DIVISORS = ("logits_scaling",)  # Granite
 
@@ -26,7 +28,7 @@ class FusedHead:
     whether what the model makes of its logits is what is known of it.
 
     Args:
-        model: the causal model.
+        model: one whose logits are those of its output embeddings.
         strategy, memory_budget: of :func:`lossmith.linear_cross_entropy`.
 
     Attributes:
@@ -74,12 +76,58 @@ class FusedHead:
             return True
         self.why_not = "it makes something else of its logits than is known of it"
         warnings.warn(
-            f"this model's logits are not hidden @ weight.T, capped and scaled as its configuration says, so "
+            "this model's logits are not hidden @ weight.T, capped and scaled as its configuration says, so "
             "they are computed as always, all at once, and the loss from them. attach(..., "
             "materialize_logits=True) says that you know",
-            stacklevel=4,
+            stacklevel=5,
         )
         return False
+
+
+class HeadInput:
+    """What a model's head gets to see in a forward, kept; it is there anyway, for the head's gradient.
+
+    Args:
+        fused: the head, if it may be left out.
+    """
+
+    def __init__(self, fused: FusedHead | None) -> None:
+        self.fused = fused
+        self._listens = self._skips = False
+        self._hidden: Tensor | None = None
+
+    def on_head(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A forward pre-hook of the head."""
+        if not self._listens:
+            return None
+        self._hidden = inputs[0]
+        if not self._skips or self.fused is None:
+            return None
+        return (self.fused.seen_by_head(inputs[0]), *inputs[1:])
+
+    def during(
+        self, forward: Callable[[], Any], head: Any, *, keeps: bool, skips: bool
+    ) -> tuple[Any, Tensor | None, bool]:
+        """What a forward returns, what the head saw in it, or would have, and whether the head was left out.
+
+        Args:
+            forward: the model's, without labels.
+            head: the model's, as it is now.
+            keeps: whether what the head sees is wanted although the head is not left out.
+            skips: whether to leave it out.
+        """
+        self._listens, self._skips, self._hidden = keeps or skips, skips, None
+        try:
+            output = forward()
+        finally:
+            hidden, self._hidden = self._hidden, None
+            self._listens = self._skips = False
+        if not skips or hidden is None:
+            return output, hidden, False
+        assert self.fused is not None
+        if self.fused.is_right(head, hidden, output["logits"]):
+            return output, hidden, True
+        return self.during(forward, head, keeps=keeps, skips=False)
 
 
 def _unusual(head: Any) -> str | None:

@@ -72,11 +72,13 @@ def reading_labels(loss: Objective, call: Callable[[], Result]) -> Result:
     inner = loss
     while isinstance(inner, WrappedObjective):
         inner = inner.base
-    before, inner.shift = inner.shift, True
+    before = inner.shift, inner._shift_was_checked
+    # Shifted in any case: nothing to look at, nor a change of state that torch.compile would notice.
+    inner.shift = inner._shift_was_checked = True
     try:
         return call()
     finally:
-        inner.shift = before
+        inner.shift, inner._shift_was_checked = before
 
 
 def targets_of(loss: Objective, labels: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from lossmith.integrations.huggingface.saved_weights import load_renamed
 from lossmith.modifiers.pipeline import LossModifierPipeline
 from lossmith.objective import Objective
 
@@ -100,12 +101,20 @@ class ObjectiveTrainer(Trainer):
             torch.save(state, os.path.join(str(folder), LOSS_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._load_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_loss(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if not self._load_renamed(self.state.best_model_checkpoint):
+            super()._load_best_model()
         self.load_loss(self.state.best_model_checkpoint)
+
+    def _load_renamed(self, folder: Any) -> bool:
+        # These two keep another copy of the weights, under the model's own names.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        return load_renamed(self.model, folder)
 
     def load_loss(self, folder: Any) -> None:
         """Restore the state of the loss from a checkpoint.

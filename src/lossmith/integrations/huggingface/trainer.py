@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from lossmith.engine.plan import Strategy, check_strategy
 from lossmith.integrations.huggingface.attachment import attach, attached_to
 from lossmith.integrations.huggingface.labels import check_objective, count
 from lossmith.integrations.huggingface.objective_trainer import ObjectiveTrainer
@@ -25,10 +26,14 @@ class LossTrainer(ObjectiveTrainer):
     resuming. Its parts are logged as ``loss/<part>``, what a pipeline's modifiers measure as
     ``loss_modifiers/<metric>``.
 
+    In training, and in evaluation where only the loss is wanted, the logits are never there all at once.
+    Metrics and :meth:`predict` get them.
+
     It stands before other subclasses, ``class SFT(LossTrainer, SFTTrainer)``, and goes past their losses.
 
     Args:
         loss: the objective.
+        materialize_logits, strategy, memory_budget: of :func:`attach`.
         args, options: of :class:`transformers.Trainer`.
 
     Raises:
@@ -49,11 +54,25 @@ class LossTrainer(ObjectiveTrainer):
         ... )
     """
 
-    def __init__(self, *args: Any, loss: Objective, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        loss: Objective,
+        materialize_logits: bool = False,
+        strategy: Strategy = "auto",
+        memory_budget: int | None = None,
+        **options: Any,
+    ) -> None:
         check_objective(loss)
+        check_strategy(strategy, memory_budget)
         if options.get("compute_loss_func") is not None:
             raise ValueError("this Trainer has a loss already; leave out compute_loss_func, or loss")
         self.loss = loss
+        self._how: dict[str, Any] = {
+            "materialize_logits": materialize_logits,
+            "strategy": strategy,
+            "memory_budget": memory_budget,
+        }
         self._at_first: dict[str, Any] | None = None
         super().__init__(*args, **options)
         self._check_arguments()
@@ -97,7 +116,7 @@ class LossTrainer(ObjectiveTrainer):
         return self._attach(super().call_model_init(trial))
 
     def _attach(self, model: Any) -> Any:
-        self._attached = attached_to(attach(model, self.loss))
+        self._attached = attached_to(attach(model, self.loss, **self._how))
         return model
 
     # ── the loss ──────────────────────────────────────────────────────────────────────────────────
@@ -111,6 +130,22 @@ class LossTrainer(ObjectiveTrainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total.sum())
         return total.sum() / self.get_tp_size()
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As the Trainer's; the logits are left out where nobody asks for them."""
+        assert self._attached is not None
+        self._attached.leaves_out_logits = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._attached.leaves_out_logits = False
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        # With use_liger_kernel the Trainer passes this in evaluation, to a forward that is not in use here.
+        inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
+        return super().compute_loss(model, inputs, *args, **options)
 
     def parts_of(self, outputs: Any) -> Mapping[str, Tensor]:
         assert self._attached is not None

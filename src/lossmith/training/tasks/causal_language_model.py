@@ -60,7 +60,7 @@ class CausalLanguageModel(TokenTask):
 
     def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
         # In here components find hidden states, routers and the output matrix.
-        attach(model, self.pipeline)
+        attach(model, self.pipeline, materialize_logits=self.config.materialize_logits)
         for part in self.pipeline.modules():
             if isinstance(part, MoEBalance) and part.mode == "bias":
                 choose_experts_by_bias(model, part)

@@ -9,8 +9,10 @@ from torch import Generator, Tensor
 from transformers import ModernBertForMaskedLM, PreTrainedModel
 
 import lossmith
+from lossmith.integrations.huggingface.fused_head import FusedHead
 from lossmith.training.corruption import draw_number, generator_of, mask_tokens
 from lossmith.training.data import IGNORED
+from lossmith.training.loss_in_forward import with_loss
 from lossmith.training.marked_text import Mark, marked_text
 from lossmith.training.model import make_bidirectional_model
 from lossmith.training.progress import Figure
@@ -51,6 +53,9 @@ class MaskedLanguageModel(CorruptedTask, TokenTask):
         return make_bidirectional_model(
             self.model_class, self.config, self.end_of_text, self.cls, self.config.block_size
         )
+
+    def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
+        return with_loss(model, self.loss, None if self.config.materialize_logits else FusedHead(model))
 
     def training_measures(self, mean: float) -> dict[str, float]:
         return {"perplexity": perplexity(mean)}

@@ -1,7 +1,7 @@
 """``SequenceScorer``: tell how much of a text was replaced."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,12 +75,12 @@ class SequenceScorer(CorruptedTask):
 
     def loss(
         self,
-        logits: Tensor,  # [B, 1]
+        predictions: Mapping[str, Any],  # logits [B, 1]
         labels: Tensor,  # [B]
         inputs: dict[str, Any],
         denominator: Tensor | None,
     ) -> dict[str, Any]:
-        scores = logits.float().squeeze(-1).sigmoid()
+        scores = predictions["logits"].float().squeeze(-1).sigmoid()
         output = self.pipeline.evaluate(scores, labels, denominator=denominator)
         errors = (scores - labels).detach().abs()
         observed = torch.stack([errors.sum(), torch.ones_like(errors).sum()])

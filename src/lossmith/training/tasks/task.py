@@ -151,16 +151,6 @@ class Task(ABC):
         """The model of a checkpoint, likewise."""
         return self.put_loss_into(self.architecture(self.config).from_pretrained(checkpoint))
 
-    def continue_model(self, checkpoint: Path) -> PreTrainedModel:
-        """A new model with a checkpoint's weights, to go on with.
-
-        The Trainer would read them by their names, and those of experts are others in a checkpoint. They are
-        copied, so that they lie in memory as they did, and sums come out the same to the last bit.
-        """
-        model = self.build_model()
-        model.load_state_dict(self.architecture(self.config).from_pretrained(checkpoint).state_dict())
-        return self.put_loss_into(model)
-
     def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
         """Let the model's forward return the loss; the modifiers have to be in it already."""
         return with_loss(model, self.loss)
@@ -170,7 +160,11 @@ class Task(ABC):
         """The training loss without modifiers, None for squared error."""
 
     def loss(
-        self, logits: Tensor, labels: Tensor, inputs: dict[str, Any], denominator: Tensor | None
+        self,
+        predictions: Mapping[str, Any],
+        labels: Tensor,
+        inputs: dict[str, Any],
+        denominator: Tensor | None,
     ) -> dict[str, Any]:
         """What the model's forward returns in training: `loss`, and the fields of `Seen`.
 

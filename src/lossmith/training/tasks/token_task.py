@@ -1,5 +1,6 @@
 """``TokenTask``: a task with a class to predict at every position, trained by cross-entropy."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -20,13 +21,13 @@ class TokenTask(Task):
 
     def loss(
         self,
-        logits: Tensor,  # [B, T, V]
+        predictions: Mapping[str, Any],  # logits [B, T, V], or what makes them
         labels: Tensor,  # [B, T]
         inputs: dict[str, Any],
         denominator: Tensor | None,
     ) -> dict[str, Any]:
         output = self.pipeline.evaluate(
-            logits, labels, denominator=denominator, input_ids=inputs["input_ids"]
+            targets=labels, denominator=denominator, input_ids=inputs["input_ids"], **predictions
         )
         return {"loss": output.total, "parts": detached(output.parts), "observed": self.observed(output)}
 
