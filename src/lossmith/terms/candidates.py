@@ -5,6 +5,9 @@ Vectorised over how far back one looks: integer tensors [B, T, offsets], no loop
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -31,7 +34,7 @@ def context(batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
 
 
 def ngram_candidates(batch: TokenBatch, *, ngram_size: int, window: int) -> Tensor:
-    """[N, window - ngram_size + 1] tokens that would complete an n-gram of the last ``window`` tokens again.
+    """[N, at most window - ngram_size + 1] tokens that would complete an n-gram of the last ``window`` again.
 
         { x[j+n-1] : max(0, m-w) <= j <= m-n,  x[j..j+n-2] = x[m-n+1..m-1] },   m = t + 1 tokens seen
 
@@ -42,20 +45,48 @@ def ngram_candidates(batch: TokenBatch, *, ngram_size: int, window: int) -> Tens
     """
     tokens, segments = context(batch)
     num_offsets = min(window - ngram_size + 1, tokens.shape[-1])
-    earlier = _looking_back(tokens, num_offsets)
-    same = (earlier == tokens.unsqueeze(-1)) & (earlier >= 0)
-    is_inside = None
+    # Offset s: the n - 1 tokens up to t are those up to t - s, so that x[t + 1 - s] would come again
+    is_match = _looking_back(tokens, num_offsets, since=0) >= 0
+    for run in _runs(tokens, ngram_size - 1, batch.num_classes):
+        is_match &= _looking_back(run, num_offsets) == run.unsqueeze(-1)
     if segments is not None:
-        is_inside = _looking_back(segments, num_offsets) == segments.unsqueeze(-1)
-        same &= is_inside
-    # offset s: x[u] = x[u - s] at the n - 1 positions u up to t, then x[t + 1 - s] would come again
-    is_match = torch.ones_like(same)
-    for step in range(ngram_size - 1):
-        is_match &= _moved(same, step, fill=False)
-    completing = torch.cat([tokens.unsqueeze(-1), earlier[..., :-1]], -1)
-    if is_inside is not None:
-        is_match[..., 1:] &= is_inside[..., :-1]
-    return _candidates(batch, completing.masked_fill(~is_match, NONE))
+        inside = _looking_back(segments, num_offsets) == segments.unsqueeze(-1)
+        for step in range(ngram_size - 1):
+            is_match &= _moved(inside, step, fill=False)
+        is_match &= _looking_back(segments, num_offsets, since=0) == segments.unsqueeze(-1)
+    return _candidates(batch, _listed(tokens, is_match))
+
+
+def _runs(tokens: Tensor, length: int, num_classes: int | None) -> Iterator[Tensor]:
+    """Numbers [B, T] that are equal where the ``length`` tokens up to there are, as few as can hold them, and
+    that equal no other where one of the tokens is not known."""
+    per_number = 1 if num_classes is None else max(1, int(62 / math.log2(num_classes + 1)))
+    positions = torch.arange(tokens.shape[-1], device=tokens.device)
+    for first in range(0, length, per_number):
+        number, is_known = torch.zeros_like(tokens), torch.ones_like(tokens, dtype=torch.bool)
+        for step in range(first, min(first + per_number, length)):
+            token = _moved(tokens, step, fill=NONE)
+            number = number * (num_classes or 0) + token
+            is_known &= token >= 0
+        yield torch.where(is_known, number, NONE - 1 - positions)
+
+
+def _listed(tokens: Tensor, is_match: Tensor) -> Tensor:
+    """[B, T, K] the tokens [B, T] at offsets S - 1 to 0 where there is a match [B, T, S], -1 elsewhere.
+
+    On a CPU they are listed, since there are few; an accelerator would have to tell the host how many, and
+    everybody would wait.
+    """
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+        found = _looking_back(tokens, is_match.shape[-1], since=0)
+        return found.masked_fill(~is_match, NONE)
+    row, position, column = is_match.nonzero().unbind(-1)
+    place = row * tokens.shape[-1] + position
+    counts = place.bincount(minlength=tokens.numel())
+    rank = torch.arange(len(place)) - (counts.cumsum(0) - counts)[place]
+    listed = tokens.new_full((tokens.numel(), max(1, int(counts.max()))), NONE)
+    listed[place, rank] = tokens[row, position - (is_match.shape[-1] - 1 - column)]
+    return listed.view(*tokens.shape, -1)
 
 
 def immediate_candidates(batch: TokenBatch, *, threshold: int) -> Tensor:
@@ -107,10 +138,10 @@ def _candidates(batch: TokenBatch, ids: Tensor) -> Tensor:
     return ids.masked_fill(~batch.valid.unsqueeze(-1), NONE)
 
 
-def _looking_back(values: Tensor, num_offsets: int) -> Tensor:
-    """[B, T, S] values[t - s] for s = 1..S; -1 before the beginning."""
-    padded = torch.nn.functional.pad(values, (num_offsets, 0), value=NONE)
-    return padded[:, :-1].unfold(-1, num_offsets, 1).flip(-1)
+def _looking_back(values: Tensor, num_offsets: int, *, since: int = 1) -> Tensor:
+    """[B, T, S] values[t - s] for S offsets s down to ``since``; -1 before the beginning."""
+    padded = torch.nn.functional.pad(values, (num_offsets + since - 1, 0), value=NONE)
+    return padded[:, : values.shape[-1] + num_offsets - 1].unfold(-1, num_offsets, 1)
 
 
 def _moved(values: Tensor, by: int, *, fill: float | bool) -> Tensor:
