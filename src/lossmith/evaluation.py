@@ -20,8 +20,9 @@ from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, StatsOf, Term, Weigh
 from lossmith.metrics import Metrics
 
-# What batches of one kind read of their statistics, by the kind; None where it is not the same every time.
-Memory = dict[Hashable, "AskedFor | None"]
+# What batches of one kind read of their statistics, in all and after the loss, by the kind; None where it is
+# not the same every time.
+Memory = dict[Hashable, "tuple[AskedFor, AskedFor] | None"]
 
 
 def evaluate(
@@ -70,7 +71,7 @@ def evaluate(
     one_pass = _Pass(of_terms, stats, batch, weigh, reads, per_token, known)
     total, parts, contributions, weight = one_pass.run()
     if memory is not None and one_pass.read_as_asked():
-        memory.setdefault(kind, one_pass.asked)
+        memory.setdefault(kind, one_pass.asked_for())
     elif memory is not None:
         # What was remembered had become too little, and a second pass was made, or too much, which shows in
         # the last digit: it is done again as if for the first time, and of this kind nothing is remembered.
@@ -94,7 +95,7 @@ class _Pass:
 
     Attributes:
         terms: each with its columns of the candidates.
-        expected: what they will read, if that is known.
+        expected: what they will read, in all and after the loss, if that is known.
         asked: what was asked for.
     """
 
@@ -104,7 +105,7 @@ class _Pass:
     weigh: Weigh | None
     reads: Callable[[TokenStats], object] | None
     per_token: bool
-    expected: AskedFor | None
+    expected: tuple[AskedFor, AskedFor] | None
     asked: AskedFor | None = None
 
     def run(self) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
@@ -129,10 +130,18 @@ class _Pass:
 
     def read_as_asked(self) -> bool:
         """Whether nothing was read that was not asked for, and the other way round."""
-        return union(self.stats.seen, self.stats.needs_of(self._read_later)) == union(self.asked)
+        asked, later = self.asked_for()
+        return union(self.stats.seen, later) == union(asked)
+
+    def asked_for(self) -> tuple[AskedFor, AskedFor]:
+        """What was asked for in all, and what of it will be read after the loss."""
+        if self.expected is not None:
+            return self.expected
+        assert self.asked is not None
+        return self.asked, self.stats.needs_of(self._read_later)
 
     def _needs(self) -> AskedFor:
-        self.asked = self.expected or self.stats.needs_of(self._read)
+        self.asked = self.stats.needs_of(self._read) if self.expected is None else self.expected[0]
         return self.asked
 
     def _read(self, blank: TokenStats) -> None:
