@@ -299,7 +299,7 @@ of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides t
 
     def _warn_if_unshifted(self, batch: TokenBatch) -> None:
         """Once, on the first batch: it is a mistake in the wiring, and looking waits for the device."""
-        if self._shift_was_checked or batch.input_ids is None:
+        if self._shift_was_checked or batch.input_ids is None or torch.compiler.is_compiling():
             return
         self._shift_was_checked = True
         if batch.is_unshifted:
