@@ -50,6 +50,11 @@ class HeadSweep:
             memory_budget=self.memory_budget,
         )
 
+    def blank(self, hidden: Tensor) -> list[Tensor]:
+        """The statistics [N] of tokens without a target, to be filled in."""
+        like = hidden.new_empty((), dtype=self.compute_dtype)
+        return allocate(like, self.targets, self.candidates, self.needs, self.needs_unscaled)
+
     def stats_of(self, rows: Rows, z: Tensor) -> list[Tensor]:
         """The statistics [n] of a chunk's logits."""
         targets, ids = self.targets[rows], self._candidates_of(rows)
@@ -77,31 +82,25 @@ class HeadSweep:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the statistics, in the operators' order."""
-        unscaled = raw_names(self.needs_unscaled) if self.needs_unscaled >= 0 else ()
-        return (*raw_names(self.needs), *unscaled)
+        return _names(self.needs, self.needs_unscaled)
 
 
-@dataclass
-class Kept:
-    """The logits of the last chunk that was swept: the way back begins with it, and its memory serves all."""
-
-    buffer: Tensor
+def _names(needs: int, needs_unscaled: int) -> tuple[str, ...]:
+    return (*raw_names(needs), *(raw_names(needs_unscaled) if needs_unscaled >= 0 else ()))
 
 
 def forward_sweep(
     sweep: HeadSweep, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[list[Tensor], Kept | None]:
-    """The statistics of all tokens."""
+) -> tuple[list[Tensor], Tensor | None]:
+    """The statistics of all tokens; and the logits of the last chunk, with which the way back begins and
+    whose memory serves all of it."""
     chunks = sweep.chunks(hidden, weight, bias)
-    outputs = allocate(
-        hidden.new_empty((), dtype=sweep.compute_dtype),
-        sweep.targets, sweep.candidates, sweep.needs, sweep.needs_unscaled,
-    )  # fmt: skip
+    outputs = sweep.blank(hidden)
     for rows in chunks.all():
         x = chunks.inputs(rows)
         for out, value in zip(outputs, sweep.stats_of(rows, chunks.logits(x)), strict=True):
             out[rows] = value
-    return outputs, Kept(chunks.buffer()) if chunks.num_rows else None
+    return outputs, chunks.buffer() if chunks.num_rows else None
 
 
 def backward_sweep(
@@ -112,13 +111,13 @@ def backward_sweep(
     raw: Grads,
     grads: Grads,
     needed: tuple[bool, bool, bool],
-    kept: Kept | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of hidden states, weight and bias from those of the statistics."""
     chunks = sweep.chunks(hidden, weight, bias)
     result = HeadGradient(chunks, needed)
     if kept is not None:
-        chunks.reuse(kept.buffer)
+        chunks.reuse(kept)
     # from the end, where the kept ones are; and always so, that the sums do not depend on what was kept
     for k, rows in enumerate(reversed(list(chunks.all()))):
         x = chunks.inputs(rows)
@@ -255,8 +254,7 @@ def _(hidden, weight, bias, *rest):
 def _save_for_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.options = inputs[7:]
     needs, needs_unscaled = inputs[9:11]
-    names = raw_names(needs) + (raw_names(needs_unscaled) if needs_unscaled >= 0 else ())
-    ctx.is_saved = [name in SAVED for name in names]
+    ctx.is_saved = [name in SAVED for name in _names(needs, needs_unscaled)]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         *inputs[:7], *(out for out, is_saved in zip(output, ctx.is_saved, strict=True) if is_saved)

@@ -13,7 +13,7 @@ from lossmith.engine.chunks import HeadGradient, Rows
 from lossmith.engine.head_stats import HeadStats, HeadSweep, once
 from lossmith.engine.raw_stats import RawStats
 from lossmith.engine.stats import TokenStats
-from lossmith.engine.sweep import allocate, by_view
+from lossmith.engine.sweep import by_view
 
 # Elements of a gradient that are scaled at a time where it is narrower than the factor.
 PIECE = 2**22
@@ -94,8 +94,7 @@ def sweep_once(
         if not chunks.num_rows:
             return None
         result = HeadGradient(chunks, needed)
-        like = hidden.new_empty((), dtype=sweep.compute_dtype)
-        outputs = allocate(like, sweep.targets, sweep.candidates, sweep.needs, sweep.needs_unscaled)
+        outputs = sweep.blank(hidden)
         for rows in chunks.all():
             x = chunks.inputs(rows)
             z = chunks.logits(x)
