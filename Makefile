@@ -16,7 +16,7 @@ demo: $(VENV)/.train  ## train a language model on CPython's own documentation
 	$(BIN)/python train.py $(ARGS)
 
 test: $(VENV)/.dev    ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 check: $(VENV)/.dev   ## format, lint, types and tests
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check

@@ -1,7 +1,5 @@
 """Two ranks with DistributedDataParallel, micro-batches, one denominator: the whole batch's gradients."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +7,7 @@ from torch import Tensor, nn
 import linear_case
 import lossmith
 from linear_case import IGNORE, D, V
+from ranks import on_two_ranks
 
 ROWS, TOKENS = 6, 8
 SHARES = ([slice(0, 1), slice(1, 2)], [slice(2, 5), slice(5, 6)])  # micro-batches of each rank
@@ -50,10 +49,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return labels.clamp(min=0), labels, (labels[:, 1:] != IGNORE).sum()
 
 
-def worker(rank: int, port: int, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def gradients_of(rank: int) -> dict[str, list[Tensor]]:
     found = {}
     for strategy in ("auto", "one_sweep", "two_sweep"):
         model = Model(strategy)
@@ -64,18 +60,16 @@ def worker(rank: int, port: int, out: str) -> None:
             (parallel(ids[first], labels[first], count) * 2).backward()  # DDP divides by the ranks
         (parallel(ids[second], labels[second], count) * 2).backward()
         found[strategy] = [p.grad for p in model.parameters()]
-    torch.save(found, f"{out}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # a process group at exit may abort
+    return found
 
 
 def test_two_ranks_have_the_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(worker, (31500 + os.getpid() % 1500, str(tmp_path)), nprocs=2)
+    found = on_two_ranks(gradients_of, tmp_path)
     model = Model("logits")
     model(*batch()).backward()
     expected = [p.grad for p in model.parameters()]
-    for rank in range(2):
-        for gradients in torch.load(tmp_path / f"{rank}.pt").values():
+    for rank in found:
+        for gradients in rank.values():
             torch.testing.assert_close(gradients, expected)
 
 

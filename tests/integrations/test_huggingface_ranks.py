@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -14,6 +13,7 @@ from huggingface_models import D, V, assert_same, batch, gradients, make
 import lossmith
 from lossmith.integrations.huggingface import LossTrainer, attach
 from lossmith.integrations.huggingface.labels import count
+from ranks import on_two_ranks
 
 ROWS = (slice(0, 3), slice(3, 8))  # of the two ranks
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -98,11 +98,10 @@ def train_with_trainer(folder: str, rows_each: int, micro_batches: int) -> dict:
     }
 
 
-def worker(rank: int, port: int, out: str) -> None:
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def runs_of(rank: int, out: str) -> dict[str, dict]:
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    # accelerate wants an address, though the ranks have met already
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -114,22 +113,18 @@ def worker(rank: int, port: int, out: str) -> None:
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh)
 
-    found = {
+    return {
         "ddp": train_by_hand(DistributedDataParallel, ROWS[rank], 2),
         "fsdp": train_by_hand(shard, ROWS[rank], 2),
         "trainer": train_with_trainer(f"{out}/trainer", 2, 2),
     }
-    torch.save(found, f"{out}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # a process group at exit may abort
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two ranks found."""
     out = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (25500 + os.getpid() % 1500, str(out)), nprocs=2)
-    return [torch.load(out / f"{rank}.pt") for rank in range(2)]
+    return on_two_ranks(runs_of, out, str(out))
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

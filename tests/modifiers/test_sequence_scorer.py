@@ -1,11 +1,9 @@
 """The scorer's modifiers against their formulas."""
 
 import math
-import os
 
 import pytest
 import torch
-import torch.multiprocessing
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -16,6 +14,7 @@ from lossmith import (
     SequenceScorerCorrelationModifier,
     SequenceScorerVarianceModifier,
 )
+from ranks import on_two_ranks
 
 SCORER = ModelMode.SEQUENCE_SCORER
 numbers = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=8)
@@ -199,9 +198,7 @@ def test_bad_scores(predictions, targets, message):
 # ── over ranks ────────────────────────────────────────────────────────────────────────────────────
 
 
-def global_worker(rank: int, port: int, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def losses_of(rank: int) -> dict[str, tuple]:
     p, t, logits, targets = global_case()
     half = slice(0, 2) if rank == 0 else slice(2, 6)
     losses = {}
@@ -210,9 +207,7 @@ def global_worker(rank: int, port: int, out: str) -> None:
         loss = pipeline.modify_loss(p[half], t[half], torch.tensor(1.0, dtype=torch.float64))
         entropy = entropy_of(scope).modify_loss(logits[half], targets[half], denominator=6)
         losses[scope] = (loss, entropy)
-    torch.save(losses, f"{out}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # a process group at exit may abort
+    return losses
 
 
 def global_case():
@@ -239,9 +234,7 @@ def entropy_of(scope: str) -> LossModifierPipeline:
 
 def test_global_statistics_are_those_of_the_whole_batch(tmp_path):
     """Two ranks with 2 and 4 samples against one process with 6."""
-    port = 29500 + os.getpid() % 2000
-    torch.multiprocessing.spawn(global_worker, (port, str(tmp_path)), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    found = on_two_ranks(losses_of, tmp_path)
     p, t, logits, targets = global_case()
     factor = scorers("local").modify_loss(p, t, torch.tensor(1.0, dtype=torch.float64))
     for rank in range(2):

@@ -1,14 +1,12 @@
 """NVAMP against its formula, written down in fp64."""
 
-import os
-
 import pytest
 import torch
-import torch.multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lossmith import CrossEntropyLoss, LossModifierPipeline, NVAMPLoss, TargetSmoothingModifier
+from ranks import on_two_ranks
 
 IGNORE = -100
 
@@ -159,23 +157,18 @@ def test_bad_options(options, message):
         NVAMPLoss(**options)
 
 
-def worker(rank: int, port: int, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     logits, targets = batch(ignored=0.1)
     rows = slice(0, 1) if rank == 0 else slice(1, 3)
     criterion = NVAMPLoss(gamma=0.5, top_k=3, stats_scope="global")
     count = (targets != IGNORE).sum()
     loss = criterion(logits[rows], targets[rows], denominator=count)
     loss.backward()
-    torch.save((loss.detach(), logits.grad), f"{out}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)
+    return loss.detach(), logits.grad
 
 
 def test_global_statistics_are_those_of_the_whole_batch(tmp_path):
-    torch.multiprocessing.spawn(worker, (27500 + os.getpid() % 1500, str(tmp_path)), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    found = on_two_ranks(share, tmp_path)
     logits, targets = batch(ignored=0.1)
     expected = naive(logits, targets, gamma=0.5, top_k=3)
     torch.testing.assert_close(found[0][0] + found[1][0], expected.detach())

@@ -1,0 +1,27 @@
+"""A function run by two ranks, each a process of its own, and what each of them found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+
+def on_two_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """What ``function(rank, *arguments)`` returns on each; ``folder`` is a new one, where they meet."""
+    torch.multiprocessing.spawn(_run, (function, str(folder), arguments), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def _run(rank: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    meeting_point = f"file://{folder}/meeting-point"
+    torch.distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=2)
+    torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # a process group at exit may abort
