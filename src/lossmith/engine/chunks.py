@@ -10,12 +10,13 @@ from torch import Tensor
 from lossmith.engine.blocks import accumulation_dtype
 from lossmith.engine.memory import fresh
 from lossmith.engine.plan import rows_of_a_chunk
+from lossmith.engine.products import wide_product
 
 Rows = slice | Tensor
 
 # On a CPU the products are made this many elements of the weight, or of the logits, at a time: that much
 # stays in the cache, and the next chunk's product finds the matrix library's own copies of it there.
-TILE_ELEMENTS = 2**21
+TILE_ELEMENTS = 2**20
 
 
 class Chunks:
@@ -157,8 +158,11 @@ class HeadGradient:
                 g = narrowed(g, c.dtype)
             is_there = isinstance(rows, slice) and self.hidden.dtype == c.dtype
             total = self.hidden[rows] if is_there else torch.empty_like(x)
-            for k, tile in enumerate(c.tiles(len(x)) if g.dtype == c.wide else [slice(None)]):
-                torch.addmm(total, g[:, tile], c.weight[tile], beta=min(k, 1), out=total)
+            if g.dtype == c.wide:
+                for k, tile in enumerate(c.tiles(len(x))):
+                    wide_product(g[:, tile], c.weight[tile], into=total, is_sum=k > 0)
+            else:
+                torch.mm(g, c.weight, out=total)
             if not is_there:
                 self.hidden[rows] = total.to(self.hidden.dtype)
         self._is_first = False
@@ -180,17 +184,6 @@ class HeadGradient:
             None if self.weight is None else self.weight.to(weight.dtype),
             None if self.bias is None or bias is None else self.bias.to(bias.dtype),
         )
-
-
-def wide_product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool = False) -> None:
-    """into <- a @ b, or with ``is_sum`` into + a @ b, in the dtype of ``into``: at least fp32, whatever the
-    factors are, and rounded nowhere before."""
-    wide = into.dtype
-    if a.dtype == b.dtype != wide and into.device.type == "cuda":
-        product = torch.mm(a, b, out_dtype=wide)  # fp32 out of half-precision units
-        into.add_(product) if is_sum else into.copy_(product)
-        return
-    torch.addmm(into, a.to(wide), b.to(wide), beta=int(is_sum), out=into)
 
 
 def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
