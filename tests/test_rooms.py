@@ -88,7 +88,7 @@ def test_importing_the_package_is_cheap():
         "import sys, torch; before = set(sys.modules); import lossmith; "
         "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
         "print(sorted(new & {'transformers', 'omegaconf', 'typer', 'rich', 'triton'}));"
-        "from lossmith.engine import rows_native; print(rows_native.library.cache_info().currsize)"
+        "from lossmith.engine import native; print(native.library.cache_info().currsize)"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.split("\n")[:2] == ["[]", "0"]

@@ -6,7 +6,7 @@ import torch
 import linear_case
 import lossmith
 from linear_case import STRATEGIES, Head, LargestTensor
-from lossmith.engine import chunks, sampling
+from lossmith.engine import chunks, products, sampling
 from lossmith.engine.chunks import Chunks
 from lossmith.engine.linear import LinearHead
 from lossmith.engine.plan import MEMORY_BUDGET, rows_of_a_chunk
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("arithmetic")
 def small_blocks(set_block_rows, monkeypatch):
     """PyTorch's arithmetic has blocks of its own, and these tests are small."""
     set_block_rows(SMALL, V)
-    monkeypatch.setattr(chunks, "TILE_ELEMENTS", 16 * D)
+    monkeypatch.setattr(products, "PIECE_ELEMENTS", 16 * D)
+    monkeypatch.setattr(chunks, "NARROWED_ELEMENTS", 16 * D)
 
 
 def batch(dtype: torch.dtype) -> tuple[Head, torch.Tensor]:

@@ -1,34 +1,30 @@
 """Products of a head's factors, by whichever library makes them."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lossmith
-from lossmith.engine import products
+from lossmith.engine import products, products_native
 from lossmith.engine.products import wide_product
 
-needs_onednn = pytest.mark.skipif(not products.has_onednn(), reason="needs oneDNN and AVX-512")
+needs_compiled = pytest.mark.skipif(not products_native.is_there(), reason="needs AVX-512 and a C++ compiler")
 
 
-class Seen(TorchDispatchMode):
-    """The names of the operators that ran."""
-
-    def __enter__(self):
-        self.names: set[str] = set()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture(autouse=True)
-def small_products_too(monkeypatch):
-    monkeypatch.setattr(products, "WORTH_ONEDNN", 0)
+@pytest.fixture(params=["compiled", "pytorch"], autouse=True)
+def way(request, monkeypatch) -> str:
+    """Each test on the compiled products, small ones too, and on PyTorch's, in small pieces."""
+    if request.param == "pytorch":
+        monkeypatch.setattr(products_native, "is_there", lambda: False)
+        monkeypatch.setattr(products, "PIECE_ELEMENTS", 1)
+    elif not products_native.is_there():
+        pytest.skip("needs AVX-512 and a C++ compiler")
+    monkeypatch.setattr(products_native, "WORTH_IT", 0)
+    return request.param
 
 
 def in_memory_of(kind: str, x: Tensor) -> Tensor:
@@ -63,36 +59,83 @@ def test_wide_product_is_the_product_rounded_once(n, k, m, of_a, of_b, of_into, 
     assert ((into.double() - expected).abs() <= 4 * torch.finfo(wide).eps * size).all()
 
 
-def test_without_onednn(monkeypatch):
-    monkeypatch.setattr(products, "has_onednn", lambda: False)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 600, 33), (25, 513, 545), (300, 2, 1100), (12, 512, 512)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_and_their_edges(shape, dtype, rng):
+    """More than one block of either side, whole tiles and rests of them; every layout of both factors."""
+    n, k, m = shape
+    a, b = torch.randn(n, k, generator=rng).to(dtype), torch.randn(k, m, generator=rng).to(dtype)
+    exact = a.double() @ b.double()
+    bound = 4 * k**0.5 * 2**-24 * (a.double().abs() @ b.double().abs())
+    for of_a, of_b in itertools.product(("rows", "transposed", "columns"), repeat=2):
+        into = torch.full((n, m), float("nan"))
+        wide_product(in_memory_of(of_a, a), in_memory_of(of_b, b), into=into)
+        assert ((into.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_in_its_row(dtype):
+    a, b = torch.ones(14, 40, dtype=dtype), torch.ones(40, 35, dtype=dtype)
+    a[3, 7], a[13, 0], b[5, 34] = float("nan"), float("inf"), -float("inf")
+    into = torch.empty(14, 35)
+    wide_product(a, b, into=into)
+    torch.testing.assert_close(into, a.float() @ b.float(), equal_nan=True)
+
+
+def test_nothing_is_written_beside(way):
+    whole = torch.full((30, 80), 7.0)
+    into = whole[2:28, 5:71]
+    wide_product(torch.ones(26, 9), torch.ones(9, 66), into=into)
+    assert (into == 9).all()
+    into.fill_(7.0)
+    assert (whole == 7).all()
+
+
+def test_the_sum_of_two_products_is_fp32(way):
+    """What comes second is not lost in a bf16 result."""
+    one, small = torch.ones(2, 2).bfloat16(), torch.full((2, 2), 2.0**-12).bfloat16()
+    into = torch.empty(2, 2)
+    wide_product(one, one, into=into)
+    wide_product(small, one, into=into, is_sum=True)
+    assert (into == 2 + 2.0**-11).all()
+
+
+@needs_compiled
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_nothing(threads, rng, way):
+    if way == "pytorch":
+        pytest.skip("PyTorch promises no such thing")
+    a, b = torch.randn(100, 700, generator=rng), torch.randn(700, 1300, generator=rng)
+    before, found = torch.get_num_threads(), []
+    try:
+        for number in (1, threads):
+            torch.set_num_threads(number)
+            found.append(torch.empty(100, 1300))
+            wide_product(a, b, into=found[-1])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@needs_compiled
+def test_what_is_left_to_pytorch(way, monkeypatch):
+    if way == "pytorch":
+        pytest.skip("nothing is compiled")
     a, b, into = torch.randn(3, 4), torch.randn(4, 5), torch.empty(3, 5)
-    with Seen() as seen:
-        wide_product(a, b, into=into)
-    torch.testing.assert_close(into, a @ b)
-    assert not any("mkldnn" in name for name in seen.names)
-
-
-@needs_onednn
-def test_onednn_takes_fp32_products_whose_first_factor_lies_in_rows():
-    a, b = torch.randn(3, 4), torch.randn(4, 5)
-    for first, is_taken in ((a, True), (in_memory_of("transposed", a), False), (a.double(), False)):
-        into = torch.empty(3, 5, dtype=first.dtype)
-        with Seen() as seen:
-            wide_product(first, b.to(first.dtype), into=into)
-        assert any("mkldnn" in name for name in seen.names) == is_taken
-
-
-@needs_onednn
-def test_small_products_stay_where_no_kernel_has_to_be_made(monkeypatch):
-    monkeypatch.setattr(products, "WORTH_ONEDNN", 61)
-    with Seen() as seen:
-        wide_product(torch.randn(3, 4), torch.randn(4, 5), into=torch.empty(3, 5))
-    assert not any("mkldnn" in name for name in seen.names)
+    assert products_native.takes(a, b, into)
+    assert products_native.takes(a.bfloat16(), b, into)
+    assert not products_native.takes(a.double(), b.double(), into.double())
+    assert not products_native.takes(a.half(), b.half(), into)
+    assert not products_native.takes(torch.randn(6, 8)[::2, ::2], b, into)
+    assert not products_native.takes(a, torch.randn(8, 10)[::2, ::2], into)
+    assert not products_native.takes(a, b, torch.empty(5, 3).t())
+    monkeypatch.setattr(products_native, "WORTH_IT", 3 * 4 * 5 + 1)
+    assert not products_native.takes(a, b, into)
 
 
 @pytest.mark.parametrize("strategy", ["one_sweep", "two_sweep"])
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_a_head_by_onednn_equals_fp64(strategy, is_tied):
+def test_a_head_of_them_equals_fp64(strategy, is_tied):
     torch.manual_seed(0)
     hidden, targets = torch.randn(40, 16), torch.randint(300, (40,))
     targets[::7] = -100

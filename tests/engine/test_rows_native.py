@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lossmith
-from lossmith.engine import rows_native
+from lossmith.engine import native, rows_native
 from lossmith.engine.stats import STATISTIC_NAMES
 
 NAMES = sorted(STATISTIC_NAMES)
@@ -16,9 +16,9 @@ NAMES = sorted(STATISTIC_NAMES)
 @pytest.fixture
 def fresh_library():
     """Let the test decide whether and where the library is built."""
-    rows_native.library.cache_clear()
+    native.library.cache_clear()
     yield
-    rows_native.library.cache_clear()
+    native.library.cache_clear()
 
 
 def everything(monkeypatch, native, num_classes, dtype, temperature):
@@ -53,7 +53,7 @@ def everything(monkeypatch, native, num_classes, dtype, temperature):
     return values, logits.grad
 
 
-@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 15, 16, 17, 33, 1000, 5003])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -69,7 +69,7 @@ def test_native_rows_equal_torch_rows(monkeypatch, num_classes, dtype, temperatu
     assert not our_grad[2, 2].any()
 
 
-@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
 def test_threads_change_nothing():
     logits = torch.randn(300, 1001, requires_grad=True)
     targets = torch.randint(1001, (300,))
@@ -86,7 +86,7 @@ def test_threads_change_nothing():
         assert torch.equal(one[1], other[1])
 
 
-@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
 def test_row_strides_are_read_where_they_are():
     wide = torch.randn(6, 40)
     part = wide[:, 3:36].detach().requires_grad_()
@@ -103,18 +103,18 @@ def test_without_a_compiler_pytorch_takes_over(monkeypatch, fresh_library, varia
     logits, targets = torch.randn(4, 9), torch.randint(9, (4,))
     with caplog.at_level(logging.INFO, logger="lossmith"):
         loss = lossmith.cross_entropy(logits, targets)
-    assert rows_native.library() is None
+    assert native.library() is None
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, targets))
     if variable[0] == "CXX":
         assert "could not be built" in caplog.text
 
 
-@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
 def test_a_read_only_cache_is_no_obstacle(monkeypatch, fresh_library, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert rows_native.library() is not None
+    assert native.library() is not None
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["compiled", "pytorch"])
@@ -153,7 +153,7 @@ def test_a_temperature_rounds_alike_both_ways(offset):
     assert gradient.sum(-1).abs().max() < 1e-5
 
 
-@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_views_whose_rows_are_contiguous_need_no_copy(dtype):
     whole = torch.randn(3, 6, 2, 40).to(dtype)
@@ -178,20 +178,20 @@ def test_views_whose_rows_are_contiguous_need_no_copy(dtype):
 def test_a_command_that_cannot_be_read_is_no_compiler(monkeypatch, fresh_library, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "g++ '")
-    assert rows_native.library() is None
+    assert native.library() is None
 
 
-@pytest.mark.skipif(rows_native.library() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
 def test_a_broken_build_is_replaced(monkeypatch, fresh_library, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert rows_native.library() is not None
+    assert native.library() is not None
     for built in (tmp_path / "lossmith").glob("*.so"):
         built.unlink()
         built.write_bytes(b"no library")
-    rows_native.library.cache_clear()
-    rows_native.library()  # takes the other variant, or none, and removes what is broken
-    rows_native.library.cache_clear()
-    assert rows_native.library() is not None
+    native.library.cache_clear()
+    native.library()  # takes the other variant, or none, and removes what is broken
+    native.library.cache_clear()
+    assert native.library() is not None
 
 
 def test_without_an_absolute_home_nothing_lands_in_the_working_directory(
@@ -200,5 +200,5 @@ def test_without_an_absolute_home_nothing_lands_in_the_working_directory(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    rows_native.library()
+    native.library()
     assert not list(tmp_path.iterdir())

@@ -14,9 +14,8 @@ from lossmith.engine.products import wide_product
 
 Rows = slice | Tensor
 
-# On a CPU the products are made this many elements of the weight, or of the logits, at a time: that much
-# stays in the cache, and the next chunk's product finds the matrix library's own copies of it there.
-TILE_ELEMENTS = 2**20
+# Elements of a gradient that are narrowed at a time.
+NARROWED_ELEMENTS = 2**20
 
 
 class Chunks:
@@ -75,11 +74,8 @@ class Chunks:
     def logits(self, x: Tensor) -> Tensor:
         """[n, V] the logits of hidden states [n, D], fp32 at least, in memory that the next chunk reuses."""
         z = self.buffer()[: len(x)]
-        for tile in self.tiles(len(x)):
-            wide_product(x, self.weight[tile].t(), into=z[:, tile])
-            if self.bias is not None:
-                z[:, tile] += self.bias[tile]
-        return z
+        wide_product(x, self.weight.t(), into=z)
+        return z if self.bias is None else z.add_(self.bias)
 
     def buffer(self) -> Tensor:
         if self._buffer is None:
@@ -90,14 +86,6 @@ class Chunks:
     def reuse(self, buffer: Tensor) -> None:
         """Take the memory of an earlier sweep of the same chunks."""
         self._buffer = buffer
-
-    def tiles(self, num_rows: int) -> list[slice]:
-        """The classes in pieces that the products are made of."""
-        size = self.num_classes
-        if self.hidden.device.type == "cpu":
-            most = max(256, TILE_ELEMENTS // max(self.weight.shape[1], num_rows))
-            size = -(-size // -(-size // most))
-        return [slice(start, start + size) for start in range(0, self.num_classes, size)]
 
 
 def packs(targets: Tensor) -> bool:
@@ -151,18 +139,13 @@ class HeadGradient:
         if not is_cpu:
             g = g.to(c.dtype)
         if self.weight is not None:
-            for tile in c.tiles(len(x)):
-                wide_product(g[:, tile].t(), x, into=self.weight[tile], is_sum=not self._is_first)
+            wide_product(g.t(), x, into=self.weight, is_sum=not self._is_first)
         if self.hidden is not None:
             if is_cpu:
                 g = narrowed(g, c.dtype)
             is_there = isinstance(rows, slice) and self.hidden.dtype == c.dtype
             total = self.hidden[rows] if is_there else torch.empty_like(x)
-            if g.dtype == c.wide:
-                for k, tile in enumerate(c.tiles(len(x))):
-                    wide_product(g[:, tile], c.weight[tile], into=total, is_sum=k > 0)
-            else:
-                torch.mm(g, c.weight, out=total)
+            wide_product(g, c.weight, into=total) if g.dtype == c.wide else torch.mm(g, c.weight, out=total)
             if not is_there:
                 self.hidden[rows] = total.to(self.hidden.dtype)
         self._is_first = False
@@ -192,7 +175,7 @@ def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
         return values
     target = values.view(dtype).view(-1)[: values.numel()].view(values.shape)
     # Some rows at a time, and those copied out before: they end up in front of where they were.
-    rows = max(1, TILE_ELEMENTS // values.shape[1])
+    rows = max(1, NARROWED_ELEMENTS // values.shape[1])
     for start in range(0, len(values), rows):
         some = slice(start, start + rows)
         target[some] = values[some].to(dtype)

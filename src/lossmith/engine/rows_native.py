@@ -1,42 +1,21 @@
-"""The arithmetic on rows, compiled: ``rows_native.cpp`` built once on this machine, and called.
+"""The arithmetic on rows, compiled: calls ``rows_native.cpp``.
 
 Where PyTorch makes a dozen parallel passes over a block of rows, this makes one over the
 batch. It takes fp32 and bf16 rows on a CPU; ``rows_torch`` takes everything, and takes over
-where there is no C++ compiler. ``LOSSMITH_NATIVE=0`` turns it off.
+where nothing can be compiled.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lossmith.engine.native import library
 from lossmith.engine.raw import View, closed
 
-_log = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("rows_native.cpp")
-# No contraction: forward and backward must round a logit over its temperature alike.
-_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off"]
-# OpenMP is compiled against but not linked: its symbols are then found in the runtime that
-# PyTorch has loaded. Where they are not, that build does not load, and the next one brings threads.
-_VARIANTS = (["-fopenmp"], [])
-_COMPILERS = ("g++", "clang++", "c++")
-# A build takes a second; a compiler that hangs must not hold up a training step for long.
-_PATIENCE_S = 30
 _OUTPUTS = (
     "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight", "num_finite",
     "top_wrong_logit", "top_wrong_id", "num_wrong", "candidate_logits", "rest_log_sum",
@@ -150,79 +129,3 @@ def _pointer(tensor: Tensor | None, alive: list[Tensor]) -> int | None:
         return None
     alive.append(tensor.contiguous())
     return alive[-1].data_ptr()
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled library, built on first use and kept; None where it cannot be built."""
-    if os.environ.get("LOSSMITH_NATIVE", "1") == "0" or sys.platform == "win32":
-        return None
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        _log.info("no C++ compiler found; rows are computed with PyTorch operations, about 3x slower")
-        return None
-    failures: list[Exception] = []
-    for variant in _VARIANTS:
-        try:
-            return _load(_build(shlex.split(compiler), [*_FLAGS, *variant]))
-        except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:  # noqa: PERF203
-            failures.append(error)
-    _log.info("row kernels could not be built; rows are computed with PyTorch operations: %s", failures)
-    return None
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    """The library at ``path``; a file that is none is removed, so that the next process builds it anew."""
-    try:
-        loaded = ctypes.CDLL(str(path))
-        _ = loaded.lossmith_sweep
-    except (OSError, AttributeError):
-        path.unlink(missing_ok=True)
-        raise
-    return loaded
-
-
-def _build(compiler: list[str], flags: list[str]) -> Path:
-    """Compile the source unless this machine's build of it is there; another CPU builds its own."""
-
-    def call(*arguments: str) -> bytes:
-        command = [*compiler, *arguments]
-        return subprocess.run(command, capture_output=True, check=True, timeout=_PATIENCE_S).stdout
-
-    command = shlex.join([*compiler, *flags]).encode()
-    made_of = [_SOURCE.read_bytes(), call("--version"), command, _processor()]
-    directory = _cache_directory()
-    target = directory / f"rows-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
-    if not target.exists():
-        _log.info("compiling the row kernels into %s", target)
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            compiled, linked = Path(scratch) / "rows.o", Path(scratch) / target.name
-            call(*flags, "-c", str(_SOURCE), "-o", str(compiled))
-            call("-shared", "-pthread", str(compiled), "-o", str(linked))
-            linked.replace(target)  # atomic: another process may be building the same
-    return target
-
-
-def _processor() -> bytes:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    kinds = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
-    return "\n".join([platform.machine(), *kinds[:2]]).encode()
-
-
-def _cache_directory() -> Path:
-    """Where builds are kept: the user's cache, or a directory of this process if there is none."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    directory = Path(home) / "lossmith"
-    try:
-        if directory.is_absolute():
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if os.access(directory, os.W_OK):
-                return directory
-    except OSError:
-        pass
-    private = tempfile.mkdtemp(prefix="lossmith-")
-    atexit.register(shutil.rmtree, private, ignore_errors=True)
-    return Path(private)
