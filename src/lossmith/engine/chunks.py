@@ -10,7 +10,7 @@ from torch import Tensor
 from lossmith.engine.blocks import accumulation_dtype
 from lossmith.engine.memory import fresh
 from lossmith.engine.plan import rows_of_a_chunk
-from lossmith.engine.products import wide_product
+from lossmith.engine.products import multiplies_halves, wide_product
 
 Rows = slice | Tensor
 
@@ -135,14 +135,12 @@ class HeadGradient:
         c = self.chunks
         if self.bias is not None:
             self.bias += g.sum(0)
-        is_cpu = g.device.type == "cpu"
-        if not is_cpu:
-            g = g.to(c.dtype)
+        if multiplies_halves(c.dtype, g.device):
+            g = narrowed(g, c.dtype)
         if self.weight is not None:
             wide_product(g.t(), x, into=self.weight, is_sum=not self._is_first)
         if self.hidden is not None:
-            if is_cpu:
-                g = narrowed(g, c.dtype)
+            g = narrowed(g, c.dtype)
             is_there = isinstance(rows, slice) and self.hidden.dtype == c.dtype
             total = self.hidden[rows] if is_there else torch.empty_like(x)
             wide_product(g, c.weight, into=total) if g.dtype == c.wide else torch.mm(g, c.weight, out=total)
@@ -170,9 +168,9 @@ class HeadGradient:
 
 
 def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous [n, V] values in a dtype of at most half the width, in the memory where they are."""
-    if values.dtype == dtype:
-        return values
+    """[n, V] values in a dtype of at most half the width; on a CPU in the memory where they are."""
+    if values.dtype == dtype or values.device.type != "cpu":
+        return values.to(dtype)
     target = values.view(dtype).view(-1)[: values.numel()].view(values.shape)
     # Some rows at a time, and those copied out before: they end up in front of where they were.
     rows = max(1, NARROWED_ELEMENTS // values.shape[1])

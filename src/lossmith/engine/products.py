@@ -27,6 +27,13 @@ def wide_product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool = False) ->
         torch.addmm(into, a.to(wide), b.to(wide), beta=int(is_sum), out=into)
 
 
+def multiplies_halves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether factors of this dtype are multiplied as they are, rather than widened first."""
+    if device.type == "cpu":
+        return dtype == torch.bfloat16 and products_native.multiplies_bf16()
+    return dtype != torch.float64
+
+
 def in_pieces(a: Tensor, b: Tensor, into: Tensor, is_sum: bool) -> None:
     """The product in pieces along its longest dimension."""
     num_rows, depth, num_columns = *a.shape, b.shape[1]

@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <initializer_list>
 #include <memory>
 
 extern "C" {
@@ -27,15 +26,17 @@ struct Product {
 namespace {
 
 constexpr int W = 16, MR = 12, NR = 2 * W;
-constexpr int64_t KC = 512, NC = 1024;
+constexpr int64_t KC = 512, NC = 1024, SUMMED = 128;
 
 __mmask16 first(int64_t n) { return n >= W ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 
+inline __m512i halves(const Factor& f, int64_t offset, __mmask16 lanes) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, (const uint16_t*)f.data + offset));
+}
 inline __m512 load(const Factor& f, int64_t offset, __mmask16 lanes) {
     if (!f.is_bf16) return _mm512_maskz_loadu_ps(lanes, (const float*)f.data + offset);
-    const __m256i half = _mm256_maskz_loadu_epi16(lanes, (const uint16_t*)f.data + offset);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    return (__m512)_mm512_slli_epi32(halves(f, offset, lanes), 16);
 }
 
 inline void transpose(__m512 (&r)[W]) {
@@ -63,24 +64,38 @@ inline void transpose(__m512 (&r)[W]) {
         }
 }
 
-// A panel [K][R] of a factor that begins at (start, k); 0 past its end, ``left`` away.
-template <int R>
+// A panel [K][R] of a factor that begins ``start`` across, where ``left`` are left, and at ``k``; 0 past the ends.
+// With PAIRS it is [K / 2][R], each of its elements two of bf16 that are neighbours along k.
+template <int R, bool PAIRS>
 void pack(const Factor& f, int64_t start, int64_t left, int64_t k, int64_t K, float* panel) {
+    constexpr int STEP = PAIRS ? 2 : 1;
     for (int r = 0; r < R; r += W, panel += W) {
         const int64_t at = (start + r) * f.across + k * f.along;
         const __mmask16 there = first(left - r), lanes = first(R - r);
         if (f.across == 1) {
-            for (int64_t q = 0; q < K; ++q)
-                _mm512_mask_storeu_ps(panel + q * R, lanes, load(f, at + q * f.along, there));
+            for (int64_t q = 0; q < K; q += STEP) {
+                const int64_t offset = at + q * f.along;
+                __m512 row = load(f, offset, there);
+                if (PAIRS) {
+                    const __m512i second = halves(f, offset + f.along, q + 1 < K ? there : 0);
+                    row = (__m512)_mm512_or_epi32(halves(f, offset, there), _mm512_slli_epi32(second, 16));
+                }
+                _mm512_mask_storeu_ps(panel + q / STEP * R, lanes, row);
+            }
             continue;
         }
-        for (int64_t q = 0; q < K; q += W) {
+        for (int64_t q = 0; q < K; q += STEP * W) {
             __m512 rows[W];
-            for (int i = 0; i < W; ++i)
-                rows[i] = there >> i & 1 ? load(f, at + i * f.across + q, first(K - q)) : _mm512_setzero_ps();
+            for (int i = 0; i < W; ++i) {
+                const int64_t offset = at + i * f.across + q;
+                const uint32_t some = K - q >= 2 * W ? ~0u : (1u << (K - q)) - 1;
+                if (!(there >> i & 1)) rows[i] = _mm512_setzero_ps();
+                else if (PAIRS) rows[i] = (__m512)_mm512_maskz_loadu_epi16(some, (const uint16_t*)f.data + offset);
+                else rows[i] = load(f, offset, first(K - q));
+            }
             transpose(rows);
-            for (int64_t i = 0; i < least(W, K - q); ++i)
-                _mm512_mask_storeu_ps(panel + (q + i) * R, lanes, rows[i]);
+            for (int64_t i = 0; i < W && q + i * STEP < K; ++i)
+                _mm512_mask_storeu_ps(panel + (q / STEP + i) * R, lanes, rows[i]);
         }
     }
 }
@@ -93,9 +108,9 @@ inline __m512 add_pairs(__m512 sum, __m512 a, __m512 b) {
 inline __m512 add_pairs(__m512 sum, __m512, __m512) { return sum; }
 #endif
 
-// c [12, 32] (+)= of two panels; with PAIRS each of their elements is two of bf16, side by side along k.
+// c [12, 32] (+)= of two panels [K][12] and [K][32].
 template <bool PAIRS>
-void full_tile(int64_t K, const float* a, const float* b, float* c, int64_t stride, bool is_sum) {
+void sums_of(int64_t K, const float* a, const float* b, float* c, int64_t stride, bool is_sum) {
     __m512 sums[MR][2];
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
@@ -120,6 +135,13 @@ void full_tile(int64_t K, const float* a, const float* b, float* c, int64_t stri
         }
 }
 
+// The same, in sums short enough that they are as exact as MKL's.
+template <bool PAIRS>
+void full_tile(int64_t K, const float* a, const float* b, float* c, int64_t stride, bool is_sum) {
+    for (int64_t k = 0; k < K; k += SUMMED, is_sum = true)
+        sums_of<PAIRS>(least(SUMMED, K - k), a + k * MR, b + k * NR, c, stride, is_sum);
+}
+
 template <bool PAIRS>
 void tile(int64_t m, int64_t n, int64_t K, const float* a, const float* b, float* c, int64_t stride, bool is_sum) {
     if (m >= MR && n >= NR) return full_tile<PAIRS>(K, a, b, c, stride, is_sum);
@@ -132,7 +154,9 @@ void tile(int64_t m, int64_t n, int64_t K, const float* a, const float* b, float
 
 template <bool PAIRS>
 void product(const Product& p) {
-    const int64_t panels = (p.M + MR - 1) / MR, depth = least(KC, p.K), width = least(NC, (p.N + NR - 1) / NR * NR);
+    constexpr int64_t STEP = PAIRS ? 2 : 1;
+    const int64_t panels = (p.M + MR - 1) / MR;
+    const int64_t depth = least(KC, (p.K + STEP - 1) / STEP), width = least(NC, (p.N + NR - 1) / NR * NR);
     // Two blocks of b: while some threads still multiply with one, others pack the next.
     const std::unique_ptr<float, decltype(&std::free)> blocks(
         (float*)std::aligned_alloc(64, 2 * depth * width * sizeof(float)), &std::free);
@@ -141,38 +165,34 @@ void product(const Product& p) {
         float a[KC * MR];
         bool turn = false;
         for (int64_t j = 0; j < p.N; j += width)
-            for (int64_t k = 0; k < p.K; k += depth, turn = !turn) {
-                const int64_t n = least(width, p.N - j), K = least(depth, p.K - k);
+            for (int64_t k = 0; k < p.K; k += STEP * depth, turn = !turn) {
+                const int64_t n = least(width, p.N - j), K = least(STEP * depth, p.K - k);
+                const int64_t rows = (K + STEP - 1) / STEP;
                 float* b = blocks.get() + turn * depth * width;
 #pragma omp for schedule(static)
-                for (int64_t q = 0; q < n; q += NR) pack<NR>(p.b, j + q, n - q, k, K, b + q * K);
+                for (int64_t q = 0; q < n; q += NR) pack<NR, PAIRS>(p.b, j + q, n - q, k, K, b + q * rows);
 #pragma omp for schedule(dynamic) nowait
                 for (int64_t i = 0; i < panels; ++i) {
-                    pack<MR>(p.a, i * MR, p.M - i * MR, k, K, a);
+                    pack<MR, PAIRS>(p.a, i * MR, p.M - i * MR, k, K, a);
                     float* c = p.c + i * MR * p.c_stride + j;
                     for (int64_t q = 0; q < n; q += NR)
-                        tile<PAIRS>(p.M - i * MR, n - q, K, a, b + q * K, c + q, p.c_stride, p.is_sum || k > 0);
+                        tile<PAIRS>(p.M - i * MR, n - q, rows, a, b + q * rows, c + q, p.c_stride, p.is_sum || k > 0);
                 }
             }
     }
 }
 
-// Rows of bf16 that both lie along k, as rows of half as many pairs.
-bool has_pairs(const Factor& f, int64_t K) {
-#ifdef __AVX512BF16__
-    return f.is_bf16 && f.along == 1 && f.across % 2 == 0 && K % 2 == 0;
-#else
-    return false;
-#endif
-}
-
 }  // namespace
 
-extern "C" void lossmith_product(const Product* given) {
-    Product p = *given;
-    if (!has_pairs(p.a, p.K) || !has_pairs(p.b, p.K)) return product<false>(p);
-    p.K /= 2;
-    for (Factor* f : {&p.a, &p.b}) f->across /= 2, f->is_bf16 = 0;
-    product<true>(p);
+extern "C" {
+#ifdef __AVX512BF16__
+int64_t lossmith_multiplies_pairs() { return 1; }
+#else
+int64_t lossmith_multiplies_pairs() { return 0; }
+#endif
+
+void lossmith_product(const Product* p) {
+    lossmith_multiplies_pairs() && p->a.is_bf16 && p->b.is_bf16 ? product<true>(*p) : product<false>(*p);
+}
 }
 #endif

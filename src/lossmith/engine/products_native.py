@@ -51,6 +51,12 @@ def is_there() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(library(), "lossmith_product")
 
 
+def multiplies_bf16() -> bool:
+    """Whether factors of bf16 are multiplied as they are, at twice the speed of fp32."""
+    compiled = library()
+    return is_there() and compiled is not None and bool(compiled.lossmith_multiplies_pairs())
+
+
 def product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool) -> None:
     """into <- a @ b, or with ``is_sum`` into + a @ b.
 
