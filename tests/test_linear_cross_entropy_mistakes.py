@@ -223,3 +223,14 @@ def test_a_sequence_scorers_predictions_have_no_head():
     pipeline = LossModifierPipeline(model_mode="sequence_scorer")
     with pytest.raises(TypeError, match="predictions"):
         pipeline.modify_loss(targets=torch.rand(B), **HEAD.inputs())
+
+
+def test_targets_that_are_written_over_before_the_way_back():
+    """The products leave tokens out that have none, and would have no room for more of them."""
+    hidden, weight = torch.randn(12, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    targets = torch.arange(12) % 9
+    targets[3:] = -100
+    loss = lossmith.linear_token_stats(hidden, weight, targets).nll.sum()
+    targets.fill_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

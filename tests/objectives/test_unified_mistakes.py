@@ -111,3 +111,49 @@ def test_a_pipeline_hands_the_mask_to_the_components_whichever_way_it_is_called(
         modified = pipeline.modify_loss(logits, targets, gate_logits=gates, **{name: mask})
         torch.testing.assert_close(modified, expected)
         torch.testing.assert_close(pipeline(logits, targets, gate_logits=gates, **{name: mask}), expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "leave_out", "message"),
+    [
+        ({"use_mtp": True, "hidden_size": D}, "hidden_states", "needs hidden_states"),
+        ({"use_mtp": True}, None, "hidden_size=D when the loss is made"),
+        (
+            {"use_moe_balancing": True, "num_experts": E},
+            "gate_logits",
+            "'moe_balance_loss'.*needs gate_logits",
+        ),
+        ({"use_diversity_loss": True}, "expert_outputs", "'diversity_loss'.*needs expert_outputs"),
+        ({"use_contrastive_loss": True}, "contrastive", "contrastive_pairs"),
+    ],
+)
+def test_a_component_without_its_input_says_so(flags, leave_out, message):
+    given = inputs()
+    for name in ("contrastive_pairs", "hidden_states") if leave_out == "contrastive" else (leave_out,):
+        given.pop(name, None)
+    with pytest.raises(ValueError, match=message):
+        UnifiedLoss(V, **flags).double()(**given)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"primary_loss_type": "deepsek"}, "primary_loss_type must be one of 'standard', 'deepseek'"),
+        ({"mtp_type": "other"}, "mtp_type"),
+        ({"use_ngram_penality": True}, "Did you mean 'use_ngram_penalty'"),
+        ({"primary_loss_type": "standard", "adaptive_temperature": True}, "belongs to primary_loss_type"),
+        ({"use_moe_balancing": True}, "needs num_experts"),
+        ({"use_ngram_penalty": True, "ngram_window_size": 2}, "ngram_size"),
+        ({"adaptive_temperature": True, "temperature_bounds": (2, 3)}, "bounds"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        UnifiedLoss(V, **options)
+
+
+def test_an_unknown_input():
+    given = inputs()
+    with pytest.raises(TypeError, match="Did you mean 'hidden_states'"):
+        UnifiedLoss(V)(given["logits"], given["targets"], hidden_state=given["hidden_states"])

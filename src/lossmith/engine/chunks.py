@@ -136,14 +136,17 @@ class HeadGradient:
         if self.bias is not None:
             self.bias += g.sum(0)
         if multiplies_halves(c.dtype, g.device):
-            g = narrowed(g, c.dtype)
+            g = narrowed(g, c.dtype)  # for the weight's product too
         if self.weight is not None:
             wide_product(g.t(), x, into=self.weight, is_sum=not self._is_first)
         if self.hidden is not None:
             g = narrowed(g, c.dtype)
             is_there = isinstance(rows, slice) and self.hidden.dtype == c.dtype
             total = self.hidden[rows] if is_there else torch.empty_like(x)
-            wide_product(g, c.weight, into=total) if g.dtype == c.wide else torch.mm(g, c.weight, out=total)
+            if c.dtype == c.wide:
+                wide_product(g, c.weight, into=total)
+            else:
+                torch.mm(g, c.weight, out=total)
             if not is_there:
                 self.hidden[rows] = total.to(self.hidden.dtype)
         self._is_first = False

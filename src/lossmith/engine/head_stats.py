@@ -149,14 +149,15 @@ class HeadStats(torch.autograd.Function):
         ctx.sweep = sweep
         ctx.is_saved = [name in SAVED for name in sweep.names]
         saved = (out for out, is_saved in zip(outputs, ctx.is_saved, strict=True) if is_saved)
-        ctx.save_for_backward(hidden, weight, bias, *saved)
+        # targets and candidates too, so that autograd sees when they are written over before the way back
+        ctx.save_for_backward(hidden, weight, bias, sweep.targets, sweep.candidates, *saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(out for out in outputs if not out.is_floating_point()))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, bias, *saved = ctx.saved_tensors
+        hidden, weight, bias, _, _, *saved = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # its memory is written over
         if all(g is None for g in grads):
             return (None,) * 5

@@ -38,12 +38,20 @@ def library() -> ctypes.CDLL | None:
         return None
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
-        _log.info("no C++ compiler found; PyTorch operations take over, about 3x slower")
+        _log.info(
+            "no C++ compiler found; PyTorch operations take over, and rows take about three times as long"
+        )
         return None
     failures: list[Exception] = []
     for variant in _VARIANTS:
         try:
-            return _load(_build(shlex.split(compiler), [*_FLAGS, *variant]))
+            loaded = _load(_build(shlex.split(compiler), [*_FLAGS, *variant]))
+            if failures:
+                _log.info(
+                    "built without OpenMP: rows have threads of their own, products are PyTorch's: %s",
+                    failures,
+                )
+            return loaded
         except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:  # noqa: PERF203
             failures.append(error)
     _log.info("the C++ sources could not be built; PyTorch operations take over: %s", failures)
@@ -68,7 +76,8 @@ def _build(compiler: list[str], flags: list[str]) -> Path:
         command = [*compiler, *arguments]
         return subprocess.run(command, capture_output=True, check=True, timeout=_PATIENCE_S).stdout
 
-    command = shlex.join([*compiler, *flags]).encode()
+    linking = ["-shared", "-pthread"]
+    command = shlex.join([*compiler, *flags, *linking]).encode()
     made_of = [*(source.read_bytes() for source in _SOURCES), call("--version"), command, _processor()]
     directory = _cache_directory()
     target = directory / f"lossmith-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
@@ -79,7 +88,7 @@ def _build(compiler: list[str], flags: list[str]) -> Path:
             for source, compiled in zip(_SOURCES, objects, strict=True):
                 call(*flags, "-c", str(source), "-o", compiled)
             linked = Path(scratch) / target.name
-            call("-shared", "-pthread", *objects, "-o", str(linked))
+            call(*linking, *objects, "-o", str(linked))
             linked.replace(target)  # atomic: another process may be building the same
     return target
 

@@ -1,4 +1,4 @@
-"""Matrix products of a linear head, in fp32 at least, by whoever is fastest at them."""
+"""Matrix products of a linear head, in fp32 at least: compiled ones, or PyTorch's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from torch import Tensor
 from lossmith.engine import products_native
 
 # PyTorch's products on a CPU are made of pieces in which the factors have this many elements: that much
-# stays in the cache.
+# stays in the cache. Shorter ones than this leave the matrix library nothing to do.
 PIECE_ELEMENTS = 2**21
+SHORTEST_PIECE = 256
+
+# torch.mm(out_dtype=), of CUDA alone
+HAS_OUT_DTYPE = torch.version.cuda is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 def wide_product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool = False) -> None:
@@ -18,28 +22,33 @@ def wide_product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool = False) ->
     wide = into.dtype
     if products_native.takes(a, b, into):
         products_native.product(a, b, into=into, is_sum=is_sum)
-    elif a.dtype == b.dtype != wide and into.device.type == "cuda":
-        product = torch.mm(a, b, out_dtype=wide)  # fp32 out of half-precision units
-        into.add_(product) if is_sum else into.copy_(product)
     elif into.device.type == "cpu":
         in_pieces(a, b, into, is_sum)
+    elif a.dtype == b.dtype != wide and into.device.type == "cuda" and HAS_OUT_DTYPE:
+        product = torch.mm(a, b, out_dtype=wide)  # fp32 out of half-precision units
+        into.add_(product) if is_sum else into.copy_(product)
     else:
         torch.addmm(into, a.to(wide), b.to(wide), beta=int(is_sum), out=into)
 
 
 def multiplies_halves(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether factors of this dtype are multiplied as they are, rather than widened first."""
+    """Whether factors of this dtype, of half precision, are multiplied as they are; elsewhere they are
+    widened first, and it is no use to round the other one."""
     if device.type == "cpu":
-        return dtype == torch.bfloat16 and products_native.multiplies_bf16()
-    return dtype != torch.float64
+        return dtype == torch.bfloat16 and products_native.is_for(both_are_bf16=True)
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def in_pieces(a: Tensor, b: Tensor, into: Tensor, is_sum: bool) -> None:
-    """The product in pieces along its longest dimension."""
+    """The product by PyTorch, in pieces along its longest dimension."""
     num_rows, depth, num_columns = *a.shape, b.shape[1]
     longest = max(num_rows, depth, num_columns)
-    size = max(256, PIECE_ELEMENTS // sorted((num_rows, depth, num_columns))[1])
+    size = max(SHORTEST_PIECE, PIECE_ELEMENTS // sorted((num_rows, depth, num_columns))[1])
     wide = into.dtype
+    if longest == num_columns:
+        a = a.to(wide)
+    elif longest == num_rows:
+        b = b.to(wide)
     for start in range(0, longest, size):
         piece = slice(start, start + size)
         x, y, out, adds = a, b, into, is_sum

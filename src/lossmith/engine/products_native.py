@@ -1,20 +1,22 @@
 """Matrix products with fp32 sums, compiled: calls ``products_native.cpp``.
 
 MKL, behind ``torch.mm``, leaves AVX-512 unused on processors that are not Intel's, and has no product of
-bf16 that is fp32 and fast. It stays in charge everywhere else, and of small products.
+bf16 that is fp32 and fast. On Intel's it keeps the products of fp32, and everywhere small and thin ones.
 """
 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lossmith.engine.native import library
 
-# Multiply-adds from which a product is worth the call.
+# Multiply-adds from which a product is worth the call, and rows or columns: it is made of 12 x 32 at a time.
 WORTH_IT = 2**20
+THIN = 24
 
 
 class _Factor(ctypes.Structure):
@@ -41,20 +43,17 @@ def takes(a: Tensor, b: Tensor, into: Tensor) -> bool:
         and into.stride(1) == 1
         and all(factor.dtype in (torch.float32, torch.bfloat16) for factor in (a, b))
         and all(1 in factor.stride() for factor in (a, b))
+        and min(into.shape) >= THIN
         and a.shape[0] * a.shape[1] * b.shape[1] >= WORTH_IT
-        and is_there()
+        and is_for(both_are_bf16=a.dtype == b.dtype == torch.bfloat16)
     )
 
 
-def is_there() -> bool:
-    """Whether this machine has what it takes: AVX-512, a compiler, and PyTorch's own threads."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(library(), "lossmith_product")
-
-
-def multiplies_bf16() -> bool:
-    """Whether factors of bf16 are multiplied as they are, at twice the speed of fp32."""
-    compiled = library()
-    return is_there() and compiled is not None and bool(compiled.lossmith_multiplies_pairs())
+def is_for(*, both_are_bf16: bool) -> bool:
+    """Whether such factors are multiplied here: this machine has AVX-512, a C++ compiler and OpenMP, and for
+    fp32 a processor on which MKL leaves AVX-512 alone."""
+    compiled: Any = library()
+    return hasattr(compiled, "lossmith_product") and bool(compiled.lossmith_is_for(both_are_bf16))
 
 
 def product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool) -> None:
@@ -63,9 +62,14 @@ def product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool) -> None:
     Args:
         a, b: [M, K] and [K, N], fp32 or bf16, contiguous along one side.
         into: [M, N] fp32, rows contiguous.
+
+    Raises:
+        ValueError: the shapes do not match.
+        MemoryError: no memory for a few megabytes of packed factors.
     """
-    compiled = library()
-    assert compiled is not None
+    if a.shape[1] != b.shape[0] or into.shape != (a.shape[0], b.shape[1]):
+        raise ValueError(f"cannot put {list(a.shape)} @ {list(b.shape)} into {list(into.shape)}")
+    compiled: Any = library()
     given = _Product(
         a=_factor(a),
         b=_factor(b.t()),
@@ -77,7 +81,8 @@ def product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool) -> None:
         is_sum=is_sum,
         num_threads=torch.get_num_threads(),
     )
-    compiled.lossmith_product(ctypes.byref(given))
+    if not compiled.lossmith_product(ctypes.byref(given)):
+        raise MemoryError("no memory for the packed factors of a matrix product")
 
 
 def _factor(x: Tensor) -> _Factor:
