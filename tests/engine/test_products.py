@@ -1,4 +1,4 @@
-"""Products of a head's factors, by whichever library makes them."""
+"""Products of a head's factors, compiled and by PyTorch, against fp64."""
 
 import itertools
 
