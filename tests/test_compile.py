@@ -62,7 +62,7 @@ LOSSES = {
     "denominator": lambda z, t: lossmith.cross_entropy(z, t, denominator=(t >= 0).sum()),
     "module": lossmith.CrossEntropyLoss(label_smoothing=0.1),
     "objective": Objective(
-        [Term("u", lambda s, b: s.nll * s.entropy, 0.5, weight=lambda s, b: s.target_prob)]
+        [Term("u", lambda s, b: s.nll * s.entropy, 0.5, token_weight=lambda s, b: s.target_prob)]
     ),
     "custom": custom,
     "announced": announced,

@@ -15,7 +15,7 @@ def test_a_maximum_is_a_term_whose_weight_is_its_subgradient():
 
     terms = [
         Term("mean", lambda s, b: s.nll),
-        Term("max", lambda s, b: s.nll, 0.3, weight=at_the_maximum, scope="batch"),
+        Term("max", lambda s, b: s.nll, 0.3, token_weight=at_the_maximum, scope="batch"),
     ]
     logits = torch.randn(3, 4, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(7, (3, 4))
@@ -38,7 +38,7 @@ def test_weights_of_samples_are_weights_of_their_tokens():
         per_row = batch.rows(stats.wrong_entropy).sum(1) / batch.rows(batch.valid).sum(1)
         return (1 / per_row).repeat_interleave(batch.shape[-1])
 
-    term = Term("weighed", lambda s, b: s.nll, weight=by_entropy, scope="batch")
+    term = Term("weighed", lambda s, b: s.nll, token_weight=by_entropy, scope="batch")
     logits = torch.randn(3, 4, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(7, (3, 4))
     targets[1, 2:] = -100

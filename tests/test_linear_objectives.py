@@ -38,8 +38,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 class Squares(lossmith.Component):
     """Reads the statistics afterwards, with a gradient."""
 
-    def reads(self, stats):
-        _ = stats.logsumexp, stats.nll
+    reads = ("logsumexp", "nll")
 
     def scalar(self, inputs, output):
         return (output.stats.logsumexp**2 * output.batch.valid).sum() / output.batch.num_tokens
@@ -69,8 +68,8 @@ def before(batch: lossmith.TokenBatch) -> Tensor:
 
 
 MARGIN = Term("margin", lambda s, b: (s.top_wrong_logit - s.target_logit + 1).relu(), 0.3)
-SURE = Term("sure", lambda s, b: s.nll * s.entropy, weight=lambda s, b: s.top_prob)
-HARD = Term("hard", lambda s, b: s.nll, weight=lambda s, b: s.nll / s.nll.max(), scope="batch")
+SURE = Term("sure", lambda s, b: s.nll * s.entropy, token_weight=lambda s, b: s.top_prob)
+HARD = Term("hard", lambda s, b: s.nll, token_weight=lambda s, b: s.nll / s.nll.max(), scope="batch")
 AGAIN = Term("again", lambda s, b: -s.candidate_log1m_prob.sum(-1), 0.5, candidates=before)
 OFF = Term("off", lambda s, b: s.nll, 0.0, scope="batch")
 

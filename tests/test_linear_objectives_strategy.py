@@ -1,5 +1,7 @@
 """Where one sweep would lose a gradient, or a term looks around: two sweeps, or an error that says why."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,9 @@ from lossmith import (
     Term,
     UnifiedLoss,
 )
+from lossmith.testing import check_term
 
-PLAIN = Term("plain", lambda s, b: s.nll)
+PLAIN = Term("plain", lambda s, b: s.nll, reads=("nll",), scope="token")
 
 
 def batch() -> tuple[Head, Tensor]:
@@ -53,7 +56,7 @@ def learned(value: float = 0.3) -> nn.Parameter:
 
 def test_a_learned_coefficient():
     coefficient = learned()
-    criterion = Objective([PLAIN, Term("z", lambda s, b: s.logsumexp**2, coefficient)])
+    criterion = Objective([PLAIN, Term("z", lambda s, b: s.logsumexp**2, coefficient, scope="token")])
     assert_same_gradients(criterion, [coefficient])
     assert_refused(criterion, "coefficient of the term 'z' has a gradient")
 
@@ -62,7 +65,16 @@ def test_a_parameter_inside_a_term():
     slope = learned()
     criterion = Objective([Term("bent", lambda s, b: (slope * s.nll).sinh())])
     assert_same_gradients(criterion, [slope])
-    assert_refused(criterion, "gradient in something else")
+    assert_refused(criterion, "'bent' may depend on the whole batch")
+
+
+@pytest.mark.parametrize("strategy", ["auto", "one_sweep"])
+def test_a_parameter_inside_a_term_that_promises_to_have_none(strategy):
+    slope = learned()
+    criterion = Objective([PLAIN, Term("bent", lambda s, b: (slope * s.nll).sinh(), scope="token")])
+    head, targets = batch()
+    with pytest.raises(ValueError, match=r"'plain', 'bent' has a gradient in something else.*scope='batch'"):
+        criterion(targets=targets, **head.inputs(2, strategy))
 
 
 def test_a_parameter_that_only_some_tokens_meet():
@@ -81,7 +93,7 @@ def test_a_parameter_that_only_some_tokens_meet():
 
 def test_a_coefficient_without_a_gradient_does_not_matter():
     frozen = learned().requires_grad_(False)
-    criterion = Objective([PLAIN, Term("z", lambda s, b: s.logsumexp**2, frozen)])
+    criterion = Objective([PLAIN, Term("z", lambda s, b: s.logsumexp**2, frozen, scope="token")])
     head, targets = batch()
     loss = criterion(targets=targets, **head.inputs(2, "one_sweep"))
     torch.testing.assert_close(loss, criterion(head.logits(), targets))
@@ -120,12 +132,12 @@ def test_nothing_to_learn_leaves_a_zero_in_other_gradients():
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-# -- terms that look at other tokens, and do not say so --------------------------------------------
+# -- terms that look at other tokens -----------------------------------------------------------------
 
 WEIGHTS = torch.rand(B * T, dtype=torch.float64)
 LOOKING_AROUND = {
     "in the loss": Term("x", lambda s, b: (s.nll - s.nll.mean()) ** 2),
-    "in the weight": Term("x", lambda s, b: s.nll, weight=lambda s, b: s.nll / s.nll.max()),
+    "in the weight": Term("x", lambda s, b: s.nll, token_weight=lambda s, b: s.nll / s.nll.max()),
     "at the rows": Term("x", lambda s, b: s.nll * b.rows(s.nll.detach()).cumsum(-1).reshape(-1)),
     "at the count": Term("x", lambda s, b: s.nll * b.num_tokens),
     "at its own numbers": Term("x", lambda s, b: s.nll * WEIGHTS),
@@ -134,28 +146,19 @@ LOOKING_AROUND = {
 
 
 @pytest.mark.parametrize("name", LOOKING_AROUND)
-def test_a_term_that_looks_around_is_noticed(name):
-    """It would be computed on chunks, silently another number."""
+def test_a_term_may_look_around_unless_it_promises_not_to(name):
     term = LOOKING_AROUND[name]
     head, targets = batch()
     expected = Objective([PLAIN, term])(head.logits(), targets)
-    for criterion, warns in ((Objective([PLAIN, term]), True), (Objective([PLAIN, with_scope(term)]), False)):
-        if warns:
-            with pytest.warns(UserWarning, match="'x'.*scope='batch'"):
-                loss = criterion(targets=targets, **head.inputs(2))
-        else:
-            loss = criterion(targets=targets, **head.inputs(2))
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(loss, head.leaves),
-            torch.autograd.grad(expected, head.leaves, retain_graph=True),
-        )
-    assert_refused(Objective([PLAIN, term]), "term 'x'")
-    assert_refused(Objective([PLAIN, with_scope(term)]), "'x' depend on the whole batch")
-
-
-def with_scope(term: Term) -> Term:
-    return Term(term.name, term.loss, weight=term.weight, scope="batch")
+    loss = Objective([PLAIN, term])(targets=targets, **head.inputs(2))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, head.leaves),
+        torch.autograd.grad(expected, head.leaves, retain_graph=True),
+    )
+    assert_refused(Objective([PLAIN, term]), "'x' may depend on the whole batch")
+    with pytest.raises(AssertionError, match="'x' has scope='token' and looks at other tokens"):
+        check_term(replace(term, scope="token"), shape=(B, T))
 
 
 def test_a_mistake_in_a_term_is_still_an_error():
@@ -178,8 +181,8 @@ def test_a_mistake_in_a_term_is_still_an_error():
 @pytest.mark.parametrize(
     ("criterion", "reason"),
     [
-        (NVAMPLoss(), "the term 'variance' depend on the whole batch"),
-        (NVAMPLoss(alpha=0.0), "the term 'max' depend on the whole batch"),
+        (NVAMPLoss(), "the term 'variance' may depend on the whole batch"),
+        (NVAMPLoss(alpha=0.0), "the term 'max' may depend on the whole batch"),
         (CrossEntropyLoss(reduction="none"), "reduction='none'"),
         (LossModifierPipeline([EntropyModifier({})]), "weigh"),
         (ComposedLoss(NVAMPLoss()), "the term 'variance'"),

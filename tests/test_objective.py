@@ -29,7 +29,7 @@ def top_and_none(batch: lossmith.TokenBatch) -> Tensor:
 
 NLL = Term("nll", lambda s, b: s.nll)
 MARGIN = Term("margin", lambda s, b: (1 + s.top_wrong_logit - s.target_logit).relu(), 0.5)
-WEIGHTED = Term("weighted", lambda s, b: s.nll * s.entropy, 0.3, weight=lambda s, b: 1 - s.target_prob)
+WEIGHTED = Term("weighted", lambda s, b: s.nll * s.entropy, 0.3, token_weight=lambda s, b: 1 - s.target_prob)
 UNLIKELY = Term("unlikely", lambda s, b: -s.candidate_log1m_prob.sum(-1), 0.2, candidates=next_ids)
 OTHER = Term("other", lambda s, b: -s.candidate_log1m_prob.sum(-1), 0.1, candidates=top_and_none)
 ALL = [NLL, MARGIN, WEIGHTED, UNLIKELY, OTHER]
@@ -116,7 +116,7 @@ def test_weights_see_statistics_without_gradients_and_get_none():
         seen.append(stats.nll.requires_grad or stats.candidate_logits.requires_grad)
         return stats.nll
 
-    term = Term("t", lambda s, b: s.entropy, weight=weight, candidates=next_ids)
+    term = Term("t", lambda s, b: s.entropy, token_weight=weight, candidates=next_ids)
     (gradient,) = torch.autograd.grad(Objective([term])(logits, targets), logits)
     assert seen
     assert not any(seen)
@@ -129,7 +129,7 @@ def test_weights_see_statistics_without_gradients_and_get_none():
 
 def test_a_weight_may_be_a_scalar_of_the_batch():
     logits, targets = batch()
-    term = Term("t", lambda s, b: s.nll, weight=lambda s, b: s.nll.mean(), scope="batch")
+    term = Term("t", lambda s, b: s.nll, token_weight=lambda s, b: s.nll.mean(), scope="batch")
     expected = lossmith.cross_entropy(logits, targets)
     values = lossmith.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(Objective([term])(logits, targets), expected * values.mean().detach())
@@ -137,7 +137,7 @@ def test_a_weight_may_be_a_scalar_of_the_batch():
 
 def test_an_infinite_loss_of_weight_zero_is_zero():
     logits = torch.tensor([[0.0, -torch.inf], [0.0, 1.0]], requires_grad=True)
-    term = Term("t", lambda s, b: s.nll, weight=lambda s, b: b.targets == 0)
+    term = Term("t", lambda s, b: s.nll, token_weight=lambda s, b: b.targets == 0)
     loss = Objective([term], reduction="sum")(logits, torch.tensor([1, 0]))
     torch.testing.assert_close(loss, lossmith.cross_entropy(logits[1:], torch.tensor([0])))
     loss.backward()
@@ -164,7 +164,7 @@ def test_a_coefficient_of_zero_is_never_called_and_changes_no_bit(reduction):
         raise AssertionError("a term that is off was evaluated")
 
     logits, targets = batch()
-    off = Term("off", fail, 0.0, weight=fail, candidates=fail)
+    off = Term("off", fail, 0.0, token_weight=fail, candidates=fail)
     results = []
     for terms in ([NLL, MARGIN], [off, NLL, off, MARGIN]):
         output = Objective(terms, reduction=reduction).evaluate(logits, targets)
@@ -198,7 +198,7 @@ def test_every_term_sees_its_own_candidates_only():
         Term("a", record("a"), candidates=next_ids),
         NLL,
         Term("b", record("b"), candidates=top_and_none),
-        Term("c", record("c"), candidates=next_ids, weight=lambda s, b: s.candidate_logits.squeeze(-1)),
+        Term("c", record("c"), candidates=next_ids, token_weight=lambda s, b: s.candidate_logits.squeeze(-1)),
     ]
     Objective(terms).evaluate(logits, targets)
     valid = (targets != IGNORE).reshape(-1)

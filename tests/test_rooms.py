@@ -20,6 +20,7 @@ ORDER = [
     {"equation"},
     {"evaluation", "inputs"},
     {"objective"},
+    {"testing"},
     {"wrapped_objective"},
     {"modifiers", "components"},
     {"objectives"},

@@ -42,6 +42,8 @@ class TokenBatch:
         num_classes: V, where it was given.
         pad_token_id: the id of padding, or None.
         shift: whether the last position of a row has no target by construction.
+        also_read: [N] bool, positions whose distribution is looked at although nothing is learned there, or
+            None; by a loss of tokens further ahead, for example.
     """
 
     targets: Tensor
@@ -58,6 +60,17 @@ class TokenBatch:
     num_classes: int | None = None
     pad_token_id: int | None = None
     shift: bool = False
+    also_read: Tensor | None = None
+
+    @property
+    def read_targets(self) -> Tensor:
+        """[N] the targets at which the predictions are swept: any class where they are only looked at."""
+        return self.targets if self.also_read is None else self.targets.masked_fill(self._only_read, 0)
+
+    @property
+    def _only_read(self) -> Tensor:
+        assert self.also_read is not None
+        return self.also_read & ~self.valid
 
     @property
     def num_tokens(self) -> Tensor:

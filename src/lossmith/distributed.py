@@ -11,24 +11,9 @@ StatsScope = Literal["local", "global"]
 STATS_SCOPES = ("local", "global")
 
 
-_no_collectives = False
-
-
-class no_collectives:
-    """``with no_collectives():`` sums over ranks are left out; for runs whose numbers nobody wants."""
-
-    def __enter__(self) -> None:
-        global _no_collectives
-        self._before, _no_collectives = _no_collectives, True
-
-    def __exit__(self, *_: object) -> None:
-        global _no_collectives
-        _no_collectives = self._before
-
-
 def num_ranks() -> int:
     """How many ranks there are; 1 without a process group."""
-    if _no_collectives or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1
     return torch.distributed.get_world_size()
 

@@ -182,7 +182,7 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (the overload
     if not return_stats:
         return output.total
     assert output.stats is not None
-    return output.total, output.stats.reshape(targets.shape)
+    return output.total, output.stats
 
 
 @strict_options

@@ -164,7 +164,7 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they 
     if not return_stats:
         return output.total
     assert output.stats is not None
-    return output.total, output.stats.reshape(targets.shape)
+    return output.total, output.stats
 
 
 def explain(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Plan:

@@ -41,6 +41,10 @@ class Metrics(Mapping[str, float]):
     def __repr__(self) -> str:
         return f"Metrics({', '.join(self)})"
 
+    def __getstate__(self) -> dict[str, object]:
+        """Plain numbers, for pickle and ``copy.deepcopy``."""
+        return {"_sources": self.to_dict()}
+
     def prefixed(self, prefix: str) -> Metrics:
         """The same numbers, still unread, under names that begin with ``prefix``."""
         return Metrics({prefix + name: source for name, source in self._sources.items()})

@@ -16,8 +16,8 @@ from lossmith.engine.plan import Plan
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput, PerToken, StatsOf, Term
-from lossmith.evaluation import Memory, evaluate, whole_batch_reason
+from lossmith.equation import LossOutput, Reads, Term, TokenLoss
+from lossmith.evaluation import evaluate, whole_batch_reason
 from lossmith.inputs import HEAD_INPUTS, OWN_INPUTS, both_masks, either, given_targets, take_predictions
 from lossmith.options import unknown_option
 from lossmith.reduction import Denominator, Empty, Reduction, check_reduction
@@ -80,18 +80,37 @@ class Objective(nn.Module):
         _sweep_options(temperature, softcap, class_weight)  # which refuses what cannot be
         self._terms = tuple(terms)
         self._shift_was_checked = False
-        self._memory: Memory = {}
 
     def token_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         """[N] the loss of each token that the terms are made of: the first term's, cross-entropy where there
         is none, or what a subclass has that is finer. Loss modifiers put another in its place."""
         return self._terms[0].loss(stats, batch) if self._terms else cross_entropy(stats, batch.target_weight)
 
-    def terms(self, token_loss: PerToken | None = None) -> Sequence[Term]:
+    @property
+    def token_loss_reads(self) -> Reads:
+        """The statistics that :meth:`token_loss` reads; every one where a subclass does not say."""
+        if type(self).token_loss is not Objective.token_loss:
+            return None
+        return self._terms[0].reads if self._terms else ("nll",)
+
+    @property
+    def reads(self) -> Reads:
+        """The statistics that :meth:`complete` reads, to be computed with those of the terms."""
+        return ("unscaled.nll",) if isinstance(self.temperature, AdaptiveTemperature) else ()
+
+    def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
+        """[N] bool, positions without a target whose statistics :meth:`complete` reads all the same, from
+        ``output.all_stats``; None for none."""
+        return None
+
+    def terms(self, token_loss: TokenLoss | None = None) -> Sequence[Term]:
         """The per-token terms of the next batch, made of ``token_loss`` (default: the objective's own)."""
         if token_loss is None or not self._terms:
             return self._terms
-        return [replace(self._terms[0], loss=token_loss), *self._terms[1:]]
+        return [replace(self._terms[0], loss=token_loss, reads=token_loss.reads), *self._terms[1:]]
+
+    def _own_token_loss(self, given: TokenLoss | None) -> TokenLoss:
+        return TokenLoss(self.token_loss, self.token_loss_reads) if given is None else given
 
     def evaluate(
         self,
@@ -135,26 +154,26 @@ class Objective(nn.Module):
         self.check_inputs(inputs)
         predictions, inputs = take_predictions(logits, inputs, self.input_names)
         mask, attention_mask = both_masks(mask, attention_mask)
-        batch, stats_of = self.bind(
+        batch = self.bind(
             predictions,
             given_targets(targets),
+            inputs,
             mask=mask,
             token_weight=token_weight,
             input_ids=input_ids,
             segment_ids=segment_ids,
-            features=self.features(inputs),
             denominator=either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
         )
         output = evaluate(
             self.terms(),
-            stats_of,
+            predictions,
             batch,
+            self.sweep_options,
             reads=self.reads,
             scalars=scalars,
             per_token=self.reduction == "none",
-            memory=self._memory,
         )
-        return self.complete(output, {"attention_mask": attention_mask, **inputs})
+        return self.complete(output, {"attention_mask": attention_mask, **inputs}).shaped()
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         """The output with the parts that are no terms of the tokens' statistics; a subclass may have some."""
@@ -164,11 +183,6 @@ class Objective(nn.Module):
             nll = torch.where(output.batch.valid, output.stats.unscaled.nll.detach(), 0.0)
             self.temperature.observe(nll.sum(), output.num_tokens)
         return output
-
-    def reads(self, stats: TokenStats) -> None:
-        """Read what :meth:`complete` is going to read, so that it is computed with the rest."""
-        if isinstance(self.temperature, AdaptiveTemperature):
-            _ = stats.unscaled.nll
 
     @property
     def sweep_options(self) -> SweepOptions:
@@ -208,60 +222,54 @@ class Objective(nn.Module):
             >>> weight, targets = torch.randn(1000, 16, requires_grad=True), torch.zeros(64).long()
             >>> head = {"hidden_states": hidden, "lm_head_weight": weight}
             >>> print(lossmith.NVAMPLoss().plan(targets=targets, **head))
-            two_sweep: the weights of the term 'variance' depend on the whole batch. 64 tokens in 1 chunks \
-of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides the gradients
+            two_sweep: the term 'variance' may depend on the whole batch (its scope is 'batch'). 64 tokens in \
+1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides the gradients
         """
         self.check_inputs(inputs, more=OWN_INPUTS)
         given = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight, **inputs}
         predictions, rest = take_predictions(None, given, ())
         mask, _ = both_masks(rest.get("mask"), rest.get("attention_mask"))
-        batch, _ = self.bind(predictions, targets, mask=mask)
+        batch = self.bind(predictions, targets, mask=mask)
         assert isinstance(predictions, LinearHead)
         return predictions.plan(batch.targets, batch.ignore_index, self.whole_batch_reason())
 
     def whole_batch_reason(self) -> str | None:
         """Why a linear head has to be swept twice, or None; see
-        :func:`lossmith.equation.whole_batch_reason`."""
-        return whole_batch_reason(self.terms(), None, self.reduction == "none")
+        :func:`lossmith.evaluation.whole_batch_reason`."""
+        return whole_batch_reason(self.terms(), None, None, self.reduction == "none")
 
     def bind(
         self,
         predictions: Predictions,
         targets: Tensor,
+        inputs: Mapping[str, Any] | None = None,
         *,
-        stats: TokenStats | None = None,
         reduction: Reduction | None = None,
         ignore_index: int | None = None,
-        **inputs: Any,
-    ) -> tuple[TokenBatch, StatsOf]:
-        """A batch aligned, and its statistics once somebody says with which candidates.
+        **given: Any,
+    ) -> TokenBatch:
+        """A batch, checked and aligned with its predictions.
 
         Args:
             predictions: logits, or a linear head.
-            targets, inputs: as for :meth:`evaluate`.
-            stats: statistics of these predictions at these targets, if they are here already.
+            targets, given: as for :meth:`evaluate`.
+            inputs: what else the objective was given; None where only the targets matter.
             reduction, ignore_index: instead of the objective's own.
         """
         predictions.check(targets)
-        options = self.sweep_options
-        ignored = self.ignore_index if ignore_index is None else ignore_index
         batch = self._align(
             targets,
-            ignore_index=ignored,
+            ignore_index=self.ignore_index if ignore_index is None else ignore_index,
             reduction=reduction or self.reduction,
             num_classes=predictions.num_classes,
-            class_weight=options.checked_class_weight(predictions),
+            class_weight=self.sweep_options.checked_class_weight(predictions),
             dtype=predictions.dtype,
-            **inputs,
+            features=None if inputs is None else self.features(inputs),
+            **given,
         )
         self._warn_if_unshifted(batch)
-        if stats is not None:
-            return batch, _given(stats, batch)
-
-        def stats_of(candidates: Tensor | None) -> TokenStats:
-            return options.stats(predictions, batch.targets, ignore_index=ignored, candidates=candidates)
-
-        return batch, stats_of
+        also_read = None if inputs is None else self.also_read(batch, inputs)
+        return batch if also_read is None else replace(batch, also_read=also_read)
 
     def count(
         self,
@@ -330,11 +338,11 @@ def _sweep_options(
     return SweepOptions(now, softcap, class_weight)
 
 
-def _given(stats: TokenStats, batch: TokenBatch) -> StatsOf:
-    """The caller's statistics, flat.
+def given_stats(stats: TokenStats, batch: TokenBatch) -> TokenStats:
+    """The caller's statistics, flat, at the batch's targets.
 
     Raises:
-        ValueError: they are of other targets, or lack candidates that a term reads.
+        ValueError: they are of other targets, or of fewer positions than the batch reads.
     """
     if stats.targets.numel() != batch.targets.numel():
         raise ValueError(
@@ -348,12 +356,9 @@ def _given(stats: TokenStats, batch: TokenBatch) -> StatsOf:
             "stats are of other targets than these. With shift=True logits[t] predict targets[t + 1]; "
             "pass the statistics of those"
         )
-
-    def stats_of(candidates: Tensor | None) -> TokenStats:
-        if candidates is not None:
-            raise ValueError(
-                "a term reads the logits of candidate ids, which the given stats do not have; leave stats out"
-            )
-        return stats.restrict(batch.targets, batch.ignore_index)
-
-    return stats_of
+    if batch.also_read is not None:
+        raise ValueError(
+            "a component looks at predictions of positions without a target, which the given stats do not "
+            "have; leave stats out"
+        )
+    return stats.restrict(batch.targets, batch.ignore_index, keeps_candidates=False)

@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from lossmith.batch import TokenBatch
-from lossmith.engine.predictions import Predictions
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput, PerToken, StatsOf, Term
+from lossmith.equation import LossOutput, Reads, Term, TokenLoss
 from lossmith.objective import Objective
 
 # Options that the objective inside decides on.
@@ -57,17 +56,28 @@ class WrappedObjective(Objective):
     def token_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         return self.base.token_loss(stats, batch)
 
-    def terms(self, token_loss: PerToken | None = None) -> Sequence[Term]:
-        return self.base.terms(token_loss)
+    @property
+    def token_loss_reads(self) -> Reads:
+        return self.base.token_loss_reads
 
-    def bind(self, predictions: Predictions, targets: Tensor, **inputs: Any) -> tuple[TokenBatch, StatsOf]:
-        return self.base.bind(predictions, targets, **inputs)
+    @property
+    def reads(self) -> Reads:
+        return self.base.reads
+
+    def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
+        return self.base.also_read(batch, inputs)
+
+    def terms(self, token_loss: TokenLoss | None = None) -> Sequence[Term]:
+        return self.base.terms(token_loss)
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         return self.base.complete(output, inputs)
 
-    def reads(self, stats: TokenStats) -> None:
-        self.base.reads(stats)
+    def features(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return self.base.features(inputs)
 
     def count(self, targets: Tensor, **options: Any) -> Tensor:
         return self.base.count(targets, **options)
+
+    def _warn_if_unshifted(self, batch: TokenBatch) -> None:
+        self.base._warn_if_unshifted(batch)

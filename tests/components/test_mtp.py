@@ -9,7 +9,9 @@ from lossmith import (
     CrossEntropyLoss,
     LossModifierPipeline,
     MaskRatioWeightModifier,
+    UnifiedLoss,
     Weighted,
+    token_stats,
 )
 
 IGNORE = -100
@@ -114,9 +116,40 @@ def test_confidence_weights():
             .evaluate(logits, targets, hidden_states=hidden, confidence_scores=given)
             .parts["mtp"]
         )
-        # at a masked position there is no prediction to be sure of
-        weight = torch.where((targets == IGNORE) & (given is None), 1.8, weight)
         torch.testing.assert_close(part, 0.4 * naive(heads, targets, scale, weight=weight))
+
+
+@pytest.mark.parametrize("options", [{"use_mtp": True, "mtp_type": "adaptive"}, {"use_mtp": True}])
+@pytest.mark.parametrize("of_head", [False, True])
+def test_confidence_at_a_position_whose_own_target_is_missing(options, of_head, count_ops):
+    """Where a prompt ends, the prediction is there although nothing of it is learned."""
+    primary = "deepseek" if "mtp_type" in options else "adaptive_mtp"
+    targets = torch.full((1, 14), IGNORE)
+    targets[:, 10:] = 3
+    hidden, unembedding = torch.zeros(1, 14, D), torch.zeros(50, D, requires_grad=True)
+    given = {"lm_head_weight": unembedding} if of_head else {"logits": torch.zeros(1, 14, 50)}
+    losses = {}
+    for name, kind in (("plain", {"use_mtp": True}), ("adaptive", options)):
+        criterion = UnifiedLoss(50, D, primary if kind is options else "deepseek", **kind)
+        with count_ops as ops:
+            output = criterion.evaluate(targets=targets, hidden_states=hidden, **given)
+        losses[name] = output.parts["mtp_loss"].item()
+    assert losses["adaptive"] / losses["plain"] == pytest.approx(0.5 + 0.5 * 0.02 / 0.7)  # at p = 1/50
+    if not of_head:
+        assert ops.passes[0] == 2  # one for each of the two objectives
+    # where nothing is learned the statistics that come out are blank all the same
+    assert output.stats.nll.shape == targets.shape
+    assert not output.stats.top_prob[targets == IGNORE].sub(1).any()
+
+
+def test_given_statistics_lack_those_positions():
+    logits, hidden, targets = batch()
+    pipeline = LossModifierPipeline(
+        [MaskRatioWeightModifier({})], base=composed(MTP(V, D, num_future_tokens=2, adaptive=True))
+    )
+    stats = token_stats(logits, targets)
+    with pytest.raises(ValueError, match=r"positions without a target.*leave stats out"):
+        pipeline.modify_loss(logits, targets, stats=stats, hidden_states=hidden)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

@@ -78,7 +78,7 @@ LOSSES = {
     "adaptive": of_objective(AdaptiveCrossEntropyLoss()),
     "nvamp": of_objective(NVAMPLoss(gamma=0.5)),
     "objective": of_objective(
-        Objective([Term("u", lambda s, b: s.nll * s.entropy, 0.5, weight=lambda s, b: s.target_prob)])
+        Objective([Term("u", lambda s, b: s.nll * s.entropy, 0.5, token_weight=lambda s, b: s.target_prob)])
     ),
     "unified": of_objective(UnifiedLoss(V, use_focal_loss=True, use_ngram_penalty=True, z_loss=0.01)),
     "unified_mtp": of_objective(UnifiedLoss(V, D, use_mtp=True, shared_projection=True)),

@@ -246,7 +246,7 @@ def test_announced_statistics_of_both_temperatures_are_one_pass_each_way(rng, co
     logits.requires_grad_()
     with count_ops as ops:
         stats = lossmith.token_stats(logits, targets, temperature=0.5)
-        stats.announce(lambda s: (s.nll, s.unscaled.logsumexp, s.num_wrong))
+        stats.compute("nll", "unscaled.logsumexp", "num_wrong")
         (stats.nll + stats.unscaled.logsumexp**2 + stats.num_wrong).sum().backward()
     assert ops.passes == (1, 1)
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput, Term
+from lossmith.batch import TokenBatch
+from lossmith.equation import LossOutput, Reads, Term
 
 
 class Component(nn.Module):
@@ -20,6 +20,8 @@ class Component(nn.Module):
         optional: names of the inputs that it uses when they are given.
         per_position: those of them that belong to a position each, [..., T]; a term finds them
             flat, [N], in ``batch.features``.
+        reads: names of the statistics that :meth:`scalar` and :meth:`token_sum` read of ``output.stats``, so
+            that they are computed in the one pass.
 
     Example:
         >>> import torch, lossmith
@@ -39,15 +41,22 @@ class Component(nn.Module):
     required: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
     per_position: ClassVar[tuple[str, ...]] = ()
+    reads: Reads = ()
 
     def term(self) -> Term | None:
         """A per-token term on the model's statistics, summed over tokens with all others. Its name is the
         component's in the composition, whatever it says."""
         return None
 
-    def reads(self, stats: TokenStats) -> None:
-        """Read what the other methods are going to read of ``output.stats``, so that it is computed in the
-        one pass."""
+    def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
+        """[N] bool, positions whose statistics the other methods read, from ``output.all_stats``, although
+        they have no target; None for none.
+
+        Args:
+            batch: the aligned batch.
+            inputs: what the objective was given, by name.
+        """
+        return None
 
     def scalar(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor | None:
         """A number made of other tensors, for example a mean over the batch. Where a batch is split, it
@@ -55,7 +64,7 @@ class Component(nn.Module):
 
         Args:
             inputs: what the objective was given, by name.
-            output: what the per-token terms came to, with ``stats`` and ``batch``.
+            output: what the per-token terms came to, with ``stats`` and ``batch``, both flat [N].
         """
         return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +13,8 @@ from lossmith.batch import TokenBatch
 from lossmith.components.component import Component
 from lossmith.engine.linear import LinearHead
 from lossmith.engine.predictions import Logits, Predictions
-from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput, Term
+from lossmith.equation import LossOutput, Reads, Term
 from lossmith.evaluation import evaluate
 from lossmith.terms.confidence_weight import (
     SCORES,
@@ -84,12 +82,27 @@ class MTP(Component):
                 nn.Linear(hidden_size, vocab_size, bias=False) for _ in range(num_future_tokens)
             )
 
-    def reads(self, stats: TokenStats) -> None:
-        if self.adaptive:
-            _ = stats.unscaled.top_prob
+    @property
+    def reads(self) -> Reads:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return ("unscaled.top_prob",) if self.adaptive else ()
+
+    def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Where a head predicts something: its weight is the main prediction's confidence there, whether or
+        not that has a target."""
+        if not self.adaptive or SCORES in batch.features:
+            return None
+        return self._where_used(batch)
+
+    def _where_used(self, batch: TokenBatch) -> Tensor:
+        """[N] bool, positions at which a head has a target."""
+        used = [_further_ahead(batch, k)[0] != batch.ignore_index for k in self._steps()]
+        return torch.stack(used).any(0)
+
+    def _steps(self) -> range:
+        return range(1, self.num_future_tokens + 1)
 
     def token_sum(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor:
-        batch, stats = output.batch, output.stats
+        batch, stats = output.batch, output.all_stats
         assert batch is not None
         assert stats is not None
         weight = None
@@ -100,8 +113,9 @@ class MTP(Component):
         for ahead, predictions in enumerate(self._heads(inputs, batch), start=1):
             targets, scale = _further_ahead(batch, ahead)
             scale = scale if weight is None else scale * weight
-            tokens = replace(batch, targets=targets, scale=scale, valid=targets != batch.ignore_index)
-            total = total + evaluate([NLL], partial(_stats_of, predictions, tokens), tokens).total
+            valid = targets != batch.ignore_index
+            tokens = replace(batch, targets=targets, scale=scale, valid=valid, also_read=None)
+            total = total + evaluate([NLL], predictions, tokens, SweepOptions()).total
         return total / self.num_future_tokens
 
     def _heads(self, inputs: Mapping[str, Any], batch: TokenBatch) -> Iterator[Predictions]:
@@ -125,11 +139,8 @@ class MTP(Component):
                 f"hidden_states must be [..., T, D] with D = hidden_size = {self.hidden_size} at the "
                 f"targets' positions {list(batch.shape)}; got {list(hidden.shape)}"
             )
-        used = [
-            _further_ahead(batch, k)[0] != batch.ignore_index for k in range(1, self.num_future_tokens + 1)
-        ]
         # Whatever stands where nothing is predicted goes nowhere, forwards or backwards.
-        is_used = torch.stack(used).any(0).unsqueeze(-1)
+        is_used = self._where_used(batch).unsqueeze(-1)
         flat = torch.where(is_used, hidden.reshape(-1, hidden.shape[-1]), 0.0)
         for head in range(self.num_future_tokens):
             yield self.predict(
@@ -173,13 +184,7 @@ class MTP(Component):
         return LinearHead(hidden.to(lm_head_weight.dtype), lm_head_weight, memory_budget=memory_budget)
 
 
-NLL = Term("nll", lambda stats, _: stats.nll)
-
-
-def _stats_of(predictions: Predictions, batch: TokenBatch, candidates: Tensor | None) -> TokenStats:
-    return SweepOptions().stats(
-        predictions, batch.targets, ignore_index=batch.ignore_index, candidates=candidates
-    )
+NLL = Term("nll", lambda stats, _: stats.nll, reads=("nll",), scope="token")
 
 
 def _further_ahead(batch: TokenBatch, ahead: int) -> tuple[Tensor, Tensor]:

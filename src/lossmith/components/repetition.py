@@ -22,7 +22,13 @@ class _Unlikely(Component):
         raise NotImplementedError
 
     def term(self) -> Term:
-        return Term("unlikelihood", lambda stats, _: unlikelihood(stats), candidates=self.candidates())
+        return Term(
+            "unlikelihood",
+            lambda stats, _: unlikelihood(stats),
+            reads=("unscaled.candidate_log1m_prob",),
+            scope="token",
+            candidates=self.candidates(),
+        )
 
 
 class NgramRepetition(_Unlikely):

@@ -27,7 +27,12 @@ class Focal(Component):
         self.gamma, self.alpha = gamma, alpha
 
     def term(self) -> Term:
-        return Term("focal", lambda stats, _: self.alpha * focal(stats, stats.nll, gamma=self.gamma))
+        return Term(
+            "focal",
+            lambda stats, _: self.alpha * focal(stats, stats.nll, gamma=self.gamma),
+            reads=("nll", "target_log1m_prob"),
+            scope="token",
+        )
 
 
 class ZLoss(Component):
@@ -37,7 +42,7 @@ class ZLoss(Component):
     """
 
     def term(self) -> Term:
-        return Term("z_loss", lambda stats, _: z_loss(stats))
+        return Term("z_loss", lambda stats, _: z_loss(stats), reads=("unscaled.logsumexp",), scope="token")
 
 
 class ConfidencePenalty(Component):
@@ -48,7 +53,12 @@ class ConfidencePenalty(Component):
     """
 
     def term(self) -> Term:
-        return Term("confidence_penalty", lambda stats, _: confidence_penalty(stats))
+        return Term(
+            "confidence_penalty",
+            lambda stats, _: confidence_penalty(stats),
+            reads=("entropy",),
+            scope="token",
+        )
 
 
 class ConfidenceCalibration(Component):
@@ -59,4 +69,4 @@ class ConfidenceCalibration(Component):
     per_position = (SCORES,)
 
     def term(self) -> Term:
-        return Term("calibration", calibration)
+        return Term("calibration", calibration, reads=("unscaled.correct",), scope="token")

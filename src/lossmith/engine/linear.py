@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from lossmith.engine.blocks import accumulation_dtype
 from lossmith.engine.checks import check_head, check_targets_of_hidden
 from lossmith.engine.chunks import Chunks, pack
 from lossmith.engine.head_stats import HeadStats, HeadSweep, head_stats_op
-from lossmith.engine.one_sweep import DependsOnMore, LossOf, SweptOnce, sweep_once
+from lossmith.engine.one_sweep import LossOf, SweptOnce, sweep_once
 from lossmith.engine.plan import Plan, Strategy, check_strategy, rows_of_a_chunk
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.raw import Needs
@@ -142,7 +141,6 @@ class LinearHead(Predictions):
         inputs = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
         refuse_forward_mode(*inputs)
         versions = [version(t) for t in inputs]
-        seen: list[Needs | None] = [None, None]
         compute_dtype = self.compute_dtype  # autocast's is that of now, not of when a statistic is read
 
         def asked(needs: Needs, needs_unscaled: Needs | None) -> HeadSweep:
@@ -176,7 +174,7 @@ class LinearHead(Predictions):
             return scaled, None if needs_unscaled is None else unscaled
 
         def make(targets: Tensor, candidates: Tensor | None, fetch: Callable[..., Any]) -> RawStats:
-            made = RawStats(
+            return RawStats(
                 targets,
                 fetch,
                 ignore_index=ignore_index,
@@ -185,23 +183,13 @@ class LinearHead(Predictions):
                 dtype=accumulation_dtype(compute_dtype),
                 default_needs=default_needs,
             )
-            made.seen = seen  # what is read of a part counts as read of the whole
-            return made
 
-        def once(needs_of: Callable[[], AskedFor], loss_of: LossOf, unless: str | None) -> SweptOnce | None:
+        def once(needs: AskedFor, loss_of: LossOf, unless: str | None) -> SweptOnce | None:
             if self._why_not_once(unless) is not None:
                 return None
             check_all_ids(targets, candidates, self.num_classes, ignore_index)
-            needs, needs_unscaled = needs_of()
-            sweep = asked(needs or Needs.CORE, needs_unscaled)
-            try:
-                swept = sweep_once(sweep, self.hidden, self.weight, self.bias, loss_of, self.needed, make)
-            except DependsOnMore as found:
-                self._fall_back(found.problem, found.advice)
-                return None
-            if swept is not None:
-                swept.fall_back = self._fall_back
-            return swept
+            sweep = asked(needs[0] or Needs.CORE, needs[1])
+            return sweep_once(sweep, self.hidden, self.weight, self.bias, loss_of, self.needed, make)
 
         raw = make(targets, candidates, fetch)
         raw.once = once
@@ -234,12 +222,6 @@ class LinearHead(Predictions):
             raise ValueError(
                 f"strategy='one_sweep' is not possible: {problem}. Pass strategy='two_sweep', or 'auto'"
             )
-
-    def _fall_back(self, problem: str, advice: str) -> None:
-        """Two sweeps after all, when one has begun already."""
-        self._refuse(problem)
-        if advice:
-            warnings.warn(f"{problem}, so that the head had to be swept again; {advice}", stacklevel=2)
 
     def plan(self, targets: Tensor, ignore_index: int, unless: str | None) -> Plan:
         """What sweeping the head at ``targets`` [...] will be.

@@ -22,20 +22,9 @@ PIECE = 2**22
 LossOf = Callable[[TokenStats, Rows], Tensor]
 
 
-class DependsOnMore(Exception):
-    """The loss depends on more than the statistics of the tokens at hand.
-
-    Args:
-        problem: how it shows.
-        advice: what to do about it, where two sweeps every time would be a waste.
-    """
-
-    def __init__(self, problem: str, advice: str = "") -> None:
-        super().__init__(problem)
-        self.problem, self.advice = problem, advice
-
-
-OTHER_GRADIENTS = "a term has a gradient in something else than the logits, which one sweep would lose"
+class OtherGradient(Exception):
+    """The loss of some tokens has a gradient in something else than their statistics, which one sweep would
+    lose."""
 
 
 @dataclass
@@ -45,9 +34,6 @@ class SweptOnce:
     Attributes:
         views: the statistics by name, of each view, with gradients (by a second sweep, if one is asked for).
         of_parts: the same statistics in a graph of their own, which ``part`` may go through again and again.
-        in_parts: whether the loss saw less than all tokens at a time.
-        fall_back: given what forbids one sweep after all, and what to do about it, raises if it was asked
-            for, and warns if not.
     """
 
     views: tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -56,8 +42,6 @@ class SweptOnce:
     weight: Tensor
     bias: Tensor | None
     gradients: list[Tensor | None]
-    in_parts: bool
-    fall_back: Callable[[str, str], None] = lambda problem, advice: None
 
     def loss(self, value: Tensor) -> Tensor:
         """``value`` as the loss whose gradient is known."""
@@ -87,7 +71,7 @@ def sweep_once(
         make_stats: (targets, candidates, fetch) -> the raw statistics of some tokens.
 
     Raises:
-        DependsOnMore: the loss has gradients that would be lost.
+        OtherGradient: the loss has gradients that would be lost.
     """
     with torch.no_grad():
         chunks = sweep.chunks(hidden, weight, bias)
@@ -114,8 +98,7 @@ def sweep_once(
 
     of_parts = known()
     stats = TokenStats(make_stats(sweep.targets, sweep.candidates, lambda *_: of_parts))
-    in_parts = chunks.packed is not None or chunks.num_rows > chunks.size
-    return SweptOnce(known(), stats, hidden, weight, bias, gradients, in_parts)
+    return SweptOnce(known(), stats, hidden, weight, bias, gradients)
 
 
 def _gradients(
@@ -136,7 +119,7 @@ def _gradients(
         return [None] * len(raw)
     ours = [value for value in leaves if value.requires_grad]
     if _depends_on_more(loss, ours):
-        raise DependsOnMore(OTHER_GRADIENTS)
+        raise OtherGradient
     found = iter(torch.autograd.grad(loss, ours, allow_unused=True))
     grads = [next(found) if value.requires_grad else None for value in leaves]
     for value in ours:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.distributed import no_collectives
-from lossmith.engine.raw import GROUP_OF, Needs, closed, ignored_fill, raw_dtype, raw_names
+from lossmith.engine.raw import GROUP_OF, Needs, ignored_fill, raw_names
 
 # Computes groups of raw statistics: (of the logits over the temperature, of the logits as they are).
 Fetch = Callable[[Needs, "Needs | None"], "tuple[dict[str, Tensor], dict[str, Tensor] | None]"]
@@ -46,8 +45,7 @@ class RawStats:
         self._fetch = fetch
         self._default_needs = default_needs
         # How to sweep a linear head once, where there is one: see lossmith.engine.linear.
-        self.once: Callable[[Callable[[], AskedFor], Any, str | None], Any] | None = None
-        self.seen: list[Needs | None] = [None, None]  # the groups that were read, of each view
+        self.once: Callable[[AskedFor, Any, str | None], Any] | None = None
         self._values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def add(self, needs: Needs | None, needs_unscaled: Needs | None = None) -> None:
@@ -64,6 +62,11 @@ class RawStats:
         for values, new in zip(self._values, (scaled, unscaled), strict=True):
             values.update(new)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The values that are here, without a graph: for pickle and ``copy.deepcopy``."""
+        values = tuple({name: value.detach() for name, value in view.items()} for view in self._values)
+        return {**self.__dict__, "_values": values, "_fetch": _gone, "once": None}
+
     def _missing(self, view: int, needs: Needs | None) -> Needs | None:
         names = () if needs is None else raw_names(needs)
         groups = [GROUP_OF[name] for name in names if name not in self._values[view]]
@@ -71,66 +74,19 @@ class RawStats:
 
     def read(self, view: int, name: str) -> Tensor:
         """A raw statistic, flat; read unannounced, it brings the default groups along."""
-        self.seen[view] = GROUP_OF[name] | (self.seen[view] or Needs.CORE)
         if name not in self._values[view]:
             needs = GROUP_OF[name] if self._values[0] else GROUP_OF[name] | self._default_needs
             self.add(*((needs, None) if view == 0 else (Needs.CORE, needs)))
         return self._values[view][name]
 
-    def needs_of(self, function: Callable[[RawStats], Any]) -> AskedFor:
-        """The groups of each view that ``function`` reads, found by running it on blank statistics."""
-
-        def blank(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
-            return tuple(  # type: ignore[return-value]
-                None if group is None else {name: self._blank(name) for name in raw_names(group)}
-                for group in (needs, needs_unscaled)
-            )
-
-        record = RawStats(
-            self.targets,
-            blank,
-            ignore_index=self.ignore_index,
-            candidates=self.candidates,
-            has_temperature=self.has_temperature,
-            dtype=self.dtype,
-        )
-        with torch.no_grad(), no_collectives():
-            function(record)
-        return record.seen[0], record.seen[1]
-
-    def _blank(self, name: str) -> Tensor:
-        width = () if name != "candidate_logits" or self.candidates is None else self.candidates.shape[-1:]
-        dtype = raw_dtype(name, self.dtype)
-        return torch.zeros((self.targets.numel(), *width), dtype=dtype, device=self.targets.device)
-
-    def restrict(self, targets: Tensor, ignore_index: int) -> RawStats:
+    def restrict(self, targets: Tensor, ignore_index: int, keeps_candidates: bool) -> RawStats:
         """The same, as if only these ``targets`` [N] had been given: elsewhere those of an ignored row."""
         valid = targets != ignore_index
-        return self._derived(
-            targets, self.candidates, ignore_index, lambda value, name: _where(valid, value, name)
-        )
-
-    def select(self, rows: slice) -> RawStats:
-        """Those of some of the tokens."""
-        candidates = self.candidates
-        if candidates is not None:
-            candidates = candidates.reshape(self.targets.numel(), candidates.shape[-1])[rows]
-        targets = self.targets.reshape(-1)[rows]
-        return self._derived(targets, candidates, self.ignore_index, lambda value, _: value[rows])
-
-    def _derived(
-        self,
-        targets: Tensor,
-        candidates: Tensor | None,
-        ignore_index: int,
-        change: Callable[[Tensor, str], Tensor],
-    ) -> RawStats:
-        """Statistics that are fetched here, and changed."""
 
         def fetch(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
             self.add(needs, needs_unscaled)
             return tuple(  # type: ignore[return-value]
-                None if group is None else {n: change(self.read(view, n), n) for n in raw_names(group)}
+                None if group is None else {n: _where(valid, self.read(view, n), n) for n in raw_names(group)}
                 for view, group in enumerate((needs, needs_unscaled))
             )
 
@@ -138,20 +94,17 @@ class RawStats:
             targets,
             fetch,
             ignore_index=ignore_index,
-            candidates=candidates,
+            candidates=self.candidates if keeps_candidates else None,
             has_temperature=self.has_temperature,
             dtype=self.dtype,
         )
 
 
-def union(*asked: Sequence[Needs | None] | None) -> list[Needs | None]:
-    """All groups of each view that one of them has, with those that computing them takes."""
-    result: list[Needs | None] = [None, None]
-    for groups in asked:
-        for view, group in enumerate(groups or ()):
-            if group is not None:
-                result[view] = closed(group) | (result[view] or Needs.CORE)
-    return result
+def _gone(needs: Needs, needs_unscaled: Needs | None) -> Any:
+    raise RuntimeError(
+        "a copy of statistics has those that were computed before it was made, and not the logits; name what "
+        "you need with stats.compute(...) before"
+    )
 
 
 def _where(valid: Tensor, value: Tensor, name: str) -> Tensor:

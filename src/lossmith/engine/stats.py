@@ -8,7 +8,10 @@ any loss into gradients of the raw statistics, which the sweep's one backward ta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -17,34 +20,10 @@ from torch.nn.functional import softplus
 
 from lossmith.engine.raw import Needs
 from lossmith.engine.raw_stats import AskedFor, RawStats
+from lossmith.engine.statistic import UNSCALED, Declared, Statistic, derived, statistic
 
 # A gap this wide leaves nothing of the smaller side, in any dtype; +-inf would make 0 * inf.
 _WIDE = 1e4
-
-
-class statistic:
-    """A property of ``TokenStats`` that is computed once; and once more where it was first read under
-    ``no_grad``, and then for a gradient.
-
-    ``functools.cached_property`` takes a lock in Python 3.11, which ``torch.compile`` cannot trace.
-    """
-
-    def __init__(self, function: Callable[[Any], Tensor]) -> None:
-        self.function = function
-        self.name = function.__name__
-
-    def __get__(self, owner: TokenStats, kind: type) -> Tensor:
-        known = owner.__dict__ if torch.is_grad_enabled() else owner._without_gradient
-        if self.name not in known:
-            known[self.name] = self._of(owner)
-        return known[self.name]
-
-    def _of(self, owner: TokenStats) -> Tensor:
-        whole = owner._of_all_candidates
-        if whole is None:
-            return self.function(owner)
-        value = getattr(whole, self.name)  # computed there, once for every term
-        return value[..., owner._columns] if self.name.startswith("candidate") else value
 
 
 class TokenStats:
@@ -93,59 +72,57 @@ class TokenStats:
         raw: RawStats,
         *,
         view: int = 0,
-        columns: slice = slice(None),
         detached: bool = False,
         shape: torch.Size | None = None,
+        declared: Declared | None = None,
     ) -> None:
         self._raw = raw
         self._view = view
-        self._columns = columns
         self._detached = detached
         self._shape = raw.targets.shape if shape is None else shape
-        self._of_all_candidates: TokenStats | None = None
+        self._declared = declared
         self._unscaled: TokenStats | None = None
         self._targets = raw.targets.reshape(self._shape)
         self._without_gradient: dict[str, Tensor] = {}
 
     def compute(self, *names: str) -> TokenStats:
-        """Compute the named statistics in one pass over the vocabulary; returns self.
+        """Compute the named statistics (``unscaled.nll`` is one at temperature 1) in one pass over the
+        vocabulary; returns self.
 
         Raises:
             AttributeError: a name is not a statistic.
         """
-        unknown = [name for name in names if name not in STATISTIC_NAMES]
-        if unknown:
-            raise AttributeError(
-                f"TokenStats has no statistic {unknown[0]!r}; it has {sorted(STATISTIC_NAMES)}"
-            )
-        return self.announce(lambda stats: [getattr(stats, name) for name in names])
-
-    def announce(self, function: Callable[[TokenStats], Any]) -> TokenStats:
-        """Compute, in one pass, what ``function`` is going to read; returns self."""
-        self.add(self.needs_of(function))
+        check_names(names)
+        self.add(self.groups_of(names))
         return self
+
+    def groups_of(self, names: Iterable[str] | None, *, has_candidates: bool = False) -> AskedFor:
+        """The groups, of each temperature, that the named statistics are made of; without names those of all.
+
+        Args:
+            names: of statistics, or None.
+            has_candidates: whether without names the candidates' are among them.
+        """
+        if names is None:
+            everything = ALL_BUT_CANDIDATES | Needs.CANDIDATES if has_candidates else ALL_BUT_CANDIDATES
+            return everything, everything if self._raw.has_temperature else None
+        found: list[Needs | None] = [None, None]
+        for name in names:
+            plain = name.removeprefix(UNSCALED)
+            view = 1 if self._raw.has_temperature and (plain != name or self._view == 1) else 0
+            found[view] = (found[view] or Needs.CORE) | STATISTICS[plain].needs
+        return found[0], found[1]
 
     def add(self, asked: AskedFor) -> None:
         """Compute these groups in one pass, as far as they are not here."""
         self._raw.add(*asked)
 
-    @property
-    def seen(self) -> Sequence[Needs | None]:
-        """The groups that were read so far, of each view."""
-        return self._raw.seen
-
-    def needs_of(self, function: Callable[[TokenStats], Any]) -> AskedFor:
-        """The groups that ``function`` reads, found by running it on blank statistics."""
-        return self._raw.needs_of(lambda blank: function(TokenStats(blank, shape=self._shape)))
-
-    def sweep_once(
-        self, needs: Callable[[], AskedFor], loss_of: Callable[..., Tensor], unless: str | None
-    ) -> Any:
+    def sweep_once(self, asked: AskedFor, loss_of: Callable[..., Tensor], unless: str | None) -> Any:
         """Compute groups of statistics, and the gradient of ``loss_of``, in one sweep of a linear head; see
         :class:`lossmith.engine.one_sweep.SweptOnce`. None where that is not to be.
 
         Args:
-            needs: the groups, asked for if there is one sweep.
+            asked: the groups.
             loss_of: (statistics of some tokens, which they are) -> the sum of their shares of the loss.
             unless: what forbids it, in words, if anything does.
 
@@ -154,10 +131,15 @@ class TokenStats:
         """
         if self._raw.once is None:
             return None
-        swept = self._raw.once(needs, loss_of, unless)
+        swept = self._raw.once(asked, loss_of, unless)
         if swept is not None:
             self._raw.hold(*swept.views)
         return swept
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether there are candidates to give statistics of."""
+        return self._raw.candidates is not None
 
     @property
     def is_costly(self) -> bool:
@@ -171,12 +153,15 @@ class TokenStats:
             return self
         if self._unscaled is None:
             self._unscaled = self._also(view=1)
+            if self._declared is not None:
+                self._unscaled._declared = replace(self._declared, whole=self._declared.whole.unscaled)
         return self._unscaled
 
-    def with_candidates(self, columns: slice) -> TokenStats:
-        """The same statistics with only these columns of the candidates in view."""
-        view = self._also(columns=columns)
-        view._of_all_candidates = self
+    def declared(self, names: Iterable[str] | None, columns: slice = slice(None)) -> TokenStats:
+        """The same statistics as a term sees them: those that it has declared alone (all of them for None),
+        and these columns of the candidates."""
+        view = self._also()
+        view._declared = Declared(self, None if names is None else frozenset(names), columns)
         return view
 
     def detach(self) -> TokenStats:
@@ -187,14 +172,14 @@ class TokenStats:
         """The same statistics with their tokens laid out as ``shape``."""
         return self._also(shape=shape)
 
-    def select(self, rows: slice) -> TokenStats:
-        """The statistics, flat, of some of the tokens."""
-        return TokenStats(self._raw.select(rows), detached=self._detached)
+    def flat(self) -> TokenStats:
+        """The same statistics [N], as they go with a :class:`lossmith.TokenBatch`."""
+        return self._also(shape=torch.Size([self._targets.numel()]))
 
-    def restrict(self, targets: Tensor, ignore_index: int) -> TokenStats:
+    def restrict(self, targets: Tensor, ignore_index: int, *, keeps_candidates: bool = True) -> TokenStats:
         """The same statistics, flat, as if only these ``targets`` [N] had been given: where one is
         ``ignore_index`` nothing of the logits is left, and no gradient flows."""
-        return TokenStats(self._raw.restrict(targets, ignore_index))
+        return TokenStats(self._raw.restrict(targets, ignore_index, keeps_candidates))
 
     @property
     def targets(self) -> Tensor:
@@ -207,10 +192,10 @@ class TokenStats:
         return self._targets != self._raw.ignore_index
 
     def _also(self, **changes: Any) -> TokenStats:
-        now = {"view": self._view, "columns": self._columns, "detached": self._detached, "shape": self._shape}
+        now = {"view": self._view, "detached": self._detached, "shape": self._shape}
         other = TokenStats(self._raw, **(now | changes))
-        if self._of_all_candidates is not None:  # of which it has some columns, whatever else it is
-            other._of_all_candidates = self._of_all_candidates._also(**changes)
+        if self._declared is not None:  # what was declared stays so, whatever else changes
+            other._declared = replace(self._declared, whole=self._declared.whole._also(**changes))
         return other
 
     def _read(self, name: str) -> Tensor:
@@ -221,111 +206,121 @@ class TokenStats:
     def _constant(self, name: str) -> Tensor:
         return self._read(name).detach()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is known of the statistics, without a graph, for pickle and ``copy.deepcopy``."""
+        plain = {"_raw": self._raw, "_view": self._view, "_shape": self._shape, "_detached": True}
+        return plain | {"_declared": self._declared}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._targets = self._raw.targets.reshape(self._shape)
+        self._unscaled, self._without_gradient = None, {}
+
     # -- derived, measured from the largest wrong logit ------------------------------------
 
-    @statistic
+    @derived
     def _gap(self) -> Tensor:
         gap = self._read("target_logit") - self._constant("reference")
         return gap.masked_fill(gap == float("inf"), float("nan"))  # a broken logit is no certainty
 
-    @statistic
+    @derived
     def _delta(self) -> Tensor:
         """z_y - W: the log-odds of the target."""
         return self._gap - self._read("wrong_log_sum")
 
-    @statistic
+    @derived
     def _centered_logsumexp(self) -> Tensor:
         return _logaddexp(self._read("wrong_log_sum"), self._gap)
 
     # -- the public statistics ------------------------------------------------------------
 
-    @statistic
+    @statistic(Needs.CORE)
     def target_logit(self) -> Tensor:
         return self._read("target_logit")
 
-    @statistic
+    @statistic(Needs.CORE)
     def logsumexp(self) -> Tensor:
         return self._constant("reference") + self._centered_logsumexp
 
-    @statistic
+    @statistic(Needs.CORE)
     def wrong_logsumexp(self) -> Tensor:
         wrong = self._constant("reference") + self._read("wrong_log_sum")
         return torch.where(self.is_valid, wrong, 0.0)
 
-    @statistic
+    @statistic(Needs.CORE)
     def nll(self) -> Tensor:
         return _softplus(-self._delta)
 
-    @statistic
+    @statistic(Needs.CORE)
     def target_prob(self) -> Tensor:
         return (-self.nll).exp()  # a sigmoid's own gradient, p (1 - p), loses 1 - p as p -> 1
 
-    @statistic
+    @statistic(Needs.CORE)
     def target_log1m_prob(self) -> Tensor:
         return torch.where(self.is_valid, -_softplus(self._delta), 0.0)
 
-    @statistic
+    @statistic(Needs.ENTROPY)
     def wrong_entropy(self) -> Tensor:
         return self._read("wrong_entropy")
 
-    @statistic
+    @statistic(Needs.ENTROPY)
     def entropy(self) -> Tensor:
         delta = self._delta.clamp(-_WIDE, _WIDE)
         nll, nll_of_wrong = _softplus(-delta), _softplus(delta)
         return (-nll).exp() * nll + (-nll_of_wrong).exp() * (nll_of_wrong + self.wrong_entropy)
 
-    @statistic
+    @statistic(Needs.COUNT)
     def num_wrong(self) -> Tensor:
         return self._constant("num_wrong").long()
 
-    @statistic
+    @statistic(Needs.ENTROPY | Needs.COUNT)
     def normalized_wrong_entropy(self) -> Tensor:
         counted = self._constant("num_wrong")
         most = torch.where(counted > 1, counted, 2.0).log()
         return torch.where(counted > 1, (self.wrong_entropy / most).clamp(0.0, 1.0), 0.0)
 
-    @statistic
+    @statistic(Needs.SUM)
     def num_finite(self) -> Tensor:
         return self._constant("num_finite").long()
 
-    @statistic
+    @statistic(Needs.SUM)
     def mean_logit(self) -> Tensor:
         return self._constant("reference") + self._read("centered_sum") / self._constant("sum_weight").clamp(
             min=torch.finfo(torch.float32).tiny
         )
 
-    @statistic
+    @statistic(Needs.SUM)
     def total_nll(self) -> Tensor:
         return self._constant("sum_weight") * self._centered_logsumexp - self._read("centered_sum")
 
-    @statistic
+    @statistic(Needs.TOP)
     def top_wrong_logit(self) -> Tensor:
         return self._read("top_wrong_logit")
 
-    @statistic
+    @statistic(Needs.TOP)
     def top_prob(self) -> Tensor:
         wrong = (self.top_wrong_logit - self._constant("reference") - self._centered_logsumexp).exp()
         return torch.where(self._target_wins, self.target_prob, wrong)
 
-    @statistic
+    @derived
     def _target_wins(self) -> Tensor:
         no_wrong = self._constant("wrong_log_sum") == float("-inf")
         return (self._gap.detach() >= 0) | no_wrong
 
-    @statistic
+    @statistic(Needs.CORE)
     def correct(self) -> Tensor:
         return self._target_wins & self.is_valid
 
-    @statistic
+    @statistic(Needs.TOP)
     def predicted(self) -> Tensor:
         return torch.where(self._target_wins, self._targets, self._constant("top_wrong_id"))
 
-    @statistic
+    @statistic(Needs.CANDIDATES)
     def candidate_logits(self) -> Tensor:
         self._candidate_ids()
         return self._read("candidate_logits")
 
-    @statistic
+    @statistic(Needs.CANDIDATES)
     def candidate_log1m_prob(self) -> Tensor:
         ids = self._candidate_ids()
         total = self._centered_logsumexp.unsqueeze(-1)
@@ -346,9 +341,28 @@ class TokenStats:
         return ids.reshape(*self._shape, ids.shape[-1])
 
 
-STATISTIC_NAMES = frozenset(
-    name for name, member in vars(TokenStats).items() if isinstance(member, statistic) and name[0] != "_"
-)
+STATISTICS: dict[str, Statistic] = {
+    name: member
+    for name, member in vars(TokenStats).items()
+    if isinstance(member, Statistic) and name[0] != "_"
+}
+STATISTIC_NAMES = frozenset(STATISTICS)
+ALL_BUT_CANDIDATES = reduce(or_, (s.needs for s in STATISTICS.values())) & ~Needs.CANDIDATES
+
+
+def check_names(names: Iterable[str]) -> None:
+    """
+    Raises:
+        AttributeError: a name is not that of a statistic.
+    """
+    for name in names:
+        if name.removeprefix(UNSCALED) not in STATISTICS:
+            raise AttributeError(unknown_statistic(name))
+
+
+def unknown_statistic(name: str) -> str:
+    """What to say of a name that is none."""
+    return f"TokenStats has no statistic {name!r}; it has {sorted(STATISTICS)}"
 
 
 def _softplus(x: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ class EntropyModifier(TokenModifier):
     enabled_key = "entropy_modifier_enabled"
     aliases = {"debug": "verbose"}  # noqa: RUF012
 
+    reads = ("unscaled.normalized_wrong_entropy", "unscaled.num_wrong")
+
     settings: Settings
 
     @property

@@ -75,6 +75,7 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
     Settings = Settings
     prefix = "judge_weight_"
     enabled_key = "judge_weight_modifier_enabled"
+    reads = ()
 
     settings: Settings
     judge: Judge | None

@@ -56,6 +56,7 @@ class MaskRatioWeightModifier(TokenModifier):
     prefix = "mask_ratio_weight_"
     enabled_key = "mask_ratio_weight_enabled"
     aliases = {"min": "min_weight", "max": "max_weight"}  # noqa: RUF012
+    reads = ()
 
     settings: Settings
 

@@ -49,6 +49,7 @@ class MetricsCollectorModifier(TokenModifier):
     Settings = Settings
     prefix = "metrics_collector_"
     enabled_key = "metrics_collector_enabled"
+    reads = ("unscaled.nll", "unscaled.correct", "unscaled.entropy")
 
     settings: Settings
     error_ema: Tensor

@@ -22,7 +22,7 @@ from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.modifiers.token_modifier import TokenModifier
 from lossmith.modifiers.token_run import TokenRun
-from lossmith.objective import Objective
+from lossmith.objective import Objective, given_stats
 from lossmith.reduction import Denominator, Reduction, check_reduction
 from lossmith.terms.cross_entropy import cross_entropy
 from lossmith.wrapped_objective import WrappedObjective
@@ -72,7 +72,7 @@ class LossModifierPipeline(WrappedObjective):
         reduction: AutoReduction = "auto",
     ) -> None:
         if base is None:
-            base = Objective([Term("cross_entropy", _cross_entropy)])
+            base = Objective([Term("cross_entropy", _cross_entropy, reads=("nll",), scope="token")])
         if isinstance(base, LossModifierPipeline):
             raise TypeError("a pipeline cannot be the base of another; give all modifiers to one pipeline")
         if reduction != "auto":
@@ -307,28 +307,27 @@ class LossModifierPipeline(WrappedObjective):
         predictions, inputs = take_predictions(logits, inputs, self.base.input_names)
         if any(not isinstance(modifier, TokenModifier) for modifier in active):
             predictions = Logits(predictions.logits())  # custom modifiers look at them
-        batch, stats_of = self.base.bind(
+        batch = self.base.bind(
             predictions,
             _kept(active, targets, ignored),
-            stats=stats,
+            inputs,
             reduction=resolved,
             ignore_index=ignored,
             token_weight=token_weight,
-            features=self.base.features(inputs),
             **of_batch,
         )
         run = TokenRun(
             self.base,
             active,
+            predictions,
             batch,
-            stats_of,
+            None if stats is None else given_stats(stats, batch),
             per_position_loss,
-            lambda: predictions.sample(self.base.sweep_options.softcap).reshape(-1),
             denominator is not None or resolved not in ("sum", "none"),
-            {"scalars": scalars, "per_token": resolved == "none", "memory": self._memory},
+            {"scalars": scalars, "per_token": resolved == "none"},
             inputs,
         )
-        return run.finish(predictions, targets, loss, for_custom)
+        return run.finish(targets, loss, for_custom)
 
     def whole_batch_reason(self) -> str | None:
         active = self._enabled(ModelMode.LANGUAGE_MODEL)
@@ -337,7 +336,7 @@ class LossModifierPipeline(WrappedObjective):
                 return f"{modifier.name} looks at logits"
             if modifier.weighs:
                 return f"{modifier.name} weighs samples"
-        return whole_batch_reason(self.base.terms(), None, self._reduction("auto", active) == "none")
+        return whole_batch_reason(self.base.terms(), None, None, self._reduction("auto", active) == "none")
 
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 

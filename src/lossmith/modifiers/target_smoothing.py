@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
+from lossmith.equation import Reads
 from lossmith.metrics import Source
 from lossmith.modifiers.summary import loss_metrics
 from lossmith.modifiers.token_modifier import Measured, SampleLosses, TokenModifier
@@ -62,6 +63,10 @@ class TargetSmoothingModifier(TokenModifier):
     @property
     def changes_loss(self) -> bool:
         return self.settings.factor != 0
+
+    @property
+    def reads(self) -> Reads:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return ("nll", "total_nll", "num_finite") if self.settings.factor else ()
 
     def keeps(self, targets: Tensor) -> Tensor | None:
         return targets != self.settings.padding_token if self.settings.exclude_padding else None

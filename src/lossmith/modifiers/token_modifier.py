@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
+from lossmith.equation import Reads
 from lossmith.metrics import Source
 from lossmith.modifiers.base import ModelMode
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
@@ -52,7 +53,14 @@ Measure = Callable[[TokenStats], Measured]
 
 
 class TokenModifier(ConfiguredModifier):
-    """The base of the modifiers of LANGUAGE_MODEL and TOKEN_CLASSIFIER; override what applies."""
+    """The base of the modifiers of LANGUAGE_MODEL and TOKEN_CLASSIFIER; override what applies.
+
+    Attributes:
+        reads: names of the statistics that ``token_loss`` and what ``on_batch`` returns read; None for every
+            one, still in one pass.
+    """
+
+    reads: Reads = None
 
     def supports_mode(self, mode: ModelMode) -> bool:
         return mode in (ModelMode.LANGUAGE_MODEL, ModelMode.TOKEN_CLASSIFIER)
@@ -83,8 +91,7 @@ class TokenModifier(ConfiguredModifier):
             draw: -> [N] ids, one drawn at every position from the model's distribution.
 
         Returns:
-            What measures the statistics (detached). It must do nothing else: it runs on blank
-            statistics first, to see which ones it reads.
+            What measures the statistics (detached).
         """
         return lambda stats: self.measure(stats, batch)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lossmith.batch import TokenBatch
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput, PerToken, StatsOf, with_parts
+from lossmith.equation import LossOutput, TokenLoss, joined, with_parts
 from lossmith.evaluation import evaluate
 from lossmith.modifiers.base import BaseLossModifier
 from lossmith.modifiers.custom import CustomModifiers
@@ -29,9 +29,9 @@ class TokenRun:
     Attributes:
         base: the objective that is modified.
         modifiers: the enabled ones, in the pipeline's order.
-        batch, stats_of: the bound batch; its statistics are computed once.
+        predictions, batch: what is judged, and by what.
+        stats: the batch's statistics, flat; None until they are computed, once.
         given_loss: [..., T] the caller's per-position loss, in place of the objective's own.
-        draw: -> [N] ids drawn from the model's distribution.
         is_mean: whether losses are divided by anything.
         options: further arguments of :func:`lossmith.equation.evaluate`.
         inputs: what else the objective was given.
@@ -39,10 +39,10 @@ class TokenRun:
 
     base: Objective
     modifiers: Sequence[BaseLossModifier]
+    predictions: Predictions
     batch: TokenBatch
-    stats_of: StatsOf
+    stats: TokenStats | None
     given_loss: Tensor | None
-    draw: Callable[[], Tensor]
     is_mean: bool
     options: Mapping[str, Any]
     inputs: Mapping[str, Any]
@@ -50,12 +50,16 @@ class TokenRun:
 
     def __post_init__(self) -> None:
         self._measures: dict[TokenModifier, Measure] = {
-            m: m.on_batch(self.batch, self.draw) for m in self.modifiers if isinstance(m, TokenModifier)
+            m: m.on_batch(self.batch, self._draw) for m in self.modifiers if isinstance(m, TokenModifier)
         }
         self._measured: dict[TokenModifier, Measured] = {}
         self._token_losses: tuple[Tensor, Tensor] | None = None
 
-    def token_loss(self, until: int | None = None) -> PerToken:
+    def _draw(self) -> Tensor:
+        """[N] ids drawn from the model's distribution."""
+        return self.predictions.sample(self.base.sweep_options.softcap).reshape(-1)
+
+    def token_loss(self, until: int | None = None) -> TokenLoss:
         """The loss of each token [N] after the modifiers before position ``until``."""
         steps = [self._step(position) for position in range(len(self.modifiers))[:until]]
 
@@ -65,7 +69,8 @@ class TokenRun:
                 loss = step(loss, stats, batch)
             return loss
 
-        return loss_of
+        own = self.base.token_loss_reads if self.given_loss is None else ()
+        return TokenLoss(loss_of, joined(own, *(modifier.reads for modifier in self._measures)))
 
     def _unmodified(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         if self.given_loss is None:
@@ -81,13 +86,11 @@ class TokenRun:
             return modifier.token_loss
         return lambda loss, stats, batch: loss
 
-    def finish(
-        self, predictions: Predictions, targets: Tensor, loss: Tensor | None, for_custom: Mapping[str, Any]
-    ) -> LossOutput:
+    def finish(self, targets: Tensor, loss: Tensor | None, for_custom: Mapping[str, Any]) -> LossOutput:
         """The modified loss.
 
         Args:
-            predictions, targets: as they were given; custom modifiers see logits.
+            targets: as they were given.
             loss: the caller's reduced loss, which stays where nothing but custom modifiers changes it.
             for_custom: further arguments of custom modifiers.
         """
@@ -101,17 +104,17 @@ class TokenRun:
         if custom:
             output = CustomModifiers(
                 custom,
-                predictions.logits(),
+                self.predictions.logits(),
                 targets,
                 lambda position, so_far: {
                     **for_custom,
-                    "stats": so_far.stats,
+                    "stats": so_far.shaped().stats,
                     "per_position_loss": self._so_far(position, so_far),
                 },
                 self._put,
             ).apply(output)
         self._record(output)
-        return output
+        return output.shaped()
 
     def _scalars(self) -> Mapping[str, Tensor]:
         return self.options.get("scalars") or {}
@@ -131,26 +134,22 @@ class TokenRun:
         needs_all = self.given_loss is not None or any(modifier.weighs for modifier in self._measures)
         output = evaluate(
             self.base.terms(self.token_loss()),
-            self.stats_of,
+            self.predictions,
             self.batch,
+            self.base.sweep_options,
+            stats=self.stats,
             weigh=self._weigh if needs_all else None,
-            reads=self.base.reads if needs_all else self._reads,
+            reads=joined(self.base.reads, self.token_loss().reads),
             **self.options,
         )
-        stats = output.stats
-        assert stats is not None
+        assert output.stats is not None
         if not needs_all:  # then nothing waits for what modifiers measure
-            self._weigh(stats.detach(), self.batch)
-        self.stats_of = lambda candidates: stats  # what is known is not computed again
+            self._weigh(output.stats.detach(), self.batch)
+        self.stats = output.all_stats  # what is known is not computed again
         return self.base.complete(output, self.inputs)
 
-    def _reads(self, stats: TokenStats) -> None:
-        self.base.reads(stats)
-        self._weigh(stats, self.batch)
-
     def _weigh(self, stats: TokenStats, batch: TokenBatch) -> Tensor | None:
-        """[N] the product of the samples' weights. All that modifiers look at is read here, so that it is
-        computed in the pass that the loss takes anyway."""
+        """[N] the product of the samples' weights."""
         if not self._measures:
             return None
         self._measured = {modifier: measure(stats) for modifier, measure in self._measures.items()}

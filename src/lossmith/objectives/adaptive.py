@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
-from lossmith.equation import PerToken, Term
+from lossmith.equation import Term, TokenLoss, joined
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
 from lossmith.terms.confidence_weight import (
     SCORES,
@@ -46,9 +46,10 @@ class AdaptiveCrossEntropyLoss(CrossEntropyLoss):
         self.threshold = threshold
         self.weight_range = weight_range
 
-    def terms(self, token_loss: PerToken | None = None) -> list[Term]:
+    def terms(self, token_loss: TokenLoss | None = None) -> list[Term]:
         main, *rest = super().terms(token_loss)
-        return [replace(main, weight=self._weight), *rest]
+        reads = joined(main.reads, ("unscaled.top_prob",))
+        return [replace(main, token_weight=self._weight, reads=reads), *rest]
 
     def _weight(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         certainty = confidence(stats, batch)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
 
+from lossmith.batch import TokenBatch
 from lossmith.components.component import Component, Weighted
-from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput, PerToken, Term, with_parts
+from lossmith.equation import LossOutput, Reads, Term, TokenLoss, joined, with_parts
 from lossmith.objective import Objective
 from lossmith.wrapped_objective import WrappedObjective
 
@@ -61,7 +63,7 @@ class ComposedLoss(WrappedObjective):
                 found.append((name, weighted.component, weighted.weight))
         return found
 
-    def terms(self, token_loss: PerToken | None = None) -> Sequence[Term]:
+    def terms(self, token_loss: TokenLoss | None = None) -> Sequence[Term]:
         terms = list(self.base.terms(token_loss))
         for name, component, weight in self._active():
             term = component.term()
@@ -77,12 +79,16 @@ class ComposedLoss(WrappedObjective):
                         f"the component {name!r} ({type(component).__name__}) needs {needed}; "
                         f"pass {needed}=..., or give the component a weight of 0"
                     )
-        return {**self.base.features(inputs), **super().features(inputs)}
+        return {**super().features(inputs), **Objective.features(self, inputs)}
 
-    def reads(self, stats: TokenStats) -> None:
-        self.base.reads(stats)
-        for _, component, _ in self._active():
-            component.reads(stats)
+    @property
+    def reads(self) -> Reads:
+        return joined(self.base.reads, *(component.reads for _, component, _ in self._active()))
+
+    def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
+        wanted = [component.also_read(batch, inputs) for _, component, _ in self._active()]
+        found = [some for some in (super().also_read(batch, inputs), *wanted) if some is not None]
+        return reduce(operator.or_, found) if found else None
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         output = self.base.complete(output, inputs)

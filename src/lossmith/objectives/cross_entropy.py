@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
-from lossmith.equation import PerToken, Term
+from lossmith.equation import Reads, Term, TokenLoss, joined
 from lossmith.objective import Objective
 from lossmith.options import strict_options
 from lossmith.reduction import Empty, Reduction
@@ -82,8 +82,8 @@ class CrossEntropyLoss(Objective):
         self.focal_gamma = focal_gamma
         self.confidence_penalty = confidence_penalty
 
-    def terms(self, token_loss: PerToken | None = None) -> list[Term]:
-        own = token_loss or self.token_loss
+    def terms(self, token_loss: TokenLoss | None = None) -> list[Term]:
+        own = self._own_token_loss(token_loss)
         # Class weights weigh a token as a whole, so that scaling them all changes nothing.
         weight = None if self.class_weight is None else lambda _, batch: batch.target_weight
 
@@ -92,15 +92,33 @@ class CrossEntropyLoss(Objective):
             return focal(stats, loss, gamma=self.focal_gamma) if self.focal_gamma else loss
 
         return [
-            Term("cross_entropy", modulated),
-            Term("z_loss", lambda stats, _: squared_logsumexp(stats), self.z_loss, weight),
+            Term(
+                "cross_entropy",
+                modulated,
+                reads=joined(own.reads, ("target_log1m_prob",) if self.focal_gamma else ()),
+                scope="token",
+            ),
+            Term(
+                "z_loss",
+                lambda stats, _: squared_logsumexp(stats),
+                self.z_loss,
+                weight,
+                reads=("unscaled.logsumexp",),
+                scope="token",
+            ),
             Term(
                 "confidence_penalty",
                 lambda stats, _: negative_entropy(stats),
                 self.confidence_penalty,
                 weight,
+                reads=("entropy",),
+                scope="token",
             ),
         ]
+
+    @property
+    def token_loss_reads(self) -> Reads:
+        return ("nll", "total_nll", "num_finite") if self.label_smoothing else ("nll",)
 
     def token_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         """[N] cross-entropy, smoothed and class-weighted; focal weighting comes on top."""

@@ -19,7 +19,7 @@ from lossmith.distributed import (
     sum_over_ranks,
 )
 from lossmith.engine.stats import TokenStats
-from lossmith.equation import PerToken, Term
+from lossmith.equation import Term, TokenLoss
 from lossmith.objective import Objective
 from lossmith.options import strict_options
 from lossmith.reduction import Empty, Reduction
@@ -101,8 +101,8 @@ class NVAMPLoss(Objective):
         self.legacy = legacy
         self.stats_scope: StatsScope = stats_scope
 
-    def terms(self, token_loss: PerToken | None = None) -> Sequence[Term]:
-        own = token_loss or self.token_loss
+    def terms(self, token_loss: TokenLoss | None = None) -> Sequence[Term]:
+        own = self._own_token_loss(token_loss)
 
         def unusual(stats: TokenStats, batch: TokenBatch) -> Tensor:
             return self._unusual(own(stats, batch), batch)
@@ -111,9 +111,9 @@ class NVAMPLoss(Objective):
             return self._largest(own(stats, batch), batch)
 
         return [
-            Term("variance", own, self.alpha, unusual, scope="batch"),
-            Term("cross_entropy", own, self.beta),
-            Term("max", own, self.gamma, largest, scope="batch"),
+            Term("variance", own, self.alpha, unusual, own.reads, scope="batch"),
+            Term("cross_entropy", own, self.beta, reads=own.reads, scope="token"),
+            Term("max", own, self.gamma, largest, own.reads, scope="batch"),
         ]
 
     def _unusual(self, loss: Tensor, batch: TokenBatch) -> Tensor:

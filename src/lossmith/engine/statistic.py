@@ -1,0 +1,90 @@
+"""``@statistic``: a property of ``TokenStats`` that is computed once, and what a term declared of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.engine.raw import Needs
+
+# Before the name of a statistic at temperature 1.
+UNSCALED = "unscaled."
+
+
+class Statistic:
+    """A property of ``TokenStats`` that is computed once; and once more where it was first read under
+    ``no_grad``, and then for a gradient.
+
+    ``functools.cached_property`` takes a lock in Python 3.11, which ``torch.compile`` cannot trace.
+    """
+
+    def __init__(self, function: Callable[[Any], Tensor], needs: Needs = Needs.CORE) -> None:
+        self.function = function
+        self.name = function.__name__
+        self.needs = needs
+
+    def __get__(self, owner: Any, kind: type) -> Tensor:
+        if owner is None:
+            return self  # type: ignore[return-value]
+        known = owner.__dict__ if torch.is_grad_enabled() else owner._without_gradient
+        if self.name not in known:
+            known[self.name] = self._of(owner)
+        return known[self.name]
+
+    def _of(self, owner: Any) -> Tensor:
+        view = owner._declared
+        if view is None:
+            return self.function(owner)
+        view.check(self.name, owner._view)
+        value = getattr(view.whole, self.name)  # computed there, once for every term
+        return value[..., view.columns] if self.needs & Needs.CANDIDATES else value
+
+
+def derived(function: Callable[[Any], Tensor]) -> Statistic:
+    """A statistic that others are made of, and nobody else sees."""
+    return Statistic(function)
+
+
+def statistic(needs: Needs) -> Callable[[Callable[[Any], Tensor]], Statistic]:
+    """A public statistic, made of these groups of raw ones."""
+    return lambda function: Statistic(function, needs)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a term that has declared its reads sees of all statistics.
+
+    Attributes:
+        whole: where they are computed.
+        names: what was declared, ``unscaled.`` before what is of temperature 1; None for everything.
+        columns: the term's own of the candidates.
+    """
+
+    whole: Any
+    names: frozenset[str] | None
+    columns: slice
+
+    def check(self, name: str, view: int) -> None:
+        """
+        Raises:
+            UndeclaredRead: it was not declared.
+        """
+        if self.names is None or (name in self.names and view == 0) or UNSCALED + name in self.names:
+            return
+        raise UndeclaredRead(UNSCALED + name if view == 1 else name)
+
+
+class UndeclaredRead(Exception):
+    """A term reads a statistic that it did not declare.
+
+    Args:
+        name: of the statistic.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name!r} is read but not declared")
+        self.name = name

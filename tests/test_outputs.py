@@ -1,0 +1,77 @@
+"""What comes out of an objective: in the targets' shape, and plain numbers once copied or saved."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import lossmith
+
+COPIES = {
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "deepcopy": copy.deepcopy,
+}
+
+
+def case():
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 11, generator=rng, requires_grad=True)
+    targets = torch.randint(11, (2, 5), generator=rng)
+    targets[0, 1] = -100
+    return logits, targets
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lossmith.CrossEntropyLoss(z_loss=0.1, temperature=1.3),
+        lossmith.LossModifierPipeline([lossmith.EntropyModifier({})]),
+        lossmith.UnifiedLoss(11, use_ngram_penalty=True),
+    ],
+)
+def test_statistics_have_the_shape_of_the_targets(criterion):
+    logits, targets = case()
+    output = criterion.evaluate(logits, targets)
+    assert output.stats.nll.shape == targets.shape
+    assert torch.equal(output.stats.targets, targets)
+    torch.testing.assert_close(output.stats.flat().nll, output.stats.nll.reshape(-1))
+    direct = lossmith.token_stats(logits, targets).unscaled.nll
+    torch.testing.assert_close(output.stats.unscaled.nll, direct)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_an_output_is_copied_as_plain_numbers(how):
+    logits, targets = case()
+    output = lossmith.CrossEntropyLoss(z_loss=0.1).evaluate(logits, targets)
+    nll = output.stats.nll
+    found = COPIES[how](output)
+    assert found.total == output.total
+    assert not found.total.requires_grad
+    assert found.parts.keys() == output.parts.keys()
+    assert not any(part.requires_grad for part in found.parts.values())
+    assert found.metrics.to_dict() == output.metrics.to_dict()
+    assert torch.equal(found.stats.nll, nll)
+    assert not found.stats.nll.requires_grad
+    output.total.backward()  # the original still has its graph
+    assert logits.grad.any()
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_statistics_has_those_that_were_there(how):
+    logits, targets = case()
+    stats = lossmith.token_stats(logits, targets).compute("nll", "entropy")
+    found = COPIES[how](stats)
+    assert torch.equal(found.entropy, stats.entropy)
+    assert found.nll.shape == targets.shape
+    with pytest.raises(RuntimeError, match=r"computed before.*stats\.compute"):
+        _ = found.top_prob
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_metrics_are_copied_as_numbers(how):
+    logits, targets = case()
+    metrics = lossmith.CrossEntropyLoss().evaluate(logits, targets).metrics
+    found = COPIES[how](metrics)
+    assert isinstance(found, lossmith.Metrics)
+    assert dict(found) == metrics.to_dict()
