@@ -222,8 +222,8 @@ class Objective(nn.Module):
             >>> weight, targets = torch.randn(1000, 16, requires_grad=True), torch.zeros(64).long()
             >>> head = {"hidden_states": hidden, "lm_head_weight": weight}
             >>> print(lossmith.NVAMPLoss().plan(targets=targets, **head))
-            two_sweep: the term 'variance' may depend on the whole batch (its scope is 'batch'). 64 tokens in \
-1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides the gradients
+            two_sweep: the term 'variance' may depend on the whole batch (its scope is 'batch'). 64 tokens \
+in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides the gradients
         """
         self.check_inputs(inputs, more=OWN_INPUTS)
         given = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight, **inputs}
