@@ -1,9 +1,11 @@
-"""What holds a term of your own to its promises: :func:`check_term`."""
+"""``check_term`` and ``check_objective`` hold losses of your own to what they promise."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from lossmith.batch import TokenBatch, align
 from lossmith.engine.predictions import Logits
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import Term
+from lossmith.equation import LossOutput, Term
 from lossmith.objective import Objective
 
 IGNORED = -100
@@ -208,3 +210,131 @@ def _check_chunks(term: Term, case: _Case) -> None:
 
 def _looks_around(term: Term, how: str) -> str:
     return f"{term.name!r} has scope='token' and looks at other tokens than each value's own. {how}"
+
+
+# ── a whole objective ─────────────────────────────────────────────────────────────────────────────────
+
+
+def check_objective(
+    criterion: Objective,
+    *,
+    num_classes: int = 11,
+    shape: tuple[int, int] = (4, 7),
+    inputs: Mapping[str, Tensor] | None = None,
+    adds_up: bool = True,
+    seed: int = 0,
+) -> None:
+    """Hold an objective to what every objective promises, in fp64, on random logits.
+
+    Each of its terms keeps its promises (:func:`check_term`); the parts sum to the total; three times the
+    loss has three times the gradient; tokens without a target do not matter and have no gradient; a batch without
+    any has a gradient of 0; a linear head gives what its logits give; micro-batches add up to the batch; and
+    nothing that it is given is changed.
+
+    Args:
+        criterion: the objective; a copy of it is checked.
+        num_classes: V.
+        shape: [B, T] of the batch.
+        inputs: [B, ...] what else it takes, by name.
+        adds_up: whether micro-batches add up to the batch. Statistics of the batch (NVAMP's mean, weights
+            that average 1) do not, by nature.
+        seed: of the random numbers.
+
+    Raises:
+        AssertionError: it breaks a promise; the message says which.
+
+    Example:
+        >>> import lossmith
+        >>> from lossmith.testing import check_objective
+        >>> check_objective(lossmith.CrossEntropyLoss(label_smoothing=0.1, z_loss=0.1))
+        >>> check_objective(lossmith.NVAMPLoss(), adds_up=False)
+    """
+    criterion = copy.deepcopy(criterion).double()
+    features = {name: value for name, value in (inputs or {}).items() if name in criterion.feature_names}
+    for term in criterion.terms():
+        if not term.is_off:
+            check_term(term, num_classes=num_classes, shape=shape, features=features, seed=seed)
+    case = _Case.random(num_classes, shape, 1.0, {}, seed)
+    whole = _Whole(criterion, case, dict(inputs or {}))
+    whole.check_parts()
+    whole.check_masks()
+    whole.check_nothing_to_learn()
+    whole.check_head()
+    if adds_up:
+        whole.check_micro_batches()
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """An objective on a batch."""
+
+    criterion: Objective
+    case: _Case
+    inputs: dict[str, Tensor]
+
+    def output(self, rows: slice = slice(None), **given: Any) -> LossOutput:
+        inputs = {"targets": self.case.targets, "input_ids": self.case.input_ids, **self.inputs}
+        chosen = {name: value[rows] for name, value in inputs.items()}
+        return copy.deepcopy(self.criterion).evaluate(**chosen | given)
+
+    def loss(self, **given: Any) -> Tensor:
+        return self.output(**given).total.sum()
+
+    def check_parts(self) -> None:
+        logits = self.case.logits
+        leaf, before = logits.clone().requires_grad_(), logits.clone()
+        output = self.output(logits=leaf)
+        total = sum(output.parts.values(), torch.zeros_like(output.total))
+        self._close(total, output.total, "the parts do not sum to the total")
+        scaled = torch.autograd.grad(3 * output.total.sum(), leaf, retain_graph=True)[0]
+        plain = torch.autograd.grad(output.total.sum(), leaf)[0]
+        self._close(scaled, 3 * plain, "the gradient does not scale with the loss")
+        assert torch.equal(leaf.detach(), before), self._said("the logits were changed")
+
+    def check_masks(self) -> None:
+        missing = self.case.targets == IGNORED
+        if self.criterion.shift:  # logits[t] predict targets[t + 1]
+            missing = torch.nn.functional.pad(missing[:, 1:], (0, 1), value=True)
+        broken = self.case.logits.masked_fill(missing.unsqueeze(-1), torch.nan).requires_grad_()
+        loss = self.loss(logits=broken)
+        said = "tokens without a target matter"
+        self._close(loss, self.loss(logits=self.case.logits), said)
+        assert not torch.autograd.grad(loss, broken)[0][missing].any(), self._said(said)
+
+    def check_nothing_to_learn(self) -> None:
+        leaf = self.case.logits.requires_grad_()
+        output = self.output(logits=leaf, targets=torch.full_like(self.case.targets, IGNORED))
+        if self.criterion.empty == "nan":
+            return
+        per_token = sum(part for part in output.parts.values())
+        (gradient,) = torch.autograd.grad(output.total.sum(), leaf)
+        assert torch.as_tensor(per_token).isfinite().all(), self._said(
+            "a batch without a target is not finite"
+        )
+        assert not gradient.any(), self._said("a batch without a target has a gradient")
+
+    def check_head(self) -> None:
+        leaves = [self.case.hidden.clone().requires_grad_(), self.case.weight.clone().requires_grad_()]
+        budget = CHUNK_ROWS * len(leaves[1]) * leaves[1].itemsize
+        head = {"hidden_states": leaves[0], "lm_head_weight": leaves[1], "memory_budget": budget}
+        losses = [self.loss(**head), self.loss(logits=leaves[0] @ leaves[1].t())]
+        said = "over a linear head it is another loss than over the logits"
+        self._close(*losses, said)
+        self._close(*(torch.autograd.grad(loss, leaves) for loss in losses), said)
+
+    def check_micro_batches(self) -> None:
+        criterion, targets, logits = self.criterion, self.case.targets, self.case.logits
+        denominator = None if criterion.reduction in ("sum", "none") else criterion.count(targets)
+        parts = [
+            self.output(
+                slice(row, row + 1), logits=logits[row : row + 1], denominator=denominator
+            ).total.sum()
+            for row in range(len(targets))
+        ]
+        self._close(sum(parts), self.loss(logits=logits), "micro-batches do not add up to the batch")
+
+    def _close(self, found: Any, expected: Any, said: str) -> None:
+        torch.testing.assert_close(found, expected, msg=lambda m: f"{self._said(said)}. {m}")
+
+    def _said(self, what: str) -> str:
+        return f"{type(self.criterion).__name__}: {what}"
