@@ -227,9 +227,9 @@ def check_objective(
     """Hold an objective to what every objective promises, in fp64, on random logits.
 
     Each of its terms keeps its promises (:func:`check_term`); the parts sum to the total; three times the
-    loss has three times the gradient; tokens without a target do not matter and have no gradient; a batch without
-    any has a gradient of 0; a linear head gives what its logits give; micro-batches add up to the batch; and
-    nothing that it is given is changed.
+    loss has three times the gradient; tokens without a target do not matter and have no gradient; a batch
+    without any has a gradient of 0; a linear head gives what its logits give; micro-batches add up to the
+    batch; and nothing that it is given is changed.
 
     Args:
         criterion: the objective; a copy of it is checked.
