@@ -75,3 +75,25 @@ def test_metrics_are_copied_as_numbers(how):
     found = COPIES[how](metrics)
     assert isinstance(found, lossmith.Metrics)
     assert dict(found) == metrics.to_dict()
+
+
+def test_statistics_show_what_they_have():
+    logits, targets = case()
+    stats = lossmith.token_stats(logits, targets, temperature=2.0)
+    assert repr(stats) == "TokenStats([2, 5], computed: nothing yet)"
+    stats.compute("nll", "unscaled.entropy")
+    assert "nll" in repr(stats)
+    assert "entropy" not in repr(stats).replace("wrong_entropy", "")
+    assert "unscaled, computed" in repr(stats.unscaled)
+    assert "entropy" in repr(stats.unscaled)
+    assert dir(stats) == sorted(lossmith.engine.stats.STATISTIC_NAMES)
+    output = lossmith.CrossEntropyLoss().evaluate(logits, targets)
+    assert "total=tensor(" in repr(output)
+    assert "TokenStats([2, 5]" in repr(output)
+
+
+def test_a_perplexity_shows_itself():
+    perplexity = lossmith.Perplexity()
+    assert repr(perplexity) == "Perplexity(nan over 0 tokens)"
+    perplexity.update(torch.zeros(3, 10), torch.zeros(3, dtype=torch.long))
+    assert repr(perplexity) == "Perplexity(10 over 3 tokens)"

@@ -39,6 +39,9 @@ class Perplexity:
         self.shift = shift
         self.reset()
 
+    def __repr__(self) -> str:
+        return f"Perplexity({self.compute():.4g} over {self.num_tokens} tokens)"
+
     def reset(self) -> None:
         """Forget everything seen so far."""
         self._nll: Tensor | float = 0.0

@@ -67,6 +67,10 @@ class RawStats:
         values = tuple({name: value.detach() for name, value in view.items()} for view in self._values)
         return {**self.__dict__, "_values": values, "_fetch": _gone, "once": None}
 
+    def has(self, view: int, needs: Needs) -> bool:
+        """Whether these groups of a view have been fetched."""
+        return self._missing(view, needs) is None
+
     def _missing(self, view: int, needs: Needs | None) -> Needs | None:
         names = () if needs is None else raw_names(needs)
         groups = [GROUP_OF[name] for name in names if name not in self._values[view]]

@@ -206,6 +206,14 @@ class TokenStats:
     def _constant(self, name: str) -> Tensor:
         return self._read(name).detach()
 
+    def __repr__(self) -> str:
+        known = [name for name, s in sorted(STATISTICS.items()) if self._raw.has(self._view, s.needs)]
+        at_one = ", unscaled" if self._view == 1 else ""
+        return f"TokenStats({list(self._shape)}{at_one}, computed: {', '.join(known) or 'nothing yet'})"
+
+    def __dir__(self) -> list[str]:
+        return sorted(STATISTICS)
+
     def __getstate__(self) -> dict[str, Any]:
         """What is known of the statistics, without a graph, for pickle and ``copy.deepcopy``."""
         plain = {"_raw": self._raw, "_view": self._view, "_shape": self._shape, "_detached": True}
