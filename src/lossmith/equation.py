@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ from torch import Tensor
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
 from lossmith.metrics import Metrics
+from lossmith.options import option, strict_options
 
 PerToken = Callable[[TokenStats, TokenBatch], Tensor]
 Weigh = Callable[[TokenStats, TokenBatch], "Tensor | None"]
 StatsOf = Callable[["Tensor | None"], TokenStats]
 
 
+@strict_options
 @dataclass(frozen=True)
 class Term:
     """One per-token term of an objective: ``coefficient * weight * loss``.
@@ -44,7 +46,7 @@ class Term:
 
     name: str
     loss: PerToken
-    coefficient: float | Tensor = 1.0
+    coefficient: Annotated[float | Tensor, option("lambda")] = 1.0
     weight: PerToken | None = None
     scope: Literal["token", "batch"] = "token"
     candidates: Callable[[TokenBatch], Tensor] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from lossmith.components.component import Component, Weighted
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, PerToken, Term, with_parts
 from lossmith.objective import Objective
+from lossmith.options import option, strict_options
 from lossmith.wrapped_objective import WrappedObjective
 
 
@@ -40,8 +41,13 @@ class ComposedLoss(WrappedObjective):
         >>> loss.backward()
     """
 
+    @strict_options
     def __init__(
-        self, primary: Objective, components: Mapping[str, Weighted | Component] | None = None
+        self,
+        primary: Annotated[Objective, option("the main objective")],
+        components: Annotated[
+            Mapping[str, Weighted | Component] | None, option("weighted components, by name")
+        ] = None,
     ) -> None:
         super().__init__(primary)
         self.components = nn.ModuleDict()
