@@ -13,6 +13,8 @@ from torch import Tensor
 from lossmith.options import forms
 from lossmith.options.forms import Form, Option, WrongForm
 
+# Shown as they are in messages; of anything else the type says more.
+PLAIN = (str, bytes, bool, int, float, complex, tuple, list, set, dict)
 SEVERAL = (Sequence, Iterable, Collection, list, tuple)
 
 
@@ -127,8 +129,6 @@ def kind_of(hint: Any, name: str) -> Kind:
     """What an annotation lets through."""
     members = _members(hint, Option())
     given = tuple(_form_of(bare, declared, name) for bare, declared in members)
-    # None first: it is told at once, and it is what most calls leave such an option at
-    tests = sorted(given, key=lambda form: form.words != ("None",))
     return Kind(
         name,
         given,
@@ -136,7 +136,7 @@ def kind_of(hint: Any, name: str) -> Kind:
         _listed([word for form in given for word in form.words]),
         _expected(given),
         next((form.limits for form in given if form.limits), ""),
-        _one_of([form.fits for form in tests]),
+        _fits_one_of(given),
     )
 
 
@@ -151,9 +151,11 @@ def type_shown(value: Any) -> str:
     """A value of a wrong type, in a few words."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     kind, text = type(value).__name__, repr(value)
-    if value is None or len(text) > 60 or "\n" in text:
-        return kind if value is not None else text
+    if value is None or not isinstance(value, PLAIN) or len(text) > 60:
+        return text if value is None else kind
     return f"{text} ({kind})"
 
 
@@ -210,13 +212,13 @@ def _form_of(hint: Any, declared: Option, name: str) -> Form:
     return forms.instance(kind) if isinstance(kind, type) and kind is not Any else forms.anything()
 
 
-def _one_of(tests: list[Callable[[Any], bool]]) -> Callable[[Any], bool]:
-    if len(tests) == 1:
-        return tests[0]
-    if len(tests) == 2:
-        first, second = tests
-        return lambda value: first(value) or second(value)
-    return lambda value: any(test(value) for test in tests)
+def _fits_one_of(given: Sequence[Form]) -> Callable[[Any], bool]:
+    """One test of several. None goes first: it is told at once, and it is what most calls leave an option at."""
+    tests = [form.fits for form in given if form.words != ("None",)]
+    first, *rest = tests
+    if len(tests) < len(given):
+        return lambda value: value is None or first(value) or any(test(value) for test in rest)
+    return (lambda value: first(value) or any(test(value) for test in rest)) if rest else first
 
 
 def _expected(given: Sequence[Form]) -> str:

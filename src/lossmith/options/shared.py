@@ -68,7 +68,7 @@ ExpertsPerToken = Annotated[int | None, option("experts that a token is sent to;
 NumRouters = Annotated[int | None, option("how many routers there are; None is one", low=1)]
 ExpertUsage = Annotated[
     float | Sequence[float] | None,
-    option("share of each expert, a list that sums to 1; None is the same for all", above=0, high=1),
+    option("share of each expert, a list that sums to 1; None is the same for all"),
 ]
 BalanceMode = Annotated[
     Literal["loss", "bias"], option("balance by a loss, or by a bias on the choice of experts")

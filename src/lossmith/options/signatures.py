@@ -104,30 +104,31 @@ def _checked(function: Callable[..., Any], hints: Mapping[str, Any], further: Ma
     named = [p for p in parameters[is_method:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     options = {**further, **{p.name: _declared(p, hints.get(p.name)) for p in named}}
     takes_any = not further and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    by_position = ["self"] * is_method + [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
     fits = {name: spec.kind.fits for name, spec in options.items()}
-    by_position = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
-    fits_by_position = [_is_there] * is_method + [fits[name] for name in by_position]
-    is_constructor = function.__name__ == "__init__"
+    fits_by_position = [fits.get(name, _is_there) for name in by_position]
 
-    def owner_of(args: tuple[Any, ...]) -> str:
-        return type(args[0]).__name__ if is_constructor else function.__qualname__
+    def mended(name: str, value: Any, args: tuple[Any, ...]) -> Any:
+        """A value that fits, of one that may not; or an error that says why not."""
+        owner = type(args[0]).__name__ if function.__name__ == "__init__" else function.__qualname__
+        if name in options:
+            return options[name].kind.read(value, owner)
+        if takes_any or name == "self":
+            return value
+        raise TypeError(unknown_option(owner, name, options))
 
-    def read(name: str, value: Any, args: tuple[Any, ...]) -> Any:
-        return options[name].kind.read(value, owner_of(args))
-
+    # Of what it closes over torch.compile must understand what every call runs through: no class of ours.
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        for position, (fit, value) in enumerate(zip(fits_by_position, args, strict=False)):
+        for fit, value in zip(fits_by_position, args, strict=False):
             if not fit(value):
-                taken = read(by_position[position - is_method], value, args)
-                args = (*args[:position], taken, *args[position + 1 :])
+                found = (mended(name, given, args) for name, given in zip(by_position, args, strict=False))
+                args = (*found, *args[len(by_position) :])
+                break
         for name, value in kwargs.items():
             fit = fits.get(name)
-            if fit is None:
-                if not takes_any:
-                    raise TypeError(unknown_option(owner_of(args), name, options))
-            elif not fit(value):
-                kwargs[name] = read(name, value, args)
+            if fit is None or not fit(value):
+                kwargs[name] = mended(name, value, args)
         return function(*args, **kwargs)
 
     checked.__options__ = options  # type: ignore[attr-defined]
