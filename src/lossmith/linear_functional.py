@@ -182,7 +182,7 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they 
     return output.total, output.stats.reshape(targets.shape)
 
 
-@strict_options(also=linear_cross_entropy)
+@strict_options(also=linear_cross_entropy, name="linear_cross_entropy")
 def explain(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Plan:
     """What :func:`linear_cross_entropy` will do with these arguments, and what it costs; nothing is computed.
 

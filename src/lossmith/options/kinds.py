@@ -213,7 +213,7 @@ def _form_of(hint: Any, declared: Option, name: str) -> Form:
 
 
 def _fits_one_of(given: Sequence[Form]) -> Callable[[Any], bool]:
-    """One test of several. None goes first: it is told at once, and it is what most calls leave an option at."""
+    """One test of several. None goes first: it is told at once, and most calls leave such an option at it."""
     tests = [form.fits for form in given if form.words != ("None",)]
     first, *rest = tests
     if len(tests) < len(given):

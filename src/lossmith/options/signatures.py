@@ -68,8 +68,8 @@ def options_of(owner: Any) -> dict[str, Declared]:
 @overload
 def strict_options(owner: C, /) -> C: ...
 @overload
-def strict_options(*, also: Any) -> Callable[[C], C]: ...
-def strict_options(owner: Any = None, /, *, also: Any = None) -> Any:
+def strict_options(*, also: Any, name: str | None = None) -> Callable[[C], C]: ...
+def strict_options(owner: Any = None, /, *, also: Any = None, name: str | None = None) -> Any:
     """Hold the callers of a function, a method or a class to its annotated signature.
 
     An unknown option is answered with the nearest name, and a value of a wrong type or out of range with what
@@ -79,26 +79,29 @@ def strict_options(owner: Any = None, /, *, also: Any = None) -> Any:
     Args:
         owner: the function, or a dataclass, whose constructor is meant.
         also: a strict function or class that further options are passed on to; they are checked too.
+        name: what messages call it; its own name, or that of the class that is made.
 
     Raises:
         TypeError: from the wrapped function: an unknown option, or a value of another type.
         ValueError: likewise: a value out of range.
     """
     if owner is None:
-        return functools.partial(_strict, also=also)
-    return _strict(owner, also=also)
+        return functools.partial(_strict, also=also, name=name)
+    return _strict(owner, also, name)
 
 
-def _strict(owner: Any, also: Any) -> Any:
+def _strict(owner: Any, also: Any, name: str | None) -> Any:
     further = {} if also is None else options_of(also)
     hints = get_type_hints(owner, include_extras=True)
     if not isinstance(owner, type):
-        return _checked(owner, hints, further)
-    owner.__init__ = _checked(owner.__init__, hints, further)  # of a dataclass
+        return _checked(owner, hints, further, name)
+    owner.__init__ = _checked(owner.__init__, hints, further, name)  # of a dataclass
     return owner
 
 
-def _checked(function: Callable[..., Any], hints: Mapping[str, Any], further: Mapping[str, Declared]) -> Any:
+def _checked(
+    function: Callable[..., Any], hints: Mapping[str, Any], further: Mapping[str, Declared], said: str | None
+) -> Any:
     parameters = list(inspect.signature(function).parameters.values())
     is_method = bool(parameters) and parameters[0].name == "self"
     named = [p for p in parameters[is_method:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -110,7 +113,8 @@ def _checked(function: Callable[..., Any], hints: Mapping[str, Any], further: Ma
 
     def mended(name: str, value: Any, args: tuple[Any, ...]) -> Any:
         """A value that fits, of one that may not; or an error that says why not."""
-        owner = type(args[0]).__name__ if function.__name__ == "__init__" else function.__qualname__
+        own = type(args[0]).__name__ if function.__name__ == "__init__" else function.__qualname__
+        owner = said or own
         if name in options:
             return options[name].kind.read(value, owner)
         if takes_any or name == "self":
