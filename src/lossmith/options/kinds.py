@@ -142,9 +142,12 @@ def kind_of(hint: Any, name: str) -> Kind:
 
 def plain_type(hint: Any) -> Any:
     """An annotation without what is declared beside it; one of a few texts is text."""
-    if get_origin(hint) is Annotated:
-        return plain_type(get_args(hint)[0])
-    return str if get_origin(hint) is Literal else hint
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return plain_type(arguments[0])
+    if origin in (Union, types.UnionType):
+        return Union[tuple(plain_type(each) for each in arguments)]  # noqa: UP007
+    return str if origin is Literal else hint
 
 
 def type_shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_type_hints, overload
 
 from torch import Tensor
 
-from lossmith.options.kinds import Kind, kind_of
+from lossmith.options.kinds import Kind, kind_of, plain_type
 from lossmith.options.matching import unknown_option
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -31,6 +31,11 @@ class Declared:
     default: Any
     hint: Any
     kind: Kind
+
+    @property
+    def type(self) -> Any:
+        """Its annotation alone; one of a few texts is text."""
+        return plain_type(self.hint)
 
     @property
     def meaning(self) -> str:

@@ -17,13 +17,12 @@ from omegaconf import MISSING, OmegaConf
 from lossmith.modifiers.config import ALIASES
 from lossmith.options import nearest
 from lossmith.options.forms import WrongForm
-from lossmith.options.kinds import plain_type
 from lossmith.training.errors import UserError
 from lossmith.training.keys import MIN_LR_DIVISOR, SPECS, TrainConfig
 from lossmith.training.objective import check_objective
 
 DEFAULTS = TrainConfig()
-TYPES: dict[str, Any] = {name: plain_type(spec.hint) for name, spec in SPECS.items()}
+TYPES: dict[str, Any] = {name: spec.type for name, spec in SPECS.items()}
 BOOLEAN_WORDS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
