@@ -195,9 +195,9 @@ def test_a_declaration_that_cannot_be():
 
     with pytest.raises(ValueError, match="no statistic 'entropi'"):
         Term("t", loss, reads=("entropi",))
-    with pytest.raises(ValueError, match=r"Write reads=\('nll',\)"):
+    with pytest.raises(TypeError, match=r"reads must be a list of texts or None; got 'nll'.*Of one, write"):
         Term("t", loss, reads="nll")
-    with pytest.raises(ValueError, match="scope 'token' or 'batch'; got 'tokens'"):
+    with pytest.raises(ValueError, match="scope must be one of 'token', 'batch'; got 'tokens'"):
         Term("t", loss, scope="tokens")
 
 

@@ -74,12 +74,20 @@ MISTAKES = {
         ValueError,
         "empty batch: hidden",
     ),
-    "no budget": ({"memory_budget": 0}, ValueError, "must be > 0 bytes.*got 0"),
-    "less than no budget": ({"memory_budget": -1}, ValueError, "must be > 0 bytes.*got -1"),
+    "no budget": (
+        {"memory_budget": 0},
+        ValueError,
+        "memory_budget must be a whole number > 0 or None; got 0",
+    ),
+    "less than no budget": (
+        {"memory_budget": -1},
+        ValueError,
+        "memory_budget must be a whole number > 0 or None; got -1",
+    ),
     "a budget of parts": (
         {"memory_budget": 1e6},
         TypeError,
-        r"whole number of bytes; got 1000000\.0 \(float\)",
+        r"whole number > 0 or None; got 1000000\.0 \(float\)",
     ),
     "a budget of truth": ({"memory_budget": True}, TypeError, r"got True \(bool\)"),
     "a budget in words": ({"memory_budget": "1GB"}, TypeError, "got '1GB'"),
@@ -210,7 +218,7 @@ def test_masked_positions_may_hold_anything_that_ignore_index_says():
 
 @pytest.mark.parametrize("softcap", [0.0, -1.0])
 def test_a_cap_of_the_models_own_that_cannot_be(softcap):
-    with pytest.raises(ValueError, match=r"softcap must be > 0.*got"):
+    with pytest.raises(ValueError, match=r"softcap must be a number >= 1e-06 or None; got"):
         LinearHead(HEAD.hidden, HEAD.weight, softcap=softcap)
 
 

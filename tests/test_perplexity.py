@@ -148,7 +148,7 @@ def test_ranking_without_a_pair_is_zero():
 
 def test_ranking_refuses_what_it_cannot_mean():
     scores = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"margin must be >= 0; got -1"):
+    with pytest.raises(ValueError, match=r"margin must be a number >= 0; got -1"):
         lossmith.ranking_loss(scores, scores, margin=-1)
     with pytest.raises(TypeError, match="Did you mean 'margin'"):
         lossmith.ranking_loss(scores, scores, margins=1.0)

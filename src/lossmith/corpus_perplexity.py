@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lossmith.functional import cross_entropy
+from lossmith.options import strict_options
+from lossmith.options.shared import IgnoreIndex, Shift, Softcap
 
 
 class Perplexity:
@@ -22,6 +24,9 @@ class Perplexity:
         softcap: see :func:`lossmith.cross_entropy`.
         shift: whether targets are unshifted labels.
 
+    Raises:
+        TypeError, ValueError: an option of a wrong type, or out of range.
+
     Example:
         >>> import torch, lossmith
         >>> ppl = lossmith.Perplexity()
@@ -31,8 +36,9 @@ class Perplexity:
         (10.0, 8)
     """
 
+    @strict_options
     def __init__(
-        self, *, ignore_index: int = -100, softcap: float | None = None, shift: bool = False
+        self, *, ignore_index: IgnoreIndex = -100, softcap: Softcap = None, shift: Shift = False
     ) -> None:
         self.ignore_index = ignore_index
         self.softcap = softcap

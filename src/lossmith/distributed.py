@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-StatsScope = Literal["local", "global"]
-STATS_SCOPES = ("local", "global")
+from lossmith.options import option
+
+StatsScope = Annotated[
+    Literal["local", "global"], option("whether statistics are those of this rank or of all")
+]
 
 
 def num_ranks() -> int:

@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ from lossmith.batch import TokenBatch
 from lossmith.engine.statistic import UNSCALED, UndeclaredRead
 from lossmith.engine.stats import STATISTIC_NAMES, TokenStats, unknown_statistic
 from lossmith.metrics import Metrics
+from lossmith.options import option, strict_options
 
 PerToken = Callable[[TokenStats, TokenBatch], Tensor]
 Weigh = Callable[[TokenStats, TokenBatch], "Tensor | None"]
 # Names of statistics, ``unscaled.`` before those at temperature 1; None for every one there is.
-Reads = Sequence[str] | None
+Reads = Annotated[Sequence[str] | None, option("names of statistics", advice='Of one, write ("nll",)')]
 Scope = Literal["token", "batch"]
 
 
@@ -47,6 +48,7 @@ class TokenLoss:
         return self.of(stats, batch)
 
 
+@strict_options
 @dataclass(frozen=True)
 class Term:
     """One per-token term of an objective: ``coefficient * token_weight * loss``.
@@ -77,22 +79,13 @@ class Term:
 
     name: str
     loss: PerToken
-    coefficient: float | Tensor = 1.0
+    coefficient: Annotated[float | Tensor, option("lambda")] = 1.0
     token_weight: PerToken | None = None
     reads: Reads = None
     scope: Scope = "batch"
     candidates: Callable[[TokenBatch], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.scope not in get_args(Scope):
-            raise ValueError(
-                f"the term {self.name!r} must have the scope 'token' or 'batch'; got {self.scope!r}"
-            )
-        if isinstance(self.reads, str):
-            raise ValueError(
-                f"the term {self.name!r} must declare its reads as a sequence of names; got {self.reads!r}. "
-                f"Write reads=({self.reads!r},)"
-            )
         for name in self.reads or ():
             if name.removeprefix(UNSCALED) not in STATISTIC_NAMES:
                 raise ValueError(f"reads of the term {self.name!r}: {unknown_statistic(name)}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,8 +13,23 @@ from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
-from lossmith.options import strict_options
-from lossmith.reduction import Denominator, Empty, Reduction, check_reduction, token_scale
+from lossmith.options import option, strict_options
+from lossmith.options.shared import (
+    Candidates,
+    ClassWeight,
+    ConfidencePenaltyCoefficient,
+    FocalGamma,
+    IgnoreIndex,
+    LabelSmoothing,
+    Mask,
+    Shift,
+    Softcap,
+    SpecialTokens,
+    Temperature,
+    TokenWeight,
+    ZLossCoefficient,
+)
+from lossmith.reduction import Denominator, Empty, Reduction, token_scale
 from lossmith.terms.cross_entropy import SmoothingMode
 from lossmith.terms.ranking import ranking
 
@@ -25,10 +39,10 @@ def token_stats(
     logits: Tensor,
     targets: Tensor,
     *,
-    candidates: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
+    candidates: Candidates = None,
+    temperature: Temperature = 1.0,
+    softcap: Softcap = None,
+    ignore_index: IgnoreIndex = -100,
 ) -> TokenStats:
     """What each token's distribution says about its target: the building blocks of your own loss.
 
@@ -98,21 +112,21 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (the overload
     *,
     reduction: Reduction = "mean",
     denominator: Denominator | None = None,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    label_smoothing: float = 0.0,
+    ignore_index: IgnoreIndex = -100,
+    mask: Mask = None,
+    label_smoothing: LabelSmoothing = 0.0,
     smoothing_mode: SmoothingMode = "uniform",
-    special_tokens: Sequence[int] = (),
-    class_weight: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    focal_gamma: float = 0.0,
-    confidence_penalty: float = 0.0,
-    shift: bool = False,
+    special_tokens: SpecialTokens = (),
+    class_weight: ClassWeight = None,
+    token_weight: TokenWeight = None,
+    temperature: Temperature = 1.0,
+    softcap: Softcap = None,
+    z_loss: ZLossCoefficient = 0.0,
+    focal_gamma: FocalGamma = 0.0,
+    confidence_penalty: ConfidencePenaltyCoefficient = 0.0,
+    shift: Shift = False,
     empty: Empty = "zero",
-    return_stats: bool = False,
+    return_stats: Annotated[bool, option("also return the statistics")] = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Cross-entropy with everything people add to it, in one pass over the logits each way.
 
@@ -190,10 +204,10 @@ def perplexity(
     logits: Tensor,
     targets: Tensor,
     *,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    shift: bool = False,
+    ignore_index: IgnoreIndex = -100,
+    mask: Mask = None,
+    softcap: Softcap = None,
+    shift: Shift = False,
 ) -> Tensor:
     """exp of the mean NLL over the supervised tokens: unsmoothed, at temperature 1.
 
@@ -217,12 +231,12 @@ def perplexity(
 
 @strict_options
 def ranking_loss(
-    positive: Tensor,
-    negative: Tensor,
+    positive: Annotated[Tensor, option("scores of what should rank higher")],
+    negative: Annotated[Tensor, option("scores of what should rank lower")],
     *,
-    margin: float = 1.0,
-    mask: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    margin: Annotated[float, option("by how much it should", low=0)] = 1.0,
+    mask: Annotated[Tensor | None, option("which pairs count")] = None,
+    reduction: Annotated[Literal["mean", "sum", "none"], option("how pairs are averaged")] = "mean",
     denominator: Denominator | None = None,
 ) -> Tensor:
     """relu(margin - s_pos + s_neg), averaged over the pairs.
@@ -236,16 +250,14 @@ def ranking_loss(
         denominator: number of pairs over all micro-batches and ranks.
 
     Raises:
-        ValueError: a negative margin, or shapes that do not broadcast.
+        TypeError: scores that are no tensors, or an option of a wrong type.
+        ValueError: an option out of range, or shapes that do not broadcast.
 
     Example:
         >>> import torch, lossmith
         >>> lossmith.ranking_loss(torch.tensor([2.0, 0.5]), torch.tensor([0.0, 0.0])).item()
         0.25
     """
-    check_reduction(reduction)
-    if not margin >= 0:
-        raise ValueError(f"margin must be >= 0; got {margin}")
     try:
         torch.broadcast_shapes(positive.shape, negative.shape)
     except RuntimeError:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from lossmith.engine.linear import LinearHead
 from lossmith.engine.predictions import Logits, Predictions
+from lossmith.options import kind_of, option
+from lossmith.options.shared import Softcap
 
 # In place of logits. Components may take the first two as well.
 HEAD_INPUTS = (
@@ -33,6 +35,14 @@ OWN_INPUTS = (
     *HEAD_INPUTS,
 )
 
+_HEAD_OPTIONS = (
+    kind_of(
+        Annotated[float | Tensor, option("what a model multiplies its logits by", dtype="real")],
+        "lm_head_scale",
+    ),
+    kind_of(Softcap, "lm_head_softcap"),
+)
+
 
 def take_predictions(
     logits: Tensor | None, inputs: Mapping[str, Any], taken: Collection[str]
@@ -46,7 +56,8 @@ def take_predictions(
         taken: names that the objective takes itself.
 
     Raises:
-        TypeError: neither logits nor a head was given, or both.
+        TypeError: neither logits nor a head was given, or both; or an option of the head of a wrong type.
+        ValueError: an option of the head out of range.
     """
     rest = {name: value for name, value in inputs.items() if name in taken or name not in HEAD_INPUTS}
     given = {name: inputs[name] for name in HEAD_INPUTS if inputs.get(name) is not None}
@@ -61,6 +72,9 @@ def take_predictions(
             "expected logits [..., V], or hidden_states [..., D] and lm_head_weight [V, D] in their place; "
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         )
+    for kind in _HEAD_OPTIONS:
+        if kind.name in given:
+            given[kind.name] = kind.check(given[kind.name])
     hidden, weight, bias = (given.pop(name, None) for name in HEAD_INPUTS[:3])
     scale = given.pop("lm_head_scale", 1.0)
     if scale != 1:  # of the logits, in what they are made of

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
 from torch import Tensor
 
 from lossmith.engine.linear import LinearHead
-from lossmith.engine.plan import Plan, Strategy
+from lossmith.engine.plan import MemoryBudget, Plan, Strategy
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.functional import stats_of_predictions
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
-from lossmith.options import strict_options, unknown_option
+from lossmith.options import option, strict_options
+from lossmith.options.shared import (
+    Candidates,
+    ClassWeight,
+    ConfidencePenaltyCoefficient,
+    FocalGamma,
+    IgnoreIndex,
+    LabelSmoothing,
+    Mask,
+    Shift,
+    Softcap,
+    SpecialTokens,
+    Temperature,
+    TokenWeight,
+    ZLossCoefficient,
+)
 from lossmith.reduction import Denominator, Empty, Reduction
 from lossmith.terms.cross_entropy import SmoothingMode
+
+Bias = Annotated[Tensor | None, option("the head's bias [V]")]
 
 
 @strict_options
@@ -25,12 +40,12 @@ def linear_token_stats(
     weight: Tensor,
     targets: Tensor,
     *,
-    bias: Tensor | None = None,
-    candidates: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    memory_budget: int | None = None,
+    bias: Bias = None,
+    candidates: Candidates = None,
+    temperature: Temperature = 1.0,
+    softcap: Softcap = None,
+    ignore_index: IgnoreIndex = -100,
+    memory_budget: MemoryBudget = None,
 ) -> TokenStats:
     """:func:`lossmith.token_stats` of the logits hidden @ weight.T + bias, which are never there all at once.
 
@@ -78,26 +93,26 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they 
     weight: Tensor,
     targets: Tensor,
     *,
-    bias: Tensor | None = None,
+    bias: Bias = None,
     reduction: Reduction = "mean",
     denominator: Denominator | None = None,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    label_smoothing: float = 0.0,
+    ignore_index: IgnoreIndex = -100,
+    mask: Mask = None,
+    label_smoothing: LabelSmoothing = 0.0,
     smoothing_mode: SmoothingMode = "uniform",
-    special_tokens: Sequence[int] = (),
-    class_weight: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    focal_gamma: float = 0.0,
-    confidence_penalty: float = 0.0,
-    shift: bool = False,
+    special_tokens: SpecialTokens = (),
+    class_weight: ClassWeight = None,
+    token_weight: TokenWeight = None,
+    temperature: Temperature = 1.0,
+    softcap: Softcap = None,
+    z_loss: ZLossCoefficient = 0.0,
+    focal_gamma: FocalGamma = 0.0,
+    confidence_penalty: ConfidencePenaltyCoefficient = 0.0,
+    shift: Shift = False,
     empty: Empty = "zero",
-    return_stats: bool = False,
+    return_stats: Annotated[bool, option("also return the statistics")] = False,
     strategy: Strategy = "auto",
-    memory_budget: int | None = None,
+    memory_budget: MemoryBudget = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """:func:`lossmith.cross_entropy` of the logits hidden @ weight.T + bias, never there all at once.
 
@@ -167,6 +182,7 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they 
     return output.total, output.stats
 
 
+@strict_options(also=linear_cross_entropy, name="linear_cross_entropy")
 def explain(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Plan:
     """What :func:`linear_cross_entropy` will do with these arguments, and what it costs; nothing is computed.
 
@@ -177,12 +193,9 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> 
         :class:`lossmith.Plan`; printed, it is a sentence.
 
     Raises:
-        TypeError: an unknown option; the message names the nearest.
-        ValueError: a strategy that cannot be.
+        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
+        ValueError: an option out of range, or a strategy that cannot be.
     """
-    for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(unknown_option("linear_cross_entropy", name, _OPTIONS))
     of_head = {
         "lm_head_bias": options.pop("bias", None),
         **{name: options.pop(name) for name in ("mask", "strategy", "memory_budget") if name in options},
@@ -193,5 +206,4 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> 
     return criterion.plan(hidden_states=hidden, lm_head_weight=weight, targets=targets, **of_head)
 
 
-_OPTIONS = list(inspect.signature(linear_cross_entropy).parameters)[3:]
 linear_cross_entropy.explain = explain  # type: ignore[attr-defined]

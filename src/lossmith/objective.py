@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation import LossOutput, Reads, Term, TokenLoss
 from lossmith.evaluation import evaluate, whole_batch_reason
 from lossmith.inputs import HEAD_INPUTS, OWN_INPUTS, both_masks, either, given_targets, take_predictions
-from lossmith.options import unknown_option
-from lossmith.reduction import Denominator, Empty, Reduction, check_reduction
+from lossmith.options import option, strict_options, unknown_option
+from lossmith.options.shared import ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
+from lossmith.reduction import Denominator, Empty, Reduction
 from lossmith.stepping import Stepped
 from lossmith.temperature import AdaptiveTemperature
 from lossmith.terms.cross_entropy import cross_entropy
@@ -36,6 +37,10 @@ class Objective(nn.Module):
         shift: whether targets are unshifted labels, as Hugging Face has them.
         empty: what a batch without a supervised token gives: ``zero`` (with zero gradients) or ``nan``.
         temperature, softcap: how the logits are read; see :func:`lossmith.token_stats`.
+
+    Raises:
+        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
+        ValueError: an option out of range.
 
     Example:
         >>> import torch, lossmith
@@ -55,20 +60,20 @@ class Objective(nn.Module):
     input_names: tuple[str, ...] = ()
     feature_names: tuple[str, ...] = ()
 
+    @strict_options
     def __init__(
         self,
-        terms: Sequence[Term] = (),
+        terms: Annotated[Sequence[Term], option("the per-token terms")] = (),
         *,
         reduction: Reduction = "mean",
-        ignore_index: int = -100,
-        shift: bool = False,
+        ignore_index: IgnoreIndex = -100,
+        shift: Shift = False,
         empty: Empty = "zero",
-        temperature: float | Tensor | AdaptiveTemperature = 1.0,
-        softcap: float | None = None,
-        class_weight: Tensor | None = None,
+        temperature: Temperature | AdaptiveTemperature = 1.0,
+        softcap: Softcap = None,
+        class_weight: ClassWeight = None,
     ) -> None:
         super().__init__()
-        check_reduction(reduction, empty)
         self.reduction: Reduction = reduction
         self.ignore_index = ignore_index
         self.shift = shift
@@ -77,7 +82,6 @@ class Objective(nn.Module):
         self.temperature = temperature
         self.softcap = softcap
         self.register_buffer("class_weight", class_weight)
-        _sweep_options(temperature, softcap, class_weight)  # which refuses what cannot be
         self._terms = tuple(terms)
         self._shift_was_checked = False
 
@@ -203,7 +207,7 @@ class Objective(nn.Module):
         """
         for name in inputs:
             if name not in (*self.input_names, *HEAD_INPUTS, *more):
-                known = {*OWN_INPUTS, *self.input_names, *more}
+                known = {"logits", "targets", *OWN_INPUTS, *self.input_names, *more}
                 raise TypeError(unknown_option(type(self).__name__, name, known))
 
     def features(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-Reduction = Literal["mean", "token_mean", "sequence_mean", "sum", "none"]
-Empty = Literal["zero", "nan"]
-Denominator = Tensor | float | int
+from lossmith.options import kind_of, option
+
+Reduction = Annotated[
+    Literal["mean", "token_mean", "sequence_mean", "sum", "none"], option("how tokens are averaged")
+]
+Empty = Annotated[Literal["zero", "nan"], option("what a batch without a supervised token gives")]
+Denominator = Annotated[
+    Tensor | float,
+    option(
+        "supervised tokens (or samples) over all micro-batches and ranks",
+        low=0,
+        shape="[]",
+        dtype="real",
+        advice="Leave it out to divide by this batch's own number",
+    ),
+]
 
 
 def check_reduction(reduction: str, empty: str = "zero") -> None:
@@ -19,29 +30,12 @@ def check_reduction(reduction: str, empty: str = "zero") -> None:
     Raises:
         ValueError: an unknown reduction or treatment of an empty batch.
     """
-    for name, value, known in (("reduction", reduction, Reduction), ("empty", empty, Empty)):
-        if value not in get_args(known):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}; got {value!r}")
+    _REDUCTION.check(reduction)
+    _EMPTY.check(empty)
 
 
-def check_denominator(denominator: Denominator | None) -> None:
-    """
-    Raises:
-        TypeError: not a number nor a scalar tensor.
-        ValueError: a number that counts nothing; tensors are not looked into.
-    """
-    if denominator is None:
-        return
-    if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ValueError(f"denominator must be one number; got a tensor {list(denominator.shape)}")
-    elif isinstance(denominator, bool) or not isinstance(denominator, Real):
-        raise TypeError(f"denominator must be a number or a scalar tensor; got {type(denominator).__name__}")
-    elif not 0 <= denominator < math.inf:
-        raise ValueError(
-            f"denominator must be a number of tokens or samples, >= 0; got {denominator}. "
-            "Leave it out to divide by this batch's own"
-        )
+_REDUCTION, _EMPTY = kind_of(Reduction, "reduction"), kind_of(Empty, "empty")
+_DENOMINATOR = kind_of(Denominator | None, "denominator")
 
 
 def token_scale(
@@ -73,7 +67,7 @@ def token_scale(
     Returns:
         [B, T] factors; 0 at tokens that are not supervised.
     """
-    check_denominator(denominator)
+    denominator = _DENOMINATOR.check(denominator)
     count = _counts(valid, weight, dtype)
     factor = valid.to(dtype)
     if reduction == "sequence_mean":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from lossmith.distributed import sum_over_ranks
+from lossmith.options import option, strict_options
+from lossmith.options.shared import LOWEST_TEMPERATURE, TemperatureBounds
 from lossmith.stepping import Stepped
 
 
@@ -32,6 +35,7 @@ class AdaptiveTemperature(Stepped):
         value: the temperature, a 0-dimensional tensor.
 
     Raises:
+        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
         ValueError: an option out of range.
     """
 
@@ -40,29 +44,25 @@ class AdaptiveTemperature(Stepped):
     num_steps: Tensor
     pending: Tensor
 
+    @strict_options
     def __init__(
         self,
-        initial: float = 1.0,
+        initial: Annotated[float, option("where it begins", low=LOWEST_TEMPERATURE)] = 1.0,
         *,
-        bounds: tuple[float, float] = (0.5, 2.0),
-        rate: float = 0.01,
-        window: int = 100,
-        low: float = 0.05,
-        high: float = 0.1,
+        bounds: TemperatureBounds = (0.5, 2.0),
+        rate: Annotated[float, option("how far it moves in a step", low=0, below=1)] = 0.01,
+        window: Annotated[int, option("how many steps are looked at", low=2)] = 100,
+        low: Annotated[float, option("coefficient of variation below which it falls", low=0)] = 0.05,
+        high: Annotated[float, option("coefficient of variation above which it rises", low=0)] = 0.1,
     ) -> None:
         super().__init__()
         bottom, top = bounds
-        if not 0 < bottom <= initial <= top:
+        if not bottom <= initial <= top:
             raise ValueError(
-                "expected 0 < lowest <= initial <= highest temperature; "
-                f"got bounds={tuple(bounds)} and {initial}"
+                f"expected lowest <= initial <= highest temperature; got bounds={tuple(bounds)} and {initial}"
             )
-        if not 0 <= rate < 1:
-            raise ValueError(f"rate must be in [0, 1); got {rate}")
-        if window < 2:
-            raise ValueError(f"window must be at least 2 steps; got {window}")
-        if not 0 <= low <= high:
-            raise ValueError(f"expected 0 <= low <= high; got {low} and {high}")
+        if low > high:
+            raise ValueError(f"expected low <= high; got {low} and {high}")
         self.bounds, self.rate, self.low, self.high = (bottom, top), rate, low, high
         self.register_buffer("value", torch.tensor(float(initial)))
         self.register_buffer("history", torch.zeros(window))

@@ -274,7 +274,7 @@ class _Whole:
 
     def output(self, rows: slice = slice(None), **given: Any) -> LossOutput:
         inputs = {"targets": self.case.targets, "input_ids": self.case.input_ids, **self.inputs}
-        chosen = {name: value[rows] for name, value in inputs.items()}
+        chosen: dict[str, Any] = {name: value[rows] for name, value in inputs.items()}
         return copy.deepcopy(self.criterion).evaluate(**chosen | given)
 
     def loss(self, **given: Any) -> Tensor:
@@ -317,10 +317,10 @@ class _Whole:
         leaves = [self.case.hidden.clone().requires_grad_(), self.case.weight.clone().requires_grad_()]
         budget = CHUNK_ROWS * len(leaves[1]) * leaves[1].itemsize
         head = {"hidden_states": leaves[0], "lm_head_weight": leaves[1], "memory_budget": budget}
-        losses = [self.loss(**head), self.loss(logits=leaves[0] @ leaves[1].t())]
+        found, expected = self.loss(**head), self.loss(logits=leaves[0] @ leaves[1].t())
         said = "over a linear head it is another loss than over the logits"
-        self._close(*losses, said)
-        self._close(*(torch.autograd.grad(loss, leaves) for loss in losses), said)
+        self._close(found, expected, said)
+        self._close(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), said)
 
     def check_micro_batches(self) -> None:
         criterion, targets, logits = self.criterion, self.case.targets, self.case.logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation import LossOutput, Reads, Term, TokenLoss
 from lossmith.objective import Objective
+from lossmith.options import option, strict_options
 
 # Options that the objective inside decides on.
 OF_THE_BASE = (
@@ -37,7 +38,8 @@ class WrappedObjective(Objective):
         base: the objective inside.
     """
 
-    def __init__(self, base: Objective) -> None:
+    @strict_options
+    def __init__(self, base: Annotated[Objective, option("the objective inside")]) -> None:
         super().__init__()
         self.base = base
         for name in OF_THE_BASE:  # asked of the base whenever they are read

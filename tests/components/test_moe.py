@@ -229,9 +229,9 @@ def test_one_expert_and_one_token():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_experts": 0}, "num_experts must be >= 1"),
+        ({"num_experts": 0}, "num_experts must be a whole number >= 1"),
         ({"top_k": 5}, "top_k must be >= 1 and <= num_experts=4; got 5"),
-        ({"num_layers": 0}, "num_layers must be >= 1"),
+        ({"num_layers": 0}, "num_layers must be a whole number >= 1"),
         ({"mode": "gradient"}, "mode must be one of 'loss', 'bias'; got 'gradient'"),
         ({"stats_scope": "all"}, "stats_scope must be one of"),
         ({"scoring": "relu"}, "scoring must be one of"),
@@ -287,5 +287,5 @@ def test_the_number_of_layers_and_k_are_checked():
         part_of(MoEBalance(E, num_layers=2), torch.zeros(3, E))
     with pytest.raises(ValueError, match="k must be >= 1 and <= num_experts=4; got 9"):
         MoEBalance(E).select(torch.zeros(3, E), 9)
-    with pytest.raises(TypeError, match=r"top_k must be a whole number; got 1\.5"):
+    with pytest.raises(TypeError, match=r"top_k must be a whole number >= 1 or None; got 1\.5"):
         MoEBalance(E, top_k=1.5)

@@ -209,7 +209,7 @@ def test_what_is_missing_or_does_not_fit():
     for mtp, inputs, message in cases:
         with pytest.raises(ValueError, match=message):
             composed(mtp)(logits, targets, **inputs)
-    with pytest.raises(ValueError, match="num_future_tokens must be >= 1"):
+    with pytest.raises(ValueError, match="num_future_tokens must be a whole number >= 1"):
         MTP(V, D, num_future_tokens=0)
-    with pytest.raises(ValueError, match="adaptive_threshold"):
+    with pytest.raises(ValueError, match="threshold must be a number > 0 and < 1"):
         MTP(V, D, threshold=1.0)

@@ -154,10 +154,10 @@ def test_around_nvamp_and_inside_the_modifiers(count_ops):
     ("make", "message"),
     [
         (lambda: NgramRepetition(4, 3), "window_size=3 holds no n-gram of 4"),
-        (lambda: NgramRepetition(0), "ngram_size must be >= 1"),
-        (lambda: ImmediateRepetition(0), "threshold must be >= 1"),
-        (lambda: EarlyEOS(-1), "must be >= 0"),
-        (lambda: Weighted(torch.nn.Linear(1, 1)), "takes a lossmith.Component; got Linear"),
+        (lambda: NgramRepetition(0), "ngram_size must be a whole number >= 1"),
+        (lambda: ImmediateRepetition(0), "threshold must be a whole number >= 1"),
+        (lambda: EarlyEOS(-1), "must be a whole number >= 0"),
+        (lambda: Weighted(torch.nn.Linear(1, 1)), "component must be a Component; got Linear"),
     ],
 )
 def test_bad_options(make, message):

@@ -147,5 +147,5 @@ def test_evaluation_with_ligers_kernels(tmp_path):
 def test_the_arguments_are_looked_at_before_anything_else(tmp_path):
     with pytest.raises(ValueError, match="strategy must be one of"):
         make_trainer(tmp_path, strategy="three_sweep")
-    with pytest.raises(ValueError, match="memory_budget must be > 0"):
+    with pytest.raises(ValueError, match="memory_budget must be a whole number > 0"):
         make_trainer(tmp_path, memory_budget=0)

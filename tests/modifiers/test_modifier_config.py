@@ -138,7 +138,7 @@ def test_defaults():
         "sequence_correlation_eps": 1e-8,
     }
     assert {key: defaults[key] for key in expected} == expected
-    assert all(spec.metadata["meaning"] for spec in KEYS.values())
+    assert all(spec.meaning for spec in KEYS.values())
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_other_names_of_keys(key, attribute, value):
 
 
 def test_special_tokens_as_text():
-    for given, expected in (("0, 1,2", (0, 1, 2)), ("[5]", (5,)), ("", ()), ((7,), (7,)), ("-1", (-1,))):
+    for given, expected in (("0, 1,2", (0, 1, 2)), ("[5]", (5,)), ("", ()), ((7,), (7,)), (7, (7,))):
         config = {"loss_modifiers_enabled": True, "target_smoothing_enabled": True}
         pipeline = create_loss_modifier_pipeline({**config, "target_smoothing_special_tokens": given})
         assert pipeline.modifiers[0].settings.special_tokens == expected
@@ -182,6 +182,7 @@ MISTAKES = [
     ({"entropy_modifier_enabled": "yes"}, "entropy_modifier_enabled expects True or False"),
     ({"target_smoothing_factor": 1.0}, "target_smoothing_factor=1.0.*>= 0 and < 1"),
     ({"target_smoothing_special_tokens": "a,b"}, "target_smoothing_special_tokens expects token ids.*'a'"),
+    ({"target_smoothing_special_tokens": "-1"}, "target_smoothing_special_tokens='-1' is out of range.*>= 0"),
     ({"target_smoothing_padding_token": 1.5}, "target_smoothing_padding_token expects a whole number"),
     ({"mask_ratio_weight_power": -0.5}, "mask_ratio_weight_power=-0.5"),
     (

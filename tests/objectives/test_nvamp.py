@@ -146,8 +146,8 @@ def test_half_precision_and_one_pass(count_ops):
     ("options", "message"),
     [
         ({"top_k": 0}, "top_k"),
-        ({"eps": 0.0}, "eps must be > 0"),
-        ({"alpha": float("nan")}, "alpha must be a finite weight"),
+        ({"eps": 0.0}, "eps must be a number > 0"),
+        ({"alpha": float("nan")}, "alpha must be a finite number"),
         ({"stats_scope": "rank"}, "stats_scope"),
         ({"bata": 0.1}, "Did you mean 'beta'"),
     ],

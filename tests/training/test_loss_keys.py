@@ -37,8 +37,8 @@ OWN_DEFAULTS = {("unified", "focal_gamma")}
 def changed(name: str) -> Any:
     """A value of a key that is not its default."""
     spec, kind = SPECS[name], TYPES[name]
-    if "choices" in spec.metadata:
-        return next(choice for choice in spec.metadata["choices"] if choice != spec.default)
+    if spec.choices:
+        return next(choice for choice in spec.choices if choice != spec.default)
     if spec.default is None:
         return 3 if kind == (int | None) else (0.5, 0.25, 0.25)
     if isinstance(spec.default, tuple):
@@ -176,9 +176,9 @@ def test_values_of_several_kinds(flag: str, value: Any, tmp_path: Path):
         (["--reduction=sum"], "reduction='sum'; expected one of mean, sequence_mean"),
         ([*UNIFIED, "--mtp_type=x"], "mtp_type='x'; expected one of deepseek, adaptive"),
         ([*UNIFIED, "--num_future_tokens=0"], "expected num_future_tokens >= 1"),
-        ([*UNIFIED, "--use_mtp", "--mtp_weight=nan"], "weight of MTP must be finite; got nan"),
+        ([*UNIFIED, "--use_mtp", "--mtp_weight=nan"], "expected mtp_weight to be finite"),
         (["--loss=nvamp", "--nvamp_eps=0"], "nvamp_eps=0.0 is out of range; expected nvamp_eps > 0"),
-        (["--loss=nvamp", "--nvamp_alpha=inf"], "loss=nvamp: nvamp_alpha must be a finite weight; got inf"),
+        (["--loss=nvamp", "--nvamp_alpha=inf"], "nvamp_alpha=inf is out of range; expected .* finite"),
         (["--loss=nvamp", "--nvamp_top_k=0"], "expected nvamp_top_k >= 1"),
         # of a wrong type
         ([*UNIFIED, "--temperature_bounds=3"], r"expects two numbers; came 3 .*=\(0\.5, 2\.0\)"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
 from lossmith.batch import TokenBatch
 from lossmith.equation import LossOutput, Reads, Term
+from lossmith.options import option, strict_options
 
 
 class Component(nn.Module):
@@ -83,14 +83,19 @@ class Weighted(nn.Module):
     Args:
         component: the component.
         weight: its coefficient.
+
+    Raises:
+        TypeError: something else than a component and a number.
+        ValueError: a weight that is not finite.
     """
 
-    def __init__(self, component: Component, weight: float = 1.0) -> None:
+    @strict_options
+    def __init__(
+        self,
+        component: Annotated[Component, option("what is weighted")],
+        weight: Annotated[float | Tensor, option("its coefficient")] = 1.0,
+    ) -> None:
         super().__init__()
-        if not isinstance(component, Component):
-            raise TypeError(f"Weighted takes a lossmith.Component; got {type(component).__name__}")
-        if not isinstance(weight, Tensor) and not abs(weight) < math.inf:
-            raise ValueError(f"the weight of {type(component).__name__} must be finite; got {weight}")
         self.component = component
         self.weight = weight
 

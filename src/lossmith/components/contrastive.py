@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,8 @@ from lossmith.components.component import Component
 from lossmith.components.diversity import cosines
 from lossmith.components.masks import token_mask
 from lossmith.equation import LossOutput
+from lossmith.options import strict_options
+from lossmith.options.shared import CosineMargin, PairTemperature
 
 
 class Contrastive(Component):
@@ -37,7 +38,8 @@ class Contrastive(Component):
         margin: by how much a token's cosine with itself, 1, should exceed that with others, >= 0.
 
     Raises:
-        ValueError: a number out of range; in the forward pass, neither pairs nor hidden states.
+        TypeError: an option of a wrong type.
+        ValueError: an option out of range; in the forward pass, neither pairs nor hidden states.
 
     Example:
         >>> import torch, lossmith
@@ -57,12 +59,9 @@ class Contrastive(Component):
 
     optional = ("contrastive_pairs", "hidden_states", "attention_mask")
 
-    def __init__(self, temperature: float = 0.07, margin: float = 0.5) -> None:
+    @strict_options
+    def __init__(self, temperature: PairTemperature = 0.07, margin: CosineMargin = 0.5) -> None:
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a number > 0; got {temperature}")
-        if not 0 <= margin < math.inf:
-            raise ValueError(f"margin must be a number >= 0; got {margin}")
         self.temperature = temperature
         self.margin = margin
 

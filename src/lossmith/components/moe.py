@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from lossmith.components.component import Component
 from lossmith.components.masks import masked, mean_of_kept, token_mask
-from lossmith.distributed import STATS_SCOPES, StatsScope, sum_over_ranks
+from lossmith.distributed import StatsScope, sum_over_ranks
 from lossmith.engine.blocks import accumulation_dtype
 from lossmith.equation import LossOutput
+from lossmith.options import option, strict_options
+from lossmith.options.shared import BalanceMode, ExpertsPerToken, ExpertUsage, NumExperts, NumRouters
 from lossmith.stepping import Stepped
 
-Mode = Literal["loss", "bias"]
-Scoring = Literal["softmax", "sigmoid"]
+Scoring = Annotated[Literal["softmax", "sigmoid"], option("what of the gate logits the scores are")]
 
 
 class MoEBalance(Component, Stepped):
@@ -53,6 +53,7 @@ class MoEBalance(Component, Stepped):
         expert_bias: [E], or [num_layers, E] if that is given; None in mode ``loss``. Stays fp32.
 
     Raises:
+        TypeError: an option of a wrong type.
         ValueError: a number out of range, an unknown mode, a usage that does not sum to 1.
 
     Example:
@@ -76,35 +77,25 @@ class MoEBalance(Component, Stepped):
     expert_bias: Tensor | None
     target_usage: Tensor | None
 
+    @strict_options
     def __init__(
         self,
-        num_experts: int,
+        num_experts: NumExperts,
         *,
-        target_expert_usage: float | Sequence[float] | None = None,
-        mode: Mode = "loss",
-        top_k: int | None = None,
-        bias_update_rate: float = 0.001,
+        target_expert_usage: ExpertUsage = None,
+        mode: BalanceMode = "loss",
+        top_k: ExpertsPerToken = None,
+        bias_update_rate: Annotated[float, option("how far the bias moves in a step", low=0)] = 0.001,
         stats_scope: StatsScope = "local",
         scoring: Scoring = "softmax",
-        num_layers: int | None = None,
+        num_layers: NumRouters = None,
     ) -> None:
         super().__init__()
-        _check_count("num_experts", num_experts)
         top_k = 1 if top_k is None else top_k
         _check_count("top_k", top_k, most=num_experts)
-        _check_count("num_layers", 1 if num_layers is None else num_layers)
-        for name, value, known in (
-            ("mode", mode, get_args(Mode)),
-            ("stats_scope", stats_scope, STATS_SCOPES),
-            ("scoring", scoring, get_args(Scoring)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
-        if not 0 <= bias_update_rate < math.inf:
-            raise ValueError(f"bias_update_rate must be a number >= 0; got {bias_update_rate}")
         usage = _checked_usage(target_expert_usage, num_experts)
         self.num_experts = num_experts
-        self.mode: Mode = mode
+        self.mode: BalanceMode = mode
         self.top_k = top_k
         self.bias_update_rate = bias_update_rate
         self.stats_scope: StatsScope = stats_scope

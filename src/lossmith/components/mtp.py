@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,16 @@ from lossmith.engine.predictions import Logits, Predictions
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation import LossOutput, Reads, Term
 from lossmith.evaluation import evaluate
-from lossmith.terms.confidence_weight import (
-    SCORES,
-    check_confidence_weight,
-    confidence,
-    confidence_weight,
+from lossmith.options import option, strict_options
+from lossmith.options.shared import (
+    ConfidenceThreshold,
+    HiddenSize,
+    NumFutureTokens,
+    SharedProjection,
+    VocabSize,
+    WeightRange,
 )
+from lossmith.terms.confidence_weight import SCORES, check_weight_range, confidence, confidence_weight
 
 
 class MTP(Component):
@@ -45,27 +49,29 @@ class MTP(Component):
     Inputs: ``hidden_states`` [B, T, D], or ``additional_logits``: K tensors [B, T, V] (or one [K, B, T, V]);
     ``lm_head_weight`` [V, D]; ``confidence_scores`` [B, T].
 
+    Raises:
+        TypeError, ValueError: an option of a wrong type, or out of range.
+
     Source: Gloeckle et al., Better & Faster Large Language Models via Multi-token Prediction, 2024.
     """
 
     optional = ("hidden_states", "additional_logits", "lm_head_weight", "memory_budget", SCORES)
     per_position = (SCORES,)
 
+    @strict_options
     def __init__(
         self,
-        vocab_size: int,
-        hidden_size: int | None = None,
+        vocab_size: VocabSize,
+        hidden_size: HiddenSize = None,
         *,
-        num_future_tokens: int = 3,
-        shared_projection: bool = False,
-        adaptive: bool = False,
-        threshold: float = 0.7,
-        weight_range: tuple[float, float] = (0.5, 1.5),
+        num_future_tokens: NumFutureTokens = 3,
+        shared_projection: SharedProjection = False,
+        adaptive: Annotated[bool, option("weigh each token by the confidence of the main loss")] = False,
+        threshold: ConfidenceThreshold = 0.7,
+        weight_range: WeightRange = (0.5, 1.5),
     ) -> None:
         super().__init__()
-        if num_future_tokens < 1:
-            raise ValueError(f"num_future_tokens must be >= 1; got {num_future_tokens}")
-        check_confidence_weight(threshold, weight_range)
+        check_weight_range(weight_range)
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
         self.num_future_tokens = num_future_tokens
         self.shared_projection = shared_projection

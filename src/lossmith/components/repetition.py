@@ -10,6 +10,8 @@ from torch import Tensor
 from lossmith.batch import TokenBatch
 from lossmith.components.component import Component
 from lossmith.equation import Term
+from lossmith.options import strict_options
+from lossmith.options.shared import MinLength, NgramSize, NgramWindow, RepetitionThreshold, TokenId
 from lossmith.terms.candidates import early_eos_candidates, immediate_candidates, ngram_candidates
 from lossmith.terms.unlikelihood import unlikelihood
 
@@ -44,15 +46,15 @@ class NgramRepetition(_Unlikely):
         window_size: w >= n, how many of the last tokens are looked at.
 
     Raises:
+        TypeError: an option of a wrong type.
         ValueError: n < 1 or w < n.
 
     Source: Welleck et al., Neural Text Generation with Unlikelihood Training, 2019.
     """
 
-    def __init__(self, ngram_size: int = 4, window_size: int = 50) -> None:
+    @strict_options
+    def __init__(self, ngram_size: NgramSize = 4, window_size: NgramWindow = 50) -> None:
         super().__init__()
-        if ngram_size < 1:
-            raise ValueError(f"ngram_size must be >= 1; got {ngram_size}")
         if window_size < ngram_size:
             raise ValueError(
                 f"window_size={window_size} holds no n-gram of {ngram_size}; "
@@ -77,13 +79,13 @@ class ImmediateRepetition(_Unlikely):
         threshold: 2: after "time time", a third is penalised.
 
     Raises:
+        TypeError: a threshold that is no whole number.
         ValueError: a threshold below 1.
     """
 
-    def __init__(self, threshold: int = 2) -> None:
+    @strict_options
+    def __init__(self, threshold: RepetitionThreshold = 2) -> None:
         super().__init__()
-        if threshold < 1:
-            raise ValueError(f"threshold must be >= 1; got {threshold}")
         self.threshold = threshold
 
     def candidates(self) -> Callable[[TokenBatch], Tensor]:
@@ -101,18 +103,13 @@ class EarlyEOS(_Unlikely):
         min_length: supervised tokens before which it is early.
 
     Raises:
-        ValueError: a negative length or id.
+        TypeError: an option of a wrong type.
+        ValueError: a negative length or id; in the forward pass, an id that is no class.
     """
 
-    def __init__(self, eos_token_id: int, min_length: int = 20) -> None:
+    @strict_options
+    def __init__(self, eos_token_id: TokenId, min_length: MinLength = 20) -> None:
         super().__init__()
-        if not isinstance(eos_token_id, int):
-            raise TypeError(
-                f"eos_token_id must be one id; got {eos_token_id!r}. Of several, pass the one that ends "
-                "a text"
-            )
-        if min_length < 0 or eos_token_id < 0:
-            raise ValueError(f"min_length and eos_token_id must be >= 0; got {min_length} and {eos_token_id}")
         self.eos_token_id = eos_token_id
         self.min_length = min_length
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lossmith.components.component import Component
 from lossmith.equation import Term
+from lossmith.options import strict_options
+from lossmith.options.shared import FocalAlpha, FocalGamma
 from lossmith.terms.confidence import confidence_penalty
 from lossmith.terms.confidence_weight import SCORES, calibration
 from lossmith.terms.focal import focal
@@ -17,13 +19,15 @@ class Focal(Component):
         gamma: >= 0.
         alpha: a constant factor.
 
+    Raises:
+        TypeError, ValueError: an option of a wrong type, or out of range.
+
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017.
     """
 
-    def __init__(self, gamma: float = 2.0, alpha: float = 1.0) -> None:
+    @strict_options
+    def __init__(self, gamma: FocalGamma = 2.0, alpha: FocalAlpha = 1.0) -> None:
         super().__init__()
-        if gamma < 0:
-            raise ValueError(f"gamma must be >= 0; got {gamma}")
         self.gamma, self.alpha = gamma, alpha
 
     def term(self) -> Term:

@@ -22,6 +22,10 @@ from lossmith.engine.raw_stats import AskedFor, RawStats
 from lossmith.engine.sampling import draw, uniform_numbers
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep import by_view, check_all_ids, flat_ids, refuse_forward_mode, version
+from lossmith.options import kind_of
+from lossmith.options.shared import Softcap
+
+_SOFTCAP = kind_of(Softcap, "softcap")
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,7 @@ class LinearHead(Predictions):
     def __post_init__(self) -> None:
         check_strategy(self.strategy, self.memory_budget)
         check_head(self.hidden, self.weight, self.bias, is_autocast=lambda: self._autocast_dtype is not None)
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"the model's softcap must be > 0, or None for none; got {self.softcap}")
+        _SOFTCAP.check(self.softcap)
 
     @property
     def num_classes(self) -> int:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 
-Strategy = Literal["auto", "one_sweep", "two_sweep"]
+from lossmith.options import kind_of, option
+
+Strategy = Annotated[Literal["auto", "one_sweep", "two_sweep"], option("how often a linear head is swept")]
+MemoryBudget = Annotated[
+    int | None, option("bytes of logits held at a time; None for the device's default", above=0)
+]
 
 # Bytes of logits held at a time. On a CPU larger chunks are hardly faster; on an accelerator small ones
 # leave it idle.
@@ -19,22 +24,14 @@ MEMORY_BUDGET_ELSEWHERE = 512 * 2**20
 def check_strategy(strategy: str, memory_budget: int | None) -> None:
     """
     Raises:
-        ValueError: an unknown strategy, or a budget that is none.
+        ValueError: an unknown strategy, or a budget that holds nothing.
         TypeError: a budget that is no number of bytes.
     """
-    if strategy not in get_args(Strategy):
-        raise ValueError(
-            f"strategy must be one of {', '.join(map(repr, get_args(Strategy)))}; got {strategy!r}"
-        )
-    if memory_budget is None:
-        return
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-        raise TypeError(
-            f"memory_budget must be a whole number of bytes; got {memory_budget!r} "
-            f"({type(memory_budget).__name__})"
-        )
-    if memory_budget <= 0:
-        raise ValueError(f"memory_budget must be > 0 bytes, or None for the default; got {memory_budget}")
+    _STRATEGY.check(strategy)
+    _MEMORY_BUDGET.check(memory_budget)
+
+
+_STRATEGY, _MEMORY_BUDGET = kind_of(Strategy, "strategy"), kind_of(MemoryBudget, "memory_budget")
 
 
 def rows_of_a_chunk(

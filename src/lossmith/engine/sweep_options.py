@@ -10,25 +10,18 @@ from torch import Tensor
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
+from lossmith.options import strict_options
+from lossmith.options.shared import Softcap, Temperature
 
 
+@strict_options
 @dataclass(frozen=True)
 class SweepOptions:
     """How the logits are read: z <- softcap tanh(z / softcap), then over the temperature."""
 
-    temperature: float | Tensor = 1.0
-    softcap: float | None = None
+    temperature: Temperature = 1.0
+    softcap: Softcap = None
     class_weight: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.temperature, Tensor) and not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0; got {self.temperature}")
-        if isinstance(self.temperature, Tensor) and self.temperature.numel() != 1:
-            raise ValueError(
-                f"temperature must be one number for all tokens; got a tensor {list(self.temperature.shape)}"
-            )
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be > 0, or None for none; got {self.softcap}")
 
     def stats(
         self,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from lossmith.modifiers.base import ModelMode
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
@@ -18,7 +17,15 @@ from lossmith.modifiers.sequence_correlation import SequenceScorerCorrelationMod
 from lossmith.modifiers.sequence_variance import SequenceScorerVarianceModifier
 from lossmith.modifiers.target_smoothing import TargetSmoothingModifier
 from lossmith.objective import Objective
-from lossmith.options import option, option_types, unknown_option
+from lossmith.options import (
+    Declared,
+    is_misspelt,
+    kind_of,
+    option,
+    options_of,
+    strict_options,
+    unknown_option,
+)
 
 MASTER = "loss_modifiers_enabled"
 MODIFIERS: tuple[type[ConfiguredModifier], ...] = (
@@ -33,41 +40,39 @@ MODIFIERS: tuple[type[ConfiguredModifier], ...] = (
 PREFIXES = ("loss_modifiers_", *(modifier.prefix for modifier in MODIFIERS))
 # What of the rest of a training configuration is the judge's too.
 JUDGE_KEYS = ("device", "dtype")
-# A key this close to one of ours was meant to be it, whatever else the configuration holds.
-SURELY_MEANT = 0.87
 
 
-def _declare_keys() -> tuple[dict[str, dataclasses.Field], dict[str, str]]:
+def _declare_keys() -> tuple[dict[str, Declared], dict[str, str]]:
     """Every key with its declaration, and other names of keys."""
-    declared: list[tuple[str, Any, Any]] = [
-        (MASTER, bool, option(False, "master switch of the loss modifiers: off, none of them acts"))
-    ]
+    declared = [_switch_key(MASTER, "master switch of the loss modifiers: off, none of them acts")]
     aliases = {}
     for modifier in MODIFIERS:
-        meaning = f"apply the {modifier.__name__}"
-        declared.append((modifier.enabled_key, bool, option(False, meaning)))
-        types = option_types(modifier.Settings)
-        for spec in dataclasses.fields(modifier.Settings):
-            copied = dataclasses.field(default=spec.default, metadata=spec.metadata)
-            declared.append((modifier.prefix + spec.name, types[spec.name], copied))
+        declared.append(_switch_key(modifier.enabled_key, f"apply the {modifier.__name__}"))
+        settings = options_of(modifier.Settings).values()
+        declared += [dataclasses.replace(spec, name=modifier.prefix + spec.name) for spec in settings]
         aliases |= {
             modifier.prefix + other: modifier.prefix + name for other, name in modifier.aliases.items()
         }
-    keys = dataclasses.make_dataclass("Keys", declared)
-    return {spec.name: spec for spec in dataclasses.fields(keys)}, aliases
+    return {spec.name: spec for spec in declared}, aliases
 
 
-# What a configuration may hold: name -> dataclass field with default, type and metadata.
+def _switch_key(name: str, meaning: str) -> Declared:
+    hint = Annotated[bool, option(meaning)]
+    return Declared(name, False, hint, kind_of(hint, name))
+
+
+# What a configuration may hold, by name.
 KEYS, ALIASES = _declare_keys()
 
 
+@strict_options
 def create_loss_modifier_pipeline(
     config: Any,
     *,
-    base: Objective | None = None,
-    model_mode: ModelMode | str | None = None,
+    base: Annotated[Objective | None, option("the objective that is modified")] = None,
+    model_mode: Annotated[ModelMode | str | None, option("what the model predicts")] = None,
     reduction: AutoReduction = "auto",
-    judge: Judge | None = None,
+    judge: Annotated[Judge | None, option("used in place of a checkpoint")] = None,
 ) -> LossModifierPipeline:
     """The pipeline that flat keys describe: ``entropy_modifier_enabled``, ``target_smoothing_factor`` ...
 
@@ -132,8 +137,7 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     # Next to keys of other things, such a name may be one of those; alone it is a mistake.
     are_all_ours = all(_looks_like_ours(name) for name in unknown)
     for name in unknown:
-        is_close = difflib.get_close_matches(name, known, n=1, cutoff=SURELY_MEANT)
-        if is_close or name.startswith(PREFIXES) or _is_switch(name) or are_all_ours:
+        if is_misspelt(name, known) or name.startswith(PREFIXES) or _is_switch(name) or are_all_ours:
             raise ValueError(unknown_option("the loss modifiers' configuration", name, known))
 
 

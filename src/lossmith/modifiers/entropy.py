@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from lossmith.batch import TokenBatch
-from lossmith.distributed import STATS_SCOPES, StatsScope, masked_mean
+from lossmith.distributed import StatsScope, masked_mean
 from lossmith.engine.stats import TokenStats
 from lossmith.metrics import Source
 from lossmith.modifiers.entropy_report import EntropyReport
@@ -25,18 +26,20 @@ logger = logging.getLogger(__name__)
 class Settings:
     """Parameters of :class:`EntropyModifier`."""
 
-    weight: float = option(1.0, "strength of the weighting: 0 is none, 1 the weights themselves", low=0)
-    threshold: float = option(0.0, "entropies below this count as this", low=0, high=1)
-    max_weight: float = option(10.0, "largest weight before normalisation", above=0)
-    direction: str = option(
-        "concentrated", "which wrong answers weigh more", choices=("concentrated", "uniform")
+    weight: Annotated[
+        float, option("strength of the weighting: 0 is none, 1 the weights themselves", low=0)
+    ] = 1.0
+    threshold: Annotated[float, option("entropies below this count as this", low=0, high=1)] = 0.0
+    max_weight: Annotated[float, option("largest weight before normalisation", above=0)] = 10.0
+    direction: Annotated[Literal["concentrated", "uniform"], option("which wrong answers weigh more")] = (
+        "concentrated"
     )
-    use_for_weighting: bool = option(True, "off: metrics only")
-    eps: float = option(1e-8, "added to the entropy before dividing by it", low=0)
-    stats_scope: StatsScope = option(
-        "local", "whether weights average 1 over the samples of this rank or of all", choices=STATS_SCOPES
-    )
-    verbose: bool = option(False, "log irregularities of every batch")
+    use_for_weighting: Annotated[bool, option("off: metrics only")] = True
+    eps: Annotated[float, option("added to the entropy before dividing by it", low=0)] = 1e-8
+    stats_scope: Annotated[
+        StatsScope, option("whether weights average 1 over the samples of this rank or of all")
+    ] = "local"
+    verbose: Annotated[bool, option("log irregularities of every batch")] = False
 
 
 @dataclass(frozen=True)

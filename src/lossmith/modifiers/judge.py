@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,15 @@ def expected_wrongness(ratio: Tensor) -> Tensor:
 class Settings:
     """Parameters of :class:`SequenceScoringJudgeWeightModifier`."""
 
-    checkpoint: str = option(
-        "", "folder of a trained sequence scorer, or a `.pt` of weights and configuration"
-    )
-    exponent: float = option(1.0, "exponent of wrongness over its expectation; 0 is no weighting", low=0)
-    min_factor: float = option(0.1, "smallest factor", low=0)
-    max_factor: float = option(10.0, "largest factor", above=0)
-    eps: float = option(1e-6, "smallest expectation to divide by", above=0)
+    checkpoint: Annotated[
+        str, option("folder of a trained sequence scorer, or a `.pt` of weights and configuration")
+    ] = ""
+    exponent: Annotated[
+        float, option("exponent of wrongness over its expectation; 0 is no weighting", low=0)
+    ] = 1.0
+    min_factor: Annotated[float, option("smallest factor", low=0)] = 0.1
+    max_factor: Annotated[float, option("largest factor", above=0)] = 10.0
+    eps: Annotated[float, option("smallest expectation to divide by", above=0)] = 1e-6
 
     def check(self, key_of: Callable[[str], str]) -> None:
         check_order(self, "min_factor", "max_factor", key_of)

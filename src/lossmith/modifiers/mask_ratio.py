@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
@@ -24,10 +25,10 @@ def mask_ratio(batch: TokenBatch) -> Tensor:
 class Settings:
     """Parameters of :class:`MaskRatioWeightModifier`."""
 
-    power: float = option(0.5, "exponent: 0 no weighting, 0.5 1/sqrt(ratio), 1 1/ratio", low=0)
-    min_weight: float = option(0.1, "smallest weight", low=0)
-    max_weight: float = option(10.0, "largest weight", above=0)
-    eps: float = option(1e-8, "added to the ratio before the power", low=0)
+    power: Annotated[float, option("exponent: 0 no weighting, 0.5 1/sqrt(ratio), 1 1/ratio", low=0)] = 0.5
+    min_weight: Annotated[float, option("smallest weight", low=0)] = 0.1
+    max_weight: Annotated[float, option("largest weight", above=0)] = 10.0
+    eps: Annotated[float, option("added to the ratio before the power", low=0)] = 1e-8
 
     def check(self, key_of: Callable[[str], str]) -> None:
         check_order(self, "min_weight", "max_weight", key_of)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from lossmith.options import option
 class Settings:
     """Parameters of :class:`MetricsCollectorModifier`."""
 
-    ema_decay: float = option(0.99, "decay of the running average, a batch", low=0, below=1)
-    eps: float = option(1e-6, "smallest magnitude of a target that errors are relative to", above=0)
+    ema_decay: Annotated[float, option("decay of the running average, a batch", low=0, below=1)] = 0.99
+    eps: Annotated[float, option("smallest magnitude of a target that errors are relative to", above=0)] = (
+        1e-6
+    )
 
 
 class MetricsCollectorModifier(TokenModifier):

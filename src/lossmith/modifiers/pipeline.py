@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.modifiers.token_modifier import TokenModifier
 from lossmith.modifiers.token_run import TokenRun
 from lossmith.objective import Objective, given_stats
+from lossmith.options import is_misspelt, option, strict_options
 from lossmith.reduction import Denominator, Reduction, check_reduction
 from lossmith.terms.cross_entropy import cross_entropy
 from lossmith.wrapped_objective import WrappedObjective
@@ -63,20 +63,19 @@ class LossModifierPipeline(WrappedObjective):
         ['EntropyModifier', 'TargetSmoothingModifier']
     """
 
+    @strict_options
     def __init__(
         self,
-        modifiers: Iterable[BaseLossModifier] = (),
+        modifiers: Annotated[Iterable[BaseLossModifier], option("the modifiers")] = (),
         *,
-        base: Objective | None = None,
-        model_mode: ModelMode | str | None = None,
+        base: Annotated[Objective | None, option("the objective that is modified")] = None,
+        model_mode: Annotated[ModelMode | str | None, option("what the model predicts")] = None,
         reduction: AutoReduction = "auto",
     ) -> None:
         if base is None:
             base = Objective([Term("cross_entropy", _cross_entropy, reads=("nll",), scope="token")])
         if isinstance(base, LossModifierPipeline):
             raise TypeError("a pipeline cannot be the base of another; give all modifiers to one pipeline")
-        if reduction != "auto":
-            check_reduction(reduction)
         super().__init__(base)
         self.modifiers = nn.ModuleList()
         self.model_mode = None if model_mode is None else ModelMode(model_mode)
@@ -363,7 +362,7 @@ class LossModifierPipeline(WrappedObjective):
         ours = (*OWN_INPUTS, *PIPELINE_INPUTS)
         if any(not isinstance(m, TokenModifier | ScorerModifier) for m in self.modifiers):
             known = (*ours, *self.base.input_names)
-            inputs = [n for n in inputs if n in known or difflib.get_close_matches(n, known, 1, NEARLY)]
+            inputs = [n for n in inputs if n in known or is_misspelt(n, known)]
         self.base.check_inputs(inputs, more=ours)
 
 
@@ -371,7 +370,6 @@ def _cross_entropy(stats: TokenStats, batch: TokenBatch) -> Tensor:
     return cross_entropy(stats, batch.target_weight)
 
 
-NEARLY = 0.85
 PIPELINE_INPUTS = ("loss", "model_mode", "per_position_loss", "ignore_index", "reduction")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from lossmith.distributed import STATS_SCOPES, StatsScope, masked_mean, sum_over_ranks
+from lossmith.distributed import StatsScope, masked_mean, sum_over_ranks
 from lossmith.metrics import Source
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.options import option
@@ -22,13 +23,13 @@ LARGEST_QUADRATIC_ALPHA = 9
 class Settings:
     """Parameters of :class:`SequenceScorerCorrelationModifier`."""
 
-    alpha: float = option(4.0, "factor at correlation -1; its square root at 0", low=1)
-    mapping: str = option(
-        "quadratic", "the curve through the three points", choices=("quadratic", "geometric")
+    alpha: Annotated[float, option("factor at correlation -1; its square root at 0", low=1)] = 4.0
+    mapping: Annotated[Literal["quadratic", "geometric"], option("the curve through the three points")] = (
+        "quadratic"
     )
-    eps: float = option(1e-8, "standard deviations below this have no correlation", above=0)
-    stats_scope: StatsScope = option(
-        "local", "whether the correlation is that of this rank or of all", choices=STATS_SCOPES
+    eps: Annotated[float, option("standard deviations below this have no correlation", above=0)] = 1e-8
+    stats_scope: Annotated[StatsScope, option("whether the correlation is that of this rank or of all")] = (
+        "local"
     )
 
     def check(self, key_of: Callable[[str], str]) -> None:

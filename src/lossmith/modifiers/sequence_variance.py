@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from lossmith.distributed import STATS_SCOPES, StatsScope, masked_mean
+from lossmith.distributed import StatsScope, masked_mean
 from lossmith.metrics import Source
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.options import option
@@ -18,12 +19,10 @@ from lossmith.options import option
 class Settings:
     """Parameters of :class:`SequenceScorerVarianceModifier`."""
 
-    scale: float = option(2.0, "largest factor", low=1)
-    alpha: float = option(1.5, "how fast the factor approaches it", low=0)
-    eps: float = option(1e-8, "smallest variance of the predictions to divide by", above=0)
-    stats_scope: StatsScope = option(
-        "local", "whether variances are those of this rank or of all", choices=STATS_SCOPES
-    )
+    scale: Annotated[float, option("largest factor", low=1)] = 2.0
+    alpha: Annotated[float, option("how fast the factor approaches it", low=0)] = 1.5
+    eps: Annotated[float, option("smallest variance of the predictions to divide by", above=0)] = 1e-8
+    stats_scope: Annotated[StatsScope, option("whether variances are those of this rank or of all")] = "local"
 
 
 class SequenceScorerVarianceModifier(ScorerModifier):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
@@ -14,22 +15,19 @@ from lossmith.metrics import Source
 from lossmith.modifiers.summary import loss_metrics
 from lossmith.modifiers.token_modifier import Measured, SampleLosses, TokenModifier
 from lossmith.options import option
+from lossmith.options.shared import LabelSmoothing, SpecialTokens
 from lossmith.terms.cross_entropy import SmoothingMode, smooth
-
-SMOOTHING_MODES = ("uniform", "exclude_target")
 
 
 @dataclass(frozen=True)
 class Settings:
     """Parameters of :class:`TargetSmoothingModifier`."""
 
-    factor: float = option(0.1, "share of the target that is given to other tokens", low=0, below=1)
-    mode: SmoothingMode = option(
-        "uniform", "who shares it, every token or only the wrong ones", choices=SMOOTHING_MODES
-    )
-    special_tokens: tuple[int, ...] = option((), "ids of targets that are not smoothed")
-    exclude_padding: bool = option(True, "leave targets that are `padding_token` out of the loss")
-    padding_token: int = option(-100, "id of padding among the targets")
+    factor: LabelSmoothing = 0.1
+    mode: SmoothingMode = "uniform"
+    special_tokens: SpecialTokens = ()
+    exclude_padding: Annotated[bool, option("leave targets that are `padding_token` out of the loss")] = True
+    padding_token: Annotated[int, option("id of padding among the targets")] = -100
 
 
 class TargetSmoothingModifier(TokenModifier):

@@ -11,12 +11,9 @@ from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import Term, TokenLoss, joined
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
-from lossmith.terms.confidence_weight import (
-    SCORES,
-    check_confidence_weight,
-    confidence,
-    confidence_weight,
-)
+from lossmith.options import strict_options
+from lossmith.options.shared import ConfidenceThreshold, WeightRange
+from lossmith.terms.confidence_weight import SCORES, check_weight_range, confidence, confidence_weight
 
 
 class AdaptiveCrossEntropyLoss(CrossEntropyLoss):
@@ -32,17 +29,19 @@ class AdaptiveCrossEntropyLoss(CrossEntropyLoss):
         options: of :class:`lossmith.CrossEntropyLoss`.
 
     Raises:
-        ValueError: a threshold or a range that cannot be.
+        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
+        ValueError: an option out of range, or a range of weights that does not hold 1.
     """
 
     input_names = (SCORES,)
     feature_names = (SCORES,)
 
+    @strict_options(also=CrossEntropyLoss)
     def __init__(
-        self, *, threshold: float = 0.7, weight_range: tuple[float, float] = (0.5, 1.5), **options: Any
+        self, *, threshold: ConfidenceThreshold = 0.7, weight_range: WeightRange = (0.5, 1.5), **options: Any
     ) -> None:
         super().__init__(**options)
-        check_confidence_weight(threshold, weight_range)
+        check_weight_range(weight_range)
         self.threshold = threshold
         self.weight_range = weight_range
 

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from lossmith.batch import TokenBatch
 from lossmith.components.component import Component, Weighted
 from lossmith.equation import LossOutput, Reads, Term, TokenLoss, joined, with_parts
 from lossmith.objective import Objective
+from lossmith.options import option, strict_options
 from lossmith.wrapped_objective import WrappedObjective
 
 
@@ -42,8 +43,13 @@ class ComposedLoss(WrappedObjective):
         >>> loss.backward()
     """
 
+    @strict_options
     def __init__(
-        self, primary: Objective, components: Mapping[str, Weighted | Component] | None = None
+        self,
+        primary: Annotated[Objective, option("the main objective")],
+        components: Annotated[
+            Mapping[str, Weighted | Component] | None, option("weighted components, by name")
+        ] = None,
     ) -> None:
         super().__init__(primary)
         self.components = nn.ModuleDict()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from lossmith.batch import TokenBatch
@@ -12,10 +9,22 @@ from lossmith.engine.stats import TokenStats
 from lossmith.equation import Reads, Term, TokenLoss, joined
 from lossmith.objective import Objective
 from lossmith.options import strict_options
+from lossmith.options.shared import (
+    ClassWeight,
+    ConfidencePenaltyCoefficient,
+    FocalGamma,
+    IgnoreIndex,
+    LabelSmoothing,
+    Shift,
+    Softcap,
+    SpecialTokens,
+    Temperature,
+    ZLossCoefficient,
+)
 from lossmith.reduction import Empty, Reduction
 from lossmith.temperature import AdaptiveTemperature
 from lossmith.terms.confidence import confidence_penalty as negative_entropy
-from lossmith.terms.cross_entropy import SmoothingMode, check_smoothing, cross_entropy, smooth
+from lossmith.terms.cross_entropy import SmoothingMode, cross_entropy, smooth
 from lossmith.terms.focal import focal
 from lossmith.terms.z_loss import z_loss as squared_logsumexp
 
@@ -31,7 +40,7 @@ class CrossEntropyLoss(Objective):
         reduction, ignore_index, shift, empty: see :class:`lossmith.Objective`.
 
     Raises:
-        TypeError: an unknown option; the message names the nearest.
+        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
         ValueError: an option out of range.
 
     Example:
@@ -47,17 +56,17 @@ class CrossEntropyLoss(Objective):
         self,
         *,
         reduction: Reduction = "mean",
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
+        ignore_index: IgnoreIndex = -100,
+        label_smoothing: LabelSmoothing = 0.0,
         smoothing_mode: SmoothingMode = "uniform",
-        special_tokens: Sequence[int] = (),
-        class_weight: Tensor | None = None,
-        temperature: float | Tensor | AdaptiveTemperature = 1.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        focal_gamma: float = 0.0,
-        confidence_penalty: float = 0.0,
-        shift: bool = False,
+        special_tokens: SpecialTokens = (),
+        class_weight: ClassWeight = None,
+        temperature: Temperature | AdaptiveTemperature = 1.0,
+        softcap: Softcap = None,
+        z_loss: ZLossCoefficient = 0.0,
+        focal_gamma: FocalGamma = 0.0,
+        confidence_penalty: ConfidencePenaltyCoefficient = 0.0,
+        shift: Shift = False,
         empty: Empty = "zero",
     ) -> None:
         super().__init__(
@@ -69,12 +78,6 @@ class CrossEntropyLoss(Objective):
             softcap=softcap,
             class_weight=class_weight,
         )
-        check_smoothing(label_smoothing, smoothing_mode, special_tokens)
-        if not 0 <= focal_gamma < math.inf:
-            raise ValueError(f"focal_gamma must be >= 0; got {focal_gamma}")
-        for name, value in (("z_loss", z_loss), ("confidence_penalty", confidence_penalty)):
-            if not abs(value) < math.inf:
-                raise ValueError(f"{name} must be a finite coefficient; got {value}")
         self.label_smoothing = label_smoothing
         self.smoothing_mode: SmoothingMode = smoothing_mode
         self.special_tokens = tuple(special_tokens)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from lossmith.batch import TokenBatch
-from lossmith.distributed import (
-    STATS_SCOPES,
-    StatsScope,
-    gather_over_ranks,
-    masked_mean,
-    num_ranks,
-    sum_over_ranks,
-)
+from lossmith.distributed import StatsScope, gather_over_ranks, masked_mean, num_ranks, sum_over_ranks
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import Term, TokenLoss
 from lossmith.objective import Objective
-from lossmith.options import strict_options
+from lossmith.options import option, strict_options
+from lossmith.options.shared import ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
 from lossmith.reduction import Empty, Reduction
+from lossmith.temperature import AdaptiveTemperature
 
 
 class NVAMPLoss(Objective):
@@ -48,7 +42,7 @@ class NVAMPLoss(Objective):
             (``global``).
 
     Raises:
-        TypeError: an unknown option; the message names the nearest.
+        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
         ValueError: an option out of range.
 
     Example:
@@ -62,21 +56,23 @@ class NVAMPLoss(Objective):
     @strict_options
     def __init__(
         self,
-        alpha: float = 1.0,
-        beta: float = 0.02,
-        gamma: float = 0.001,
-        eps: float = 1e-6,
-        ignore_index: int = -100,
+        alpha: Annotated[float, option("weight of the variance-aware part")] = 1.0,
+        beta: Annotated[float, option("weight of plain cross-entropy")] = 0.02,
+        gamma: Annotated[float, option("weight of the largest losses")] = 0.001,
+        eps: Annotated[float, option("added to the variance", above=0)] = 1e-6,
+        ignore_index: IgnoreIndex = -100,
         *,
-        top_k: int = 1,
-        legacy: bool = False,
-        shift: bool = False,
-        stats_scope: StatsScope = "local",
+        top_k: Annotated[int, option("how many of the largest losses are averaged", low=1)] = 1,
+        legacy: Annotated[bool, option("the value of the published package")] = False,
+        shift: Shift = False,
+        stats_scope: Annotated[
+            StatsScope, option("whether mean, variance and largest losses are those of this rank or of all")
+        ] = "local",
         reduction: Reduction = "mean",
         empty: Empty = "zero",
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        class_weight: Tensor | None = None,
+        temperature: Temperature | AdaptiveTemperature = 1.0,
+        softcap: Softcap = None,
+        class_weight: ClassWeight = None,
     ) -> None:
         super().__init__(
             reduction=reduction,
@@ -87,15 +83,6 @@ class NVAMPLoss(Objective):
             softcap=softcap,
             class_weight=class_weight,
         )
-        for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
-            if not abs(value) < math.inf:
-                raise ValueError(f"{name} must be a finite weight; got {value}")
-        if not 0 < eps < math.inf:
-            raise ValueError(f"eps must be > 0; got {eps}")
-        if not (isinstance(top_k, int) and top_k >= 1):
-            raise ValueError(f"top_k must be a whole number >= 1; got {top_k}")
-        if stats_scope not in STATS_SCOPES:
-            raise ValueError(f"stats_scope must be 'local' or 'global'; got {stats_scope!r}")
         self.alpha, self.beta, self.gamma, self.eps = alpha, beta, gamma, eps
         self.top_k = top_k
         self.legacy = legacy

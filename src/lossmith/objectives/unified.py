@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import reduce
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from lossmith.equation import LossOutput
 from lossmith.metrics import Metrics
 from lossmith.objectives.composed import ComposedLoss
 from lossmith.objectives.unified_parts import (
-    BalanceMode,
     FocalMode,
     MTPType,
     PrimaryLossType,
@@ -24,7 +22,35 @@ from lossmith.objectives.unified_parts import (
     make_components,
     make_primary,
 )
-from lossmith.options import strict_options
+from lossmith.options import option, options_of, strict_options
+from lossmith.options.shared import (
+    LOWEST_TEMPERATURE,
+    BalanceMode,
+    ConfidenceThreshold,
+    CosineMargin,
+    ExpertsPerToken,
+    ExpertUsage,
+    FocalAlpha,
+    FocalGamma,
+    HiddenSize,
+    IgnoreIndex,
+    LabelSmoothing,
+    MinLength,
+    NgramSize,
+    NgramWindow,
+    NumExperts,
+    NumFutureTokens,
+    NumRouters,
+    PairTemperature,
+    RepetitionThreshold,
+    SharedProjection,
+    Shift,
+    TemperatureBounds,
+    TokenId,
+    VocabSize,
+    WeightRange,
+    ZLossCoefficient,
+)
 from lossmith.reduction import Denominator, Empty, Reduction
 from lossmith.temperature import AdaptiveTemperature
 from lossmith.terms.confidence_weight import SCORES
@@ -39,6 +65,9 @@ INPUTS = (
     SCORES,
     "contrastive_pairs",
 )
+InitialTemperature = Annotated[
+    float, option("temperature of a `deepseek` main loss, or where it begins", low=LOWEST_TEMPERATURE)
+]
 
 
 class UnifiedLoss(ComposedLoss):
@@ -79,7 +108,7 @@ class UnifiedLoss(ComposedLoss):
         track_statistics: keep running means of the parts for :meth:`get_loss_statistics`.
 
     Raises:
-        TypeError: an unknown option; the message names the nearest.
+        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
         ValueError: an option out of range, or a component switched on without what it needs.
 
     Example:
@@ -97,59 +126,71 @@ class UnifiedLoss(ComposedLoss):
     @strict_options
     def __init__(
         self,
-        vocab_size: int,
-        hidden_size: int | None = None,
+        vocab_size: VocabSize,
+        hidden_size: HiddenSize = None,
         primary_loss_type: PrimaryLossType = "deepseek",
         *,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        initial_temperature: float = 1.0,
-        adaptive_temperature: bool = False,
-        temperature_bounds: tuple[float, float] = (0.5, 2.0),
-        use_mtp: bool = False,
-        num_future_tokens: int = 3,
-        mtp_weight: float = 0.1,
+        label_smoothing: LabelSmoothing = 0.0,
+        ignore_index: IgnoreIndex = -100,
+        initial_temperature: InitialTemperature = 1.0,
+        adaptive_temperature: Annotated[
+            bool, option("let the temperature follow how steady training is")
+        ] = False,
+        temperature_bounds: TemperatureBounds = (0.5, 2.0),
+        use_mtp: Annotated[bool, option("train heads that predict tokens further ahead")] = False,
+        num_future_tokens: NumFutureTokens = 3,
+        mtp_weight: Annotated[float, option("weight of the loss of these heads")] = 0.1,
         mtp_type: MTPType = "deepseek",
-        shared_projection: bool = False,
-        adaptive_threshold: float = 0.7,
-        adaptive_weight_range: tuple[float, float] = (0.5, 1.5),
-        use_ngram_penalty: bool = False,
-        ngram_size: int = 4,
-        ngram_penalty_weight: float = 0.1,
-        ngram_window_size: int = 50,
-        use_immediate_repetition_penalty: bool = False,
-        immediate_repetition_weight: float = 0.5,
-        immediate_repetition_threshold: int = 2,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-        min_sequence_length: int = 20,
-        eos_penalty_weight: float = 0.05,
-        use_moe_balancing: bool = False,
-        num_experts: int | None = None,
-        gradient_balance_weight: float = 0.1,
-        target_expert_usage: float | Sequence[float] | None = None,
-        moe_top_k: int | None = None,
-        moe_num_layers: int | None = None,
+        shared_projection: SharedProjection = False,
+        adaptive_threshold: ConfidenceThreshold = 0.7,
+        adaptive_weight_range: WeightRange = (0.5, 1.5),
+        use_ngram_penalty: Annotated[bool, option("penalise what would complete an n-gram again")] = False,
+        ngram_size: NgramSize = 4,
+        ngram_penalty_weight: Annotated[float, option("weight of the n-gram penalty")] = 0.1,
+        ngram_window_size: Annotated[
+            NgramWindow, option("how many tokens it looks back; at least `ngram_size`")
+        ] = 50,
+        use_immediate_repetition_penalty: Annotated[
+            bool, option("penalise the token that has just been repeated")
+        ] = False,
+        immediate_repetition_weight: Annotated[float, option("weight of that penalty")] = 0.5,
+        immediate_repetition_threshold: RepetitionThreshold = 2,
+        eos_token_id: Annotated[
+            TokenId | None, option("id of the end of text, which then costs something early; None is off")
+        ] = None,
+        pad_token_id: Annotated[
+            TokenId | None, option("id of targets that do not count; None for none")
+        ] = None,
+        min_sequence_length: MinLength = 20,
+        eos_penalty_weight: Annotated[float, option("weight of the penalty on an early end")] = 0.05,
+        use_moe_balancing: Annotated[bool, option("even out which experts the routers use")] = False,
+        num_experts: NumExperts | None = None,
+        gradient_balance_weight: Annotated[float, option("weight of the balance")] = 0.1,
+        target_expert_usage: ExpertUsage = None,
+        moe_top_k: ExpertsPerToken = None,
+        moe_num_layers: NumRouters = None,
         moe_balance_mode: BalanceMode = "loss",
-        router_z_loss_weight: float = 0.0,
-        use_focal_loss: bool = False,
-        focal_gamma: float = 2.0,
-        focal_alpha: float = 1.0,
-        focal_weight: float = 0.2,
+        router_z_loss_weight: Annotated[float, option("weight of the routers' squared log-sum-exp")] = 0.0,
+        use_focal_loss: Annotated[
+            bool, option("add a focal loss, or put it in place of the main one")
+        ] = False,
+        focal_gamma: FocalGamma = 2.0,
+        focal_alpha: FocalAlpha = 1.0,
+        focal_weight: Annotated[float, option("weight of the focal loss beside the main one")] = 0.2,
         focal_mode: FocalMode = "add",
-        use_diversity_loss: bool = False,
-        diversity_weight: float = 0.05,
-        use_contrastive_loss: bool = False,
-        contrastive_weight: float = 0.1,
-        contrastive_temperature: float = 0.07,
-        contrastive_margin: float = 0.5,
-        use_auxiliary_loss: bool = False,
-        auxiliary_weight: float = 0.1,
-        z_loss: float = 0.0,
+        use_diversity_loss: Annotated[bool, option("keep experts apart, by their outputs")] = False,
+        diversity_weight: Annotated[float, option("weight of the diversity loss")] = 0.05,
+        use_contrastive_loss: Annotated[bool, option("keep the last hidden states of a block apart")] = False,
+        contrastive_weight: Annotated[float, option("weight of the contrastive loss")] = 0.1,
+        contrastive_temperature: PairTemperature = 0.07,
+        contrastive_margin: CosineMargin = 0.5,
+        use_auxiliary_loss: Annotated[bool, option("reward entropy")] = False,
+        auxiliary_weight: Annotated[float, option("weight of the reward of entropy")] = 0.1,
+        z_loss: ZLossCoefficient = 0.0,
         reduction: Reduction = "mean",
-        shift: bool = False,
+        shift: Shift = False,
         empty: Empty = "zero",
-        track_statistics: bool = True,
+        track_statistics: Annotated[bool, option("keep means of the parts")] = True,
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         chosen = SimpleNamespace(**options)
@@ -268,7 +309,7 @@ def create_unified_loss(config: Any) -> UnifiedLoss:
         >>> list(loss_fn.components)
         ['ngram_penalty']
     """
-    known = [name for name in inspect.signature(UnifiedLoss).parameters if name != "self"]
+    known = options_of(UnifiedLoss)
     if isinstance(config, Mapping):
         options = {str(name): value for name, value in config.items()}
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from lossmith.components.component import Component, Weighted
 from lossmith.components.contrastive import Contrastive
@@ -15,18 +15,23 @@ from lossmith.components.repetition import EarlyEOS, ImmediateRepetition, NgramR
 from lossmith.components.token_losses import ConfidenceCalibration, ConfidencePenalty, Focal
 from lossmith.objectives.adaptive import AdaptiveCrossEntropyLoss
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
+from lossmith.options import option
 from lossmith.temperature import AdaptiveTemperature
+from lossmith.terms.confidence_weight import check_weight_range
 
-PrimaryLossType = Literal["standard", "deepseek", "adaptive_mtp"]
-MTPType = Literal["deepseek", "adaptive"]
-FocalMode = Literal["add", "replace"]
-BalanceMode = Literal["loss", "bias"]
-CHOICES = {
-    "primary_loss_type": PrimaryLossType,
-    "mtp_type": MTPType,
-    "focal_mode": FocalMode,
-    "moe_balance_mode": BalanceMode,
-}
+PrimaryLossType = Annotated[
+    Literal["standard", "deepseek", "adaptive_mtp"],
+    option(
+        "the main loss: cross-entropy, with a temperature, or weighted by the confidence of the prediction"
+    ),
+]
+MTPType = Annotated[
+    Literal["deepseek", "adaptive"],
+    option("whether every token counts the same in their loss, or by confidence"),
+]
+FocalMode = Annotated[
+    Literal["add", "replace"], option("the focal loss beside the main one, or in its place")
+]
 # How strongly a supplied confidence head learns to be right.
 CALIBRATION_WEIGHT = 0.01
 
@@ -34,12 +39,8 @@ CALIBRATION_WEIGHT = 0.01
 def check_options(o: Any) -> None:
     """
     Raises:
-        ValueError: options of :class:`lossmith.UnifiedLoss` that cannot be, or do not go together.
+        ValueError: options of :class:`lossmith.UnifiedLoss` that do not go together.
     """
-    for name, known in CHOICES.items():
-        if getattr(o, name) not in get_args(known):
-            expected = ", ".join(map(repr, get_args(known)))
-            raise ValueError(f"{name} must be one of {expected}; got {getattr(o, name)!r}")
     if o.primary_loss_type != "deepseek" and (o.adaptive_temperature or o.initial_temperature != 1.0):
         raise ValueError(
             f"a temperature belongs to primary_loss_type='deepseek', and this is {o.primary_loss_type!r}; "
@@ -52,6 +53,11 @@ def check_options(o: Any) -> None:
         )
     if o.use_moe_balancing and o.num_experts is None:
         raise ValueError("use_moe_balancing needs num_experts, how many experts a router chooses from")
+    if o.eos_token_id is not None and o.eos_token_id >= o.vocab_size:
+        raise ValueError(
+            f"eos_token_id={o.eos_token_id} is no token of vocab_size={o.vocab_size}; expected an id below it"
+        )
+    check_weight_range(o.adaptive_weight_range, "adaptive_weight_range")
 
 
 def make_primary(o: Any) -> CrossEntropyLoss:

@@ -113,7 +113,15 @@ def early_eos_candidates(batch: TokenBatch, *, eos_token_id: int, min_length: in
         batch: the batch.
         eos_token_id: the end of sequence.
         min_length: supervised tokens before which it is early.
+
+    Raises:
+        ValueError: the end of sequence is no class.
     """
+    if batch.num_classes is not None and eos_token_id >= batch.num_classes:
+        raise ValueError(
+            f"eos_token_id={eos_token_id} is no token of a vocabulary of V={batch.num_classes}; expected an "
+            "id below that"
+        )
     valid = batch.rows(batch.valid)
     seen = valid.cumsum(-1) - valid.long()  # supervised tokens of the row before this one
     if batch.segment_ids is not None:

@@ -59,15 +59,11 @@ def calibration(stats: TokenStats, batch: TokenBatch) -> Tensor:
     return -torch.where(stats.unscaled.correct, c.log(), torch.log1p(-c))
 
 
-def check_confidence_weight(threshold: float, weight_range: tuple[float, float]) -> None:
+def check_weight_range(weight_range: tuple[float, float], name: str = "weight_range") -> None:
     """
     Raises:
-        ValueError: a threshold outside (0, 1), or a range that does not hold 1.
+        ValueError: a range that does not hold 1.
     """
     low, high = weight_range
-    if not 0 < threshold < 1:
-        raise ValueError(f"adaptive_threshold must be in (0, 1); got {threshold}")
-    if not 0 <= low <= 1 <= high:
-        raise ValueError(
-            f"adaptive_weight_range must be (lo, hi) with 0 <= lo <= 1 <= hi; got {weight_range}"
-        )
+    if not low <= 1 <= high:
+        raise ValueError(f"{name} must hold 1, the weight of the threshold; got {weight_range}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
+from lossmith.options import option
 
-SmoothingMode = Literal["uniform", "exclude_target"]
+SmoothingMode = Annotated[
+    Literal["uniform", "exclude_target"], option("who shares it, every token or only the wrong ones")
+]
 
 
 def cross_entropy(stats: TokenStats, target_weight: Tensor | None = None) -> Tensor:
@@ -47,8 +50,12 @@ def smooth(
             ``exclude_target`` gives it 1 - eps.
         special_tokens: target ids that are not smoothed.
 
+    Raises:
+        ValueError: a special token that is no class.
+
     Source: Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2015.
     """
+    _check_special_tokens(special_tokens, batch.num_classes)
     if label_smoothing == 0:
         return loss
     total, classes = stats.total_nll, stats.num_finite
@@ -64,16 +71,9 @@ def smooth(
     return (1 - eps) * loss + eps * total / classes.clamp(min=1)
 
 
-def check_smoothing(label_smoothing: float, smoothing_mode: str, special_tokens: Sequence[int]) -> None:
-    """
-    Raises:
-        ValueError: eps outside [0, 1), an unknown mode, or special tokens that are not ids.
-    """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
-    if smoothing_mode not in get_args(SmoothingMode):
-        known = ", ".join(map(repr, get_args(SmoothingMode)))
-        raise ValueError(f"smoothing_mode must be one of {known}; got {smoothing_mode!r}")
-    wrong = [t for t in special_tokens if isinstance(t, bool) or not isinstance(t, int)]
-    if wrong:
-        raise ValueError(f"special_tokens must be integer ids; got {wrong[0]!r}")
+def _check_special_tokens(special_tokens: Sequence[int], num_classes: int | None) -> None:
+    if special_tokens and num_classes is not None and max(special_tokens) >= num_classes:
+        raise ValueError(
+            f"special_tokens hold {max(special_tokens)} where the vocabulary has V={num_classes} tokens; "
+            "expected ids below that"
+        )

@@ -6,10 +6,8 @@ data cannot surprise anyone, and its mistakes can be shown with a line number.
 
 import ast
 import contextlib
-import difflib
 import os
 import re
-import typing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,14 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from lossmith.modifiers.config import ALIASES
+from lossmith.options import nearest
+from lossmith.options.forms import WrongForm
 from lossmith.training.errors import UserError
-from lossmith.training.key_types import KEY_TYPES
-from lossmith.training.keys import MIN_LR_DIVISOR, TrainConfig
+from lossmith.training.keys import MIN_LR_DIVISOR, SPECS, TrainConfig
 from lossmith.training.objective import check_objective
 
 DEFAULTS = TrainConfig()
-TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
+TYPES: dict[str, Any] = {name: spec.type for name, spec in SPECS.items()}
 BOOLEAN_WORDS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
@@ -118,17 +117,18 @@ def resolve(settings: list[Setting]) -> TrainConfig:
 
 
 def typed(setting: Setting) -> Any:
-    """The value in its key's type: exactly that type, but for what :mod:`key_types` lets through."""
-    kind, value = KEY_TYPES[TYPES[setting.key]], setting.value
-    example = getattr(DEFAULTS, setting.key) if kind.example is None else kind.example
+    """The value in its key's type, as a flag or a file may spell it."""
+    kind, value = SPECS[setting.key].kind, setting.value
+    default = getattr(DEFAULTS, setting.key)
+    example = kind.forms[0].example if default is None or default == () else default
     if value == MISSING:
         raise UserError(
             f"{setting.origin}: {setting.key}={MISSING!r} marks a value that is still missing; write it, "
             f"for example {setting.key}={example!r}."
         )
     try:
-        return kind.read(value)
-    except ValueError:
+        return kind.take(value, as_written=True)
+    except WrongForm:
         raise UserError(
             f"{setting.origin}: {setting.key} expects {kind.said}; "
             f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}."
@@ -146,10 +146,8 @@ def folder(text: str) -> str:
 
 def unknown_key(setting: Setting) -> str:
     """The message for a key that does not exist."""
-    name = setting.key.lower()
-    initials = [known for known in TYPES if "".join(word[0] for word in known.split("_")) == name]
-    near = initials or difflib.get_close_matches(name, [*TYPES, *ALIASES], n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]}?" if near else "`--help` lists the keys."
+    near = nearest(setting.key, [*TYPES, *ALIASES])
+    hint = f"Did you mean {near}?" if near else "`--help` lists the keys."
     return f"{setting.origin}: there is no key {setting.key!r}. {hint}"
 
 

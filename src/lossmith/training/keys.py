@@ -6,12 +6,11 @@ of them side by side, so that `--n_layer=6` needs no prefix. The keys of the los
 """
 
 from collections.abc import Iterable
-from dataclasses import Field, dataclass, field, fields, make_dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lossmith.modifiers.config import KEYS as DECLARED_BY_MODIFIERS
-from lossmith.options import option as key
-from lossmith.options import range_problem
+from lossmith.options import Declared, option, options_of
 from lossmith.training.errors import UserError
 from lossmith.training.loss_keys import OPTIONS, LossKeys, NVAMPKeys, UnifiedKeys
 
@@ -25,94 +24,103 @@ MIN_LR_DIVISOR = 10
 class TaskKeys:
     """What is trained."""
 
-    mode: str = key(
-        "language_model",
-        "what the model predicts: tokens, which tokens were replaced, or the share of a text that was",
-        choices=("language_model", "token_classifier", "sequence_scorer"),
-    )
-    objective: str = key(
-        "causal",
-        "what a language model predicts, the next token or the tokens that were masked",
-        choices=("causal", "masked"),
-    )
+    mode: Annotated[
+        Literal["language_model", "token_classifier", "sequence_scorer"],
+        option(
+            "what the model predicts: tokens, which tokens were replaced, or the share of a text that was"
+        ),
+    ] = "language_model"
+    objective: Annotated[
+        Literal["causal", "masked"],
+        option("what a language model predicts, the next token or the tokens that were masked"),
+    ] = "causal"
 
 
 @dataclass
 class DataKeys:
     """What is read and how it becomes tokens."""
 
-    dataset: str = key(
-        "pydoc",
-        "`pydoc` (the text of Python's own documentation), a text file, a folder of text files, the name "
-        "of a folder under `data/`, or a name on the Hugging Face hub (needs `datasets`)",
-    )
-    vocab_size: int = key(2048, "pieces of the byte-level BPE trained on the training split", low=259)
-    block_size: int = key(128, "tokens the model sees at once", low=2)
+    dataset: Annotated[
+        str,
+        option(
+            "`pydoc` (the text of Python's own documentation), a text file, a folder of text files, the name "
+            "of a folder under `data/`, or a name on the Hugging Face hub (needs `datasets`)"
+        ),
+    ] = "pydoc"
+    vocab_size: Annotated[
+        int, option("pieces of the byte-level BPE trained on the training split", low=259)
+    ] = 2048
+    block_size: Annotated[int, option("tokens the model sees at once", low=2)] = 128
 
 
 @dataclass
 class ModelKeys:
     """The model: Llama's architecture or Mixtral's, or ModernBERT's where it sees both ways."""
 
-    model: str = key(
-        "llama",
-        "of a causal language model: one network in every layer, or a mixture of experts",
-        choices=("llama", "moe"),
-    )
-    n_layer: int = key(4, "layers", low=1)
-    n_head: int = key(4, "attention heads; divides `n_embd`", low=1)
-    n_embd: int = key(128, "width", low=2)
-    dropout: float = key(0.0, "dropout of the attention weights", low=0.0, below=1.0)
+    model: Annotated[
+        Literal["llama", "moe"],
+        option("of a causal language model: one network in every layer, or a mixture of experts"),
+    ] = "llama"
+    n_layer: Annotated[int, option("layers", low=1)] = 4
+    n_head: Annotated[int, option("attention heads; divides `n_embd`", low=1)] = 4
+    n_embd: Annotated[int, option("width", low=2)] = 128
+    dropout: Annotated[float, option("dropout of the attention weights", low=0.0, below=1.0)] = 0.0
 
 
 @dataclass
 class OptimizerKeys:
     """AdamW, warmed up, then a cosine down to `min_lr`."""
 
-    max_iters: int = key(720, "optimizer steps in all", low=1)
-    batch_size: int = key(8, "blocks per micro-batch", low=1)
-    gradient_accumulation_steps: int = key(1, "micro-batches per optimizer step", low=1)
-    learning_rate: float = key(2e-3, "highest learning rate", above=0.0)
-    min_lr: float = key(
-        2e-4, "learning rate at the last step; a tenth of `learning_rate` unless set", low=0.0
-    )
-    warmup_iters: int = key(60, "steps of linear warm-up", low=0)
+    max_iters: Annotated[int, option("optimizer steps in all", low=1)] = 720
+    batch_size: Annotated[int, option("blocks per micro-batch", low=1)] = 8
+    gradient_accumulation_steps: Annotated[int, option("micro-batches per optimizer step", low=1)] = 1
+    learning_rate: Annotated[float, option("highest learning rate", above=0.0)] = 2e-3
+    min_lr: Annotated[
+        float, option("learning rate at the last step; a tenth of `learning_rate` unless set", low=0.0)
+    ] = 2e-4
+    warmup_iters: Annotated[int, option("steps of linear warm-up", low=0)] = 60
     # Strong, because the default run sees its small text eight times over.
-    weight_decay: float = key(2.0, "weight decay of the matrices", low=0.0)
-    beta1: float = key(0.9, "AdamW's decay of the mean", low=0.0, below=1.0)
-    beta2: float = key(0.99, "AdamW's decay of the square", low=0.0, below=1.0)
-    grad_clip: float = key(1.0, "largest norm of the gradient; 0 turns clipping off", low=0.0)
+    weight_decay: Annotated[float, option("weight decay of the matrices", low=0.0)] = 2.0
+    beta1: Annotated[float, option("AdamW's decay of the mean", low=0.0, below=1.0)] = 0.9
+    beta2: Annotated[float, option("AdamW's decay of the square", low=0.0, below=1.0)] = 0.99
+    grad_clip: Annotated[float, option("largest norm of the gradient; 0 turns clipping off", low=0.0)] = 1.0
 
 
 @dataclass
 class RunKeys:
     """Where, how long, how often."""
 
-    out_dir: str = key("out", "folder for checkpoints, the configuration and the log")
-    resume: bool = key(False, "continue the run in `out_dir` from its last checkpoint")
-    eval_only: bool = key(False, "evaluate the last checkpoint in `out_dir` and stop")
-    eval_interval: int = key(180, "steps between evaluations, with a checkpoint after each", low=1)
-    eval_iters: int = key(
-        20, "batches per evaluation, spread over the held-out text; 0 for all; the last is always all", low=0
-    )
-    log_interval: int = key(10, "steps between lines of `log.jsonl`", low=1)
-    sample_tokens: int = key(120, "tokens of the sample shown at the end; 0 for none", low=0)
-    device: str = key("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = key(
-        "auto",
-        "precision of the arithmetic; the weights stay float32",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    compile: bool = key(False, "compile the model with `torch.compile`")
-    materialize_logits: bool = key(
-        False, "compute all logits at once in training, rather than a few tokens' at a time"
-    )
-    seed: int = key(1337, "seed of the weights, the order of the data and the sample", low=0, high=2**32 - 1)
-    tensorboard_log: bool = key(
-        False, "log to TensorBoard, in `tensorboard/` under `out_dir` (needs the extra `track`)"
-    )
-    wandb_log: bool = key(False, "log to Weights & Biases (needs the extra `track`)")
-    wandb_project: str = key("lossmith", "its project")
+    out_dir: Annotated[str, option("folder for checkpoints, the configuration and the log")] = "out"
+    resume: Annotated[bool, option("continue the run in `out_dir` from its last checkpoint")] = False
+    eval_only: Annotated[bool, option("evaluate the last checkpoint in `out_dir` and stop")] = False
+    eval_interval: Annotated[
+        int, option("steps between evaluations, with a checkpoint after each", low=1)
+    ] = 180
+    eval_iters: Annotated[
+        int,
+        option(
+            "batches per evaluation, spread over the held-out text; 0 for all; the last is always all", low=0
+        ),
+    ] = 20
+    log_interval: Annotated[int, option("steps between lines of `log.jsonl`", low=1)] = 10
+    sample_tokens: Annotated[int, option("tokens of the sample shown at the end; 0 for none", low=0)] = 120
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], option("where to train")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        option("precision of the arithmetic; the weights stay float32"),
+    ] = "auto"
+    compile: Annotated[bool, option("compile the model with `torch.compile`")] = False
+    materialize_logits: Annotated[
+        bool, option("compute all logits at once in training, rather than a few tokens' at a time")
+    ] = False
+    seed: Annotated[
+        int, option("seed of the weights, the order of the data and the sample", low=0, high=2**32 - 1)
+    ] = 1337
+    tensorboard_log: Annotated[
+        bool, option("log to TensorBoard, in `tensorboard/` under `out_dir` (needs the extra `track`)")
+    ] = False
+    wandb_log: Annotated[bool, option("log to Weights & Biases (needs the extra `track`)")] = False
+    wandb_project: Annotated[str, option("its project")] = "lossmith"
 
 
 if TYPE_CHECKING:
@@ -123,10 +131,7 @@ if TYPE_CHECKING:
 else:
     ModifierKeys = make_dataclass(
         "ModifierKeys",
-        [
-            (name, spec.type, field(default=spec.default, metadata=spec.metadata))
-            for name, spec in DECLARED_BY_MODIFIERS.items()
-        ],
+        [(name, spec.hint, spec.default) for name, spec in DECLARED_BY_MODIFIERS.items()],
         namespace={"__doc__": "Loss modifiers."},
     )
 
@@ -146,8 +151,8 @@ class TrainConfig(
 
     def check(self) -> None:
         """Raise UserError for a value out of its range or values that do not go together."""
-        for spec in fields(self):
-            check_range(spec, getattr(self, spec.name))
+        for name, spec in SPECS.items():
+            check_range(spec, getattr(self, name))
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
             raise UserError(
                 f"n_embd={self.n_embd} over n_head={self.n_head} is {self.n_embd / self.n_head:g} per head; "
@@ -203,34 +208,31 @@ class TrainConfig(
 
 
 LOSS_KEYS = tuple(dict.fromkeys(["loss", *(name for options in OPTIONS.values() for name in options)]))
-SPECS = {spec.name: spec for spec in fields(TrainConfig)}
+SPECS = options_of(TrainConfig)
 
 
-def sections() -> list[tuple[str, list[Field]]]:
-    """The keys by group, in the order they are documented: (what the group is, its fields)."""
+def sections() -> list[tuple[str, list[Declared]]]:
+    """The keys by group, in the order they are documented: (what the group is, its keys)."""
     groups: tuple[Any, ...] = (
         TaskKeys, DataKeys, ModelKeys, LossKeys, OptimizerKeys, RunKeys, UnifiedKeys, NVAMPKeys, ModifierKeys,
     )  # fmt: skip
-    return [((group.__doc__ or "").split(".")[0], list(fields(group))) for group in groups]
+    return [((group.__doc__ or "").split(".")[0], list(options_of(group).values())) for group in groups]
 
 
-def describe(spec: Field) -> str:
+def describe(spec: Declared) -> str:
     """What a key means, with the values it can take where they are few."""
-    choices = spec.metadata.get("choices")
-    return spec.metadata["meaning"] + (f": {', '.join(choices)}" if choices else "")
+    return spec.meaning + (f": {', '.join(spec.choices)}" if spec.choices else "")
 
 
-def default_of(spec: Field) -> str:
+def default_of(spec: Declared) -> str:
     """A key's default as it is shown."""
     return str(spec.default) or '""'
 
 
-def check_range(spec: Field, value: Any) -> None:
+def check_range(spec: Declared, value: Any) -> None:
     """Raise UserError, naming the key, when `value` is outside the limits declared for `spec`."""
-    limits = spec.metadata
-    choices = limits.get("choices")
-    if choices and value not in choices:
-        raise UserError(f"{spec.name}={value!r}; expected one of {', '.join(choices)}.")
-    wanted = None if value is None else range_problem(value, limits)
-    if wanted:
-        raise UserError(f"{spec.name}={value!r} is out of range; expected {spec.name} {wanted}.")
+    if spec.kind.holds(value):
+        return
+    if spec.choices:
+        raise UserError(f"{spec.name}={value!r}; expected one of {', '.join(spec.choices)}.")
+    raise UserError(f"{spec.name}={value!r} is out of range; expected {spec.name} {spec.kind.limits}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from lossmith.integrations.huggingface.labels import (
 )
 from lossmith.objective import Objective
 from lossmith.objectives.unified import UnifiedLoss
+from lossmith.options import nearest
 
 # What a caller may pass besides the objective's own inputs.
 PER_BATCH = ("denominator", "segment_ids", "token_weight")
@@ -99,10 +99,10 @@ class AttachedLoss(nn.Module):
         known = {*self.known, *PER_BATCH, *self.objective.input_names}
         for name in inputs:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1, cutoff=0.75)
+                near = nearest(name, known)
                 raise TypeError(
                     f"neither the model nor its {type(self.objective).__name__} takes {name!r}. "
-                    + (f"Did you mean {near[0]!r}? " if near else "")
+                    + (f"Did you mean {near!r}? " if near else "")
                     + "If a trainer passes it to compute a loss of its own, make the trainer "
                     "class T(LossTrainer, ThatTrainer)"
                 )

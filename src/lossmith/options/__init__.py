@@ -1,0 +1,21 @@
+"""Options: declared with type, range and meaning in the signature that takes them; mistakes are named."""
+
+from lossmith.options.kinds import Kind, kind_of, option
+from lossmith.options.mappings import check_order, read_options
+from lossmith.options.matching import did_you_mean, is_misspelt, nearest, unknown_option
+from lossmith.options.signatures import Declared, options_of, strict_options
+
+__all__ = [
+    "Declared",
+    "Kind",
+    "check_order",
+    "did_you_mean",
+    "is_misspelt",
+    "kind_of",
+    "nearest",
+    "option",
+    "options_of",
+    "read_options",
+    "strict_options",
+    "unknown_option",
+]
