@@ -57,7 +57,7 @@ class TokenBatch:
     target_weight: Tensor | None = None
     num_classes: int | None = None
     pad_token_id: int | None = None
-    shift: bool = False
+    shift: bool | int = False
 
     @property
     def num_tokens(self) -> Tensor:
@@ -113,7 +113,7 @@ def align(
     pad_token_id: int | None = None,
     eos_token_id: int | None = None,
     num_classes: int | None = None,
-    shift: bool = False,
+    shift: bool | int = False,
     reduction: Reduction = "mean",
     denominator: Denominator | None = None,
     class_weight: Tensor | None = None,
