@@ -47,9 +47,10 @@ class Option:
 class WrongForm(TypeError):
     """A value, or an item of it, that has none of the forms that it can have."""
 
-    def __init__(self, came: Any) -> None:
-        super().__init__(came)
-        self.came = came
+    @property
+    def came(self) -> Any:
+        """That value."""
+        return self.args[0]
 
 
 @dataclass(frozen=True)
