@@ -287,3 +287,13 @@ def test_a_message_says_whose_option_what_is_expected_and_what_came():
 
     with pytest.raises(ValueError, match=r"^Mine: eps must be a number > 0; got 0"):
         Mine(eps=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"shift": "False"}, {"softcap": INF}, {"label_smoothing": True}], ids=str
+)
+def test_a_compiled_loss_refuses_the_same(options):
+    compiled = torch.compile(lambda z, t: lossmith.cross_entropy(z, t, **options), backend="eager")
+    with pytest.raises((TypeError, ValueError), match=rf"^cross_entropy: {next(iter(options))} must be "):
+        compiled(LOGITS, TARGETS)
+    torch._dynamo.reset()

@@ -59,18 +59,15 @@ class TokenBatch:
     target_weight: Tensor | None = None
     num_classes: int | None = None
     pad_token_id: int | None = None
-    shift: bool = False
+    shift: bool | int = False
     also_read: Tensor | None = None
 
     @property
     def read_targets(self) -> Tensor:
         """[N] the targets at which the predictions are swept: any class where they are only looked at."""
-        return self.targets if self.also_read is None else self.targets.masked_fill(self._only_read, 0)
-
-    @property
-    def _only_read(self) -> Tensor:
-        assert self.also_read is not None
-        return self.also_read & ~self.valid
+        if self.also_read is None:
+            return self.targets
+        return self.targets.masked_fill(self.also_read & ~self.valid, 0)
 
     @property
     def num_tokens(self) -> Tensor:
@@ -126,7 +123,7 @@ def align(
     pad_token_id: int | None = None,
     eos_token_id: int | None = None,
     num_classes: int | None = None,
-    shift: bool = False,
+    shift: bool | int = False,
     reduction: Reduction = "mean",
     denominator: Denominator | None = None,
     class_weight: Tensor | None = None,

@@ -54,17 +54,18 @@ def token_stats(
         logits: [..., V] of any stride, fp64, fp32, bf16 or fp16; -inf masks a class.
         targets: [...] ids, or ``ignore_index``.
         candidates: [..., K] further ids to read the logits of; -1 where there is none.
-        temperature: > 0; the statistics are those of logits / temperature, and
+        temperature: >= 1e-6; the statistics are those of logits / temperature, and
             ``stats.unscaled`` has those of the logits as they are. Not differentiated.
-        softcap: c > 0 for z <- c tanh(z / c), before the temperature.
+        softcap: c >= 1e-6 for z <- c tanh(z / c), before the temperature.
         ignore_index: the target id of tokens without one.
 
     Returns:
         :class:`lossmith.TokenStats`, each statistic [...] in fp32 (fp64 for fp64 logits).
 
     Raises:
-        TypeError: targets or candidates are not integers, logits not floating point.
-        ValueError: shapes that do not match, an empty batch, an id out of range.
+        TypeError: targets or candidates are not integers, logits not floating point, unknown options or
+            values of another type.
+        ValueError: shapes that do not match, an empty batch, an id or an option out of range.
 
     Example:
         >>> import torch, lossmith
@@ -148,16 +149,16 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (the overload
         label_smoothing: eps in [0, 1), taken from the target and spread over the classes.
         smoothing_mode: ``uniform``: eps/V on every class (PyTorch); ``exclude_target``:
             eps/(V-1) on the wrong ones.
-        special_tokens: target ids that are not smoothed.
+        special_tokens: target ids that are not smoothed, in [0, V).
         class_weight: [V]; a mean divides by the summed weights of the targets, and z-loss and
             confidence penalty of a token are weighed alike.
         token_weight: [...] what each token's loss is multiplied by; not in the denominator.
-        temperature: > 0, divides the logits; z-loss is that of the logits as they are.
-        softcap: c > 0 for z <- c tanh(z / c), before everything.
+        temperature: >= 1e-6, divides the logits; z-loss is that of the logits as they are.
+        softcap: c >= 1e-6 for z <- c tanh(z / c), before everything.
         z_loss: coefficient of logsumexp^2.
         focal_gamma: >= 0; tokens count (1 - p_y)^gamma.
         confidence_penalty: coefficient of the negative entropy.
-        shift: targets are labels as Hugging Face has them: logits[t] predict targets[t + 1].
+        shift: True where targets are labels as Hugging Face has them: logits[t] predict targets[t + 1].
         empty: a batch without a supervised token gives ``zero`` (with zero gradients) or ``nan``.
         return_stats: also return the statistics, in the targets' shape.
 
@@ -165,7 +166,8 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (the overload
         The loss, a scalar or [...] with ``none``; with ``return_stats`` (loss, TokenStats).
 
     Raises:
-        TypeError: targets that are not integers, logits not floating point, unknown options.
+        TypeError: targets that are not integers, logits not floating point, unknown options or values of
+            another type.
         ValueError: shapes that do not match, an empty batch, an id or an option out of range.
 
     Example:

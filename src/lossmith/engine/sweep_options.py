@@ -14,7 +14,7 @@ from lossmith.options import strict_options
 from lossmith.options.shared import Softcap, Temperature
 
 
-@strict_options
+@strict_options(name="")  # an objective's, whose attributes may have been set since it was made
 @dataclass(frozen=True)
 class SweepOptions:
     """How the logits are read: z <- softcap tanh(z / softcap), then over the temperature."""

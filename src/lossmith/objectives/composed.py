@@ -60,9 +60,9 @@ class ComposedLoss(WrappedObjective):
             self.input_names += tuple(n for n in names if n not in self.input_names and n not in BOUND)
             self.feature_names += tuple(n for n in component.per_position if n not in self.feature_names)
 
-    def _active(self) -> list[tuple[str, Component, float]]:
+    def _active(self) -> list[tuple[str, Component, float | Tensor]]:
         """Components whose weight is not 0."""
-        found: list[tuple[str, Component, float]] = []
+        found: list[tuple[str, Component, float | Tensor]] = []
         for name, weighted in self.components.items():
             assert isinstance(weighted, Weighted)
             if weighted.weight != 0:

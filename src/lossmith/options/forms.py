@@ -47,9 +47,10 @@ class Option:
 class WrongForm(TypeError):
     """A value, or an item of it, that has none of the forms that it can have."""
 
-    def __init__(self, came: Any) -> None:
-        super().__init__(came)
-        self.came = came
+    @property
+    def came(self) -> Any:
+        """That value."""
+        return self.args[0]
 
 
 @dataclass(frozen=True)
@@ -333,16 +334,19 @@ def _whole_bounds(declared: Option) -> tuple[int, int]:
 def _all_within(values: Tensor, low: float, high: float, message: str) -> bool:
     """Whether all of a tensor's numbers are in a range. CUDA answers later, so that the host need not wait,
     by failing with the message."""
-    device = values.device.type
-    if torch.compiler.is_compiling() or device not in ("cpu", "cuda") or values.numel() == 0:
+    if torch.compiler.is_compiling() or values.numel() == 0 or values.device.type not in ("cpu", "cuda"):
         return True
-    values = values.detach()
-    are_within = values.isfinite()
+    are_within = _within(values.detach(), low, high)
+    if values.device.type == "cpu":
+        return (~are_within).nonzero().shape[0] == 0
+    torch._assert_async(are_within.all(), message)  # pyright: ignore[reportPrivateImportUsage]
+    return True
+
+
+def _within(values: Tensor, low: float, high: float) -> Tensor:
+    are_within = values.isfinite()  # in half precision LARGEST would be infinite, too
     if low > -LARGEST:
         are_within &= values >= low
     if high < LARGEST:
         are_within &= values <= high
-    if device == "cpu":
-        return (~are_within).nonzero().shape[0] == 0
-    torch._assert_async(are_within.all(), message)  # pyright: ignore[reportPrivateImportUsage]
-    return True
+    return are_within

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from numbers import Number
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from lossmith.options import forms
 from lossmith.options.forms import Form, Option, WrongForm
 
 # Shown as they are in messages; of anything else the type says more.
-PLAIN = (str, bytes, bool, int, float, complex, tuple, list, set, dict)
+PLAIN = (str, bytes, tuple, list, set, dict)
 SEVERAL = (Sequence, Iterable, Collection, list, tuple)
 
 
@@ -132,7 +133,7 @@ def kind_of(hint: Any, name: str) -> Kind:
     return Kind(
         name,
         given,
-        reduce(Option.over, (declared for _, declared in members), Option()),
+        _together(declared for _, declared in members),
         _listed([word for form in given for word in form.words]),
         _expected(given),
         next((form.limits for form in given if form.limits), ""),
@@ -156,28 +157,33 @@ def type_shown(value: Any) -> str:
         return f"a tensor {list(value.shape)} of {value.dtype}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    kind, text = type(value).__name__, repr(value)
-    if value is None or not isinstance(value, PLAIN) or len(text) > 60:
-        return text if value is None else kind
-    return f"{text} ({kind})"
+    text, kind = _text(value), type(value).__name__
+    return text if text in ("None", kind) else f"{text} ({kind})"
 
 
 def value_shown(value: Any) -> str:
     """A value out of range, in a few words."""
     if not isinstance(value, Tensor):
-        return repr(value)
+        return _text(value)
     smallest, largest = (bound.item() for bound in value.detach().aminmax())
     return f"{smallest}" if value.numel() == 1 else f"numbers from {smallest} to {largest}"
+
+
+def _text(value: Any) -> str:
+    """A value as it is written, if that is short; else its type."""
+    with contextlib.suppress(ValueError):  # an int may have too many digits
+        text = repr(value) if value is None or isinstance(value, (*PLAIN, Number)) else ""
+        if 0 < len(text) <= 60:
+            return text
+    return type(value).__name__
 
 
 def _members(hint: Any, outer: Option) -> list[tuple[Any, Option]]:
     """The members of a union, however nested, each with what is declared of it; their texts as one."""
     if get_origin(hint) is Annotated:
         inner, *extras = get_args(hint)
-        own = reduce(
-            lambda said, extra: extra.over(said) if isinstance(extra, Option) else said, extras, Option()
-        )
-        return _members(inner, outer.over(own))
+        own = [extra for extra in reversed(extras) if isinstance(extra, Option)]  # the outermost goes first
+        return _members(inner, _together([outer, *own]))
     if get_origin(hint) not in (Union, types.UnionType):
         return [(hint, outer)]
     found = [member for each in get_args(hint) for member in _members(each, outer)]
@@ -185,8 +191,15 @@ def _members(hint: Any, outer: Option) -> list[tuple[Any, Option]]:
     if len(texts) < 2:
         return found
     one = Literal[tuple(choice for bare, _ in texts for choice in get_args(bare))]  # type: ignore[valid-type]
-    own = reduce(Option.over, (own for _, own in texts), Option())
-    return [(one, own), *(member for member in found if member not in texts)]
+    return [(one, _together(own for _, own in texts)), *(member for member in found if member not in texts)]
+
+
+def _together(declared: Iterable[Option]) -> Option:
+    """What all of them say; where two say something of one thing, the first."""
+    together = Option()
+    for each in declared:
+        together = together.over(each)
+    return together
 
 
 def _form_of(hint: Any, declared: Option, name: str) -> Form:

@@ -73,7 +73,7 @@ def options_of(owner: Any) -> dict[str, Declared]:
 @overload
 def strict_options(owner: C, /) -> C: ...
 @overload
-def strict_options(*, also: Any, name: str | None = None) -> Callable[[C], C]: ...
+def strict_options(*, also: Any = None, name: str | None = None) -> Callable[[C], C]: ...
 def strict_options(owner: Any = None, /, *, also: Any = None, name: str | None = None) -> Any:
     """Hold the callers of a function, a method or a class to its annotated signature.
 
@@ -84,7 +84,8 @@ def strict_options(owner: Any = None, /, *, also: Any = None, name: str | None =
     Args:
         owner: the function, or a dataclass, whose constructor is meant.
         also: a strict function or class that further options are passed on to; they are checked too.
-        name: what messages call it; its own name, or that of the class that is made.
+        name: what messages call it; by default its own name, or that of the class that is made. Where it is
+            empty they begin with the option.
 
     Raises:
         TypeError: from the wrapped function: an unknown option, or a value of another type.
@@ -119,7 +120,7 @@ def _checked(
     def mended(name: str, value: Any, args: tuple[Any, ...]) -> Any:
         """A value that fits, of one that may not; or an error that says why not."""
         own = type(args[0]).__name__ if function.__name__ == "__init__" else function.__qualname__
-        owner = said or own
+        owner = own if said is None else said
         if name in options:
             return options[name].kind.read(value, owner)
         if takes_any or name == "self":
