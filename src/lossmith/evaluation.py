@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lossmith.batch import TokenBatch
 from lossmith.distributed import masked_mean
+from lossmith.engine.checks import whole_candidates
 from lossmith.engine.one_sweep import DependsOnMore
 from lossmith.engine.raw_stats import AskedFor, union
 from lossmith.engine.stats import TokenStats
@@ -286,7 +287,8 @@ def _gather_candidates(terms: Sequence[Term], batch: TokenBatch) -> tuple[Tensor
         if term.candidates is None:
             columns.append(None)
             continue
-        found.append(term.candidates(batch))
+        ids = term.candidates(batch)
+        found.append(whole_candidates(ids, batch.targets, f" of the term {term.name!r}"))
         columns.append(slice(width, width + found[-1].shape[-1]))
         width += found[-1].shape[-1]
     return (torch.cat(found, -1) if found else None), columns

@@ -21,6 +21,7 @@ from pathlib import Path
 
 _log = logging.getLogger(__name__)
 _SOURCES = [Path(__file__).with_name(name) for name in ("rows_native.cpp", "products_native.cpp")]
+_HEADERS = [Path(__file__).with_name("lanes_native.h")]
 # No contraction: forward and backward must round a logit over its temperature alike.
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off"]
 # OpenMP is compiled against but not linked: its symbols are then found in the runtime that
@@ -78,7 +79,12 @@ def _build(compiler: list[str], flags: list[str]) -> Path:
 
     linking = ["-shared", "-pthread"]
     command = shlex.join([*compiler, *flags, *linking]).encode()
-    made_of = [*(source.read_bytes() for source in _SOURCES), call("--version"), command, _processor()]
+    made_of = [
+        *(source.read_bytes() for source in _SOURCES + _HEADERS),
+        call("--version"),
+        command,
+        _processor(),
+    ]
     directory = _cache_directory()
     target = directory / f"lossmith-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
     if not target.exists():

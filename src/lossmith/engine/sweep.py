@@ -149,7 +149,18 @@ def flat_ids(candidates: Tensor | None) -> Tensor | None:
 
 
 def check_all_ids(targets: Tensor, candidates: Tensor | None, num_classes: int, ignore_index: int) -> None:
-    """Targets and candidates are classes, or the ids that stand for none."""
+    """Targets and candidates are int64, a row of candidates for every target, and classes, or the ids that
+    stand for none.
+
+    Raises:
+        TypeError: ids of another dtype, which only a caller of the operators can have.
+        ValueError: an id out of range, or candidates of other tokens.
+    """
+    for name, ids in (("targets", targets), ("candidates", candidates)):
+        if ids is not None and ids.dtype != torch.int64:
+            raise TypeError(f"the operators take {name} as torch.int64; got {ids.dtype}")
+    if candidates is not None and candidates.shape[:-1].numel() != targets.numel():
+        raise ValueError(f"candidates {list(candidates.shape)} are not of targets {list(targets.shape)}")
     check_ids("targets", targets, num_classes, exempt=ignore_index, exempt_name="ignore_index")
     if candidates is not None:
         check_ids("candidates", candidates, num_classes, exempt=-1, exempt_name="-1")
