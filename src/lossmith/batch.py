@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.engine.checks import check_ids, check_targets
+from lossmith.engine.checks import check_ids, check_targets, check_whole
 from lossmith.reduction import (
     Denominator,
     Empty,
@@ -151,7 +151,7 @@ def align(
         class_weight: [V] what a target counts for in the denominator.
 
     Raises:
-        TypeError: targets are not integers, or the mask is floating point.
+        TypeError: targets, input_ids or segment_ids are not integers, or the mask is floating point.
         ValueError: a shape differs from the targets', a target is out of range, or an option unknown.
     """
     check_targets(targets)
@@ -166,6 +166,9 @@ def align(
             raise ValueError(
                 f"{name} must have the targets' shape {list(targets.shape)}; got {list(value.shape)}"
             )
+    for name, ids in (("input_ids", input_ids), ("segment_ids", segment_ids)):
+        if ids is not None:
+            check_whole(name, ids, "ids")
     targets = targets.long()
     valid = targets != ignore_index
     if mask is not None:
@@ -209,8 +212,8 @@ def align(
         shape=targets.shape,
         count=own,
         share=scalar_share(own, denominator),
-        input_ids=None if input_ids is None else input_ids.reshape(-1),
-        segment_ids=None if segment_ids is None else segment_ids.reshape(-1),
+        input_ids=None if input_ids is None else input_ids.reshape(-1).long(),
+        segment_ids=None if segment_ids is None else segment_ids.reshape(-1).long(),
         features={name: value.reshape(-1) for name, value in (features or {}).items()},
         target_weight=None if counts is None else counts.reshape(-1),
         num_classes=num_classes,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lossmith.batch import TokenBatch
 from lossmith.distributed import masked_mean
-from lossmith.engine.checks import check_candidates
+from lossmith.engine.checks import whole_candidates
 from lossmith.engine.one_sweep import OtherGradient
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.stats import TokenStats
@@ -131,8 +131,7 @@ def _gather_candidates(terms: Sequence[Term], batch: TokenBatch) -> tuple[Tensor
     for term in terms:
         before = width
         if term.candidates is not None:
-            ids = term.candidates(batch)
-            check_candidates(ids, batch.targets)
+            ids = whole_candidates(term.candidates(batch), batch.targets, f" of the term {term.name!r}")
             found.append(ids)
             width += ids.shape[-1]
         of_terms.append((term, slice(before, width)))

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from lossmith.engine.checks import check_candidates
 from lossmith.engine.predictions import Logits, Predictions
 from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
@@ -90,11 +89,9 @@ def stats_of_predictions(
     predictions.check(targets)
     default = Needs.ENTROPY | Needs.SUM | Needs.TOP | Needs.COUNT
     if candidates is not None:
-        check_candidates(candidates, targets)
-        candidates = candidates.long()
         default |= Needs.CANDIDATES
     return options.stats(
-        predictions, targets.long(), ignore_index=ignore_index, candidates=candidates, default_needs=default
+        predictions, targets, ignore_index=ignore_index, candidates=candidates, default_needs=default
     )
 
 

@@ -1,12 +1,20 @@
 """The library of compiled sources: built with care, done without where it cannot be had."""
 
+import ctypes
 import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import lossmith
 from lossmith.engine import native
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
 
 
 @pytest.fixture
@@ -15,6 +23,50 @@ def fresh_library():
     native.library.cache_clear()
     yield
     native.library.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A cache with a build in it, which takes the compiler less time than a fast one."""
+    home = tmp_path_factory.mktemp("cache")
+    native.library.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        patch.setenv("LOSSMITH_CXXFLAGS", "-O0")
+        assert native.library() is not None
+    native.library.cache_clear()
+    return home / "lossmith"
+
+
+@pytest.fixture
+def cache(built, monkeypatch, tmp_path) -> Path:
+    """A cache of this test's own, with a build in it."""
+    folder = tmp_path / "home" / "lossmith"
+    shutil.copytree(built, folder)
+    folder.chmod(0o700)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent))
+    monkeypatch.setenv("LOSSMITH_CXXFLAGS", "-O0")
+    return folder
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[list[str]]:
+    """The compiler's runs that produce something."""
+    found, run = [], subprocess.run
+
+    def recorded(command, **options):
+        if "-c" in command:
+            found.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(native.subprocess, "run", recorded)
+    return found
+
+
+def loaded_from() -> Path:
+    compiled = native.library()
+    assert compiled is not None
+    return Path(compiled._name).parent
 
 
 @pytest.mark.parametrize("variable", [("LOSSMITH_NATIVE", "0"), ("CXX", "/nowhere/c++"), ("CXX", "false")])
@@ -30,31 +82,10 @@ def test_without_a_compiler_pytorch_takes_over(monkeypatch, fresh_library, varia
         assert "could not be built" in caplog.text
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
-def test_a_read_only_cache_is_no_obstacle(monkeypatch, fresh_library, tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("not a directory")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert native.library() is not None
-
-
 def test_a_command_that_cannot_be_read_is_no_compiler(monkeypatch, fresh_library, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "g++ '")
     assert native.library() is None
-
-
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
-def test_a_broken_build_is_replaced(monkeypatch, fresh_library, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.library() is not None
-    for built in (tmp_path / "lossmith").glob("*.so"):
-        built.unlink()
-        built.write_bytes(b"no library")
-    native.library.cache_clear()
-    native.library()  # takes the other variant, or none, and removes what is broken
-    native.library.cache_clear()
-    assert native.library() is not None
 
 
 def test_without_an_absolute_home_nothing_lands_in_the_working_directory(
@@ -63,5 +94,126 @@ def test_without_an_absolute_home_nothing_lands_in_the_working_directory(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setenv("LOSSMITH_CXXFLAGS", "-O0")
     native.library()
     assert not list(tmp_path.iterdir())
+
+
+# -- where it is kept, and what is loaded from there -------------------------------------------------
+
+
+@needs_compiler
+def test_a_build_is_kept(cache, fresh_library, compilations):
+    assert loaded_from() == cache
+    assert not compilations
+    assert [path.stat().st_mode & 0o777 for path in cache.iterdir()] == [0o600]
+
+
+@needs_compiler
+def test_a_read_only_cache_is_no_obstacle(monkeypatch, fresh_library, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    monkeypatch.setenv("LOSSMITH_CXXFLAGS", "-O0")
+    assert native.library() is not None
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_cache_that_others_can_write_to_is_not_used(cache, mode, fresh_library, caplog):
+    cache.chmod(mode)
+    before = sorted(cache.iterdir())
+    with caplog.at_level(logging.WARNING, logger="lossmith"):
+        assert loaded_from() != cache
+        lossmith.cross_entropy(torch.randn(4, 9), torch.randint(9, (4,)))
+    assert sorted(cache.iterdir()) == before
+    assert caplog.text.count("does not belong to this user alone") == 1
+
+
+@needs_compiler
+def test_a_cache_of_somebody_else_is_not_used(cache, monkeypatch, fresh_library, caplog):
+    me = os.geteuid()
+    monkeypatch.setattr(native.os, "geteuid", lambda: me + 1)
+    assert loaded_from() != cache
+    assert "does not belong to this user alone" in caplog.text
+
+
+@needs_compiler
+def test_a_link_to_another_folder_is_not_a_cache(cache, fresh_library, tmp_path):
+    cache.rename(tmp_path / "elsewhere")
+    cache.symlink_to(tmp_path / "elsewhere")
+    assert loaded_from() not in (cache, tmp_path / "elsewhere")
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_build_that_others_can_write_to_is_built_again(cache, mode, fresh_library, compilations):
+    (kept,) = cache.iterdir()
+    kept.chmod(mode)
+    assert loaded_from() == cache
+    assert compilations
+    assert native.library()._name != str(kept) or kept.stat().st_mode & 0o022 == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("length", [0, 5000, -1])
+def test_a_build_that_was_cut_short_is_built_again(cache, length, monkeypatch):
+    """In a process of its own: to load it would end it."""
+    (kept,) = cache.iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:length])
+    code = "from lossmith.engine import native; print(native.library()._name)"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert Path(shown.stdout.strip()).parent == cache
+    assert kept.read_bytes() == whole or len(list(cache.iterdir())) == 2
+
+
+@needs_compiler
+def test_a_build_that_was_altered_is_built_again(cache, fresh_library, compilations):
+    (kept,) = cache.iterdir()
+    altered = bytearray(kept.read_bytes())
+    altered[len(altered) // 2] ^= 1
+    kept.write_bytes(altered)
+    assert loaded_from() == cache
+    assert len(compilations) == 2  # of two sources
+    native.library.cache_clear()
+    assert loaded_from() == cache
+    assert len(compilations) == 2
+
+
+@needs_compiler
+def test_a_broken_build_is_replaced(cache, fresh_library):
+    for kept in cache.glob("*.so"):
+        kept.unlink()
+        kept.write_bytes(b"no library")
+    assert native.library() is not None
+
+
+@needs_compiler
+def test_where_nothing_may_be_executed_a_copy_is_loaded(
+    cache, monkeypatch, fresh_library, compilations, caplog
+):
+    """As on a file system that is mounted noexec. Nothing is compiled for that, and the cache stays."""
+    load, before = ctypes.CDLL, sorted(cache.iterdir())
+
+    def not_from_there(path, *rest):
+        if Path(path).parent == cache:
+            raise OSError(f"{path}: failed to map segment from shared object: Operation not permitted")
+        return load(path, *rest)
+
+    monkeypatch.setattr(native.ctypes, "CDLL", not_from_there)
+    with caplog.at_level(logging.INFO, logger="lossmith"):
+        assert loaded_from() != cache
+    assert not compilations
+    assert sorted(cache.iterdir()) == before
+    assert "not loaded there" in caplog.text
+
+
+@needs_compiler
+def test_flags_of_the_users_own_make_another_build(cache, monkeypatch, fresh_library, compilations):
+    monkeypatch.setenv("LOSSMITH_CXXFLAGS", "-O0 -DANYTHING='1 2'")
+    assert loaded_from() == cache
+    assert compilations
+    assert all("-DANYTHING=1 2" in command for command in compilations)
+    assert len(list(cache.iterdir())) == 2

@@ -7,20 +7,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+WHOLE_NUMBERS = frozenset(
+    (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
+)
 
-def check_targets(targets: Tensor) -> None:
-    """Class ids are integers.
+
+def check_whole(name: str, ids: Tensor, what: str = "class ids", hint: str = "") -> None:
+    """Ids are integers, of any dtype.
+
+    Args:
+        name: what the user calls them.
+        ids: what came.
+        what: what they are.
+        hint: what to do about numbers that are none.
 
     Raises:
-        TypeError: targets are not an integer tensor.
+        TypeError: they are no tensor of integers.
     """
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a tensor of class ids; got {type(targets).__name__}")
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype.itemsize == 1:
-        raise TypeError(
-            f"targets must be integer class ids (torch.long); got {targets.dtype}. "
-            "Probabilities as targets are not supported: pass ids, and label_smoothing for soft ones"
-        )
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor of {what}; got {type(ids).__name__}")
+    if ids.dtype not in WHOLE_NUMBERS:
+        raise TypeError(f"{name} must be integer {what}; got {ids.dtype}{hint}")
+
+
+def check_targets(targets: Tensor) -> None:
+    """Targets are integers; see :func:`check_whole`."""
+    hint = ". Probabilities as targets are not supported: pass ids, and label_smoothing for soft ones"
+    check_whole("targets", targets, hint=hint)
 
 
 def check_logits(logits: Tensor, targets: Tensor) -> None:
@@ -103,20 +116,28 @@ def check_targets_of_hidden(hidden: Tensor, targets: Tensor) -> None:
         raise ValueError(f"hidden is on {hidden.device} but targets on {targets.device}; move one of them")
 
 
-def check_candidates(candidates: Tensor, targets: Tensor) -> None:
-    """Candidate ids [..., K] of the targets [...], -1 where there is none.
+def whole_candidates(candidates: Tensor, targets: Tensor, of: str = "") -> Tensor:
+    """Candidate ids [..., K] of the targets [...], -1 where there is none, as int64.
+
+    Args:
+        of: whose they are, in words, if they are not the caller's own.
 
     Raises:
         TypeError: the ids are not integers.
-        ValueError: the shape does not match.
+        ValueError: the shape or the device does not match.
     """
-    if candidates.is_floating_point() or candidates.dtype.itemsize == 1:
-        raise TypeError(f"candidates must be integer class ids; got {candidates.dtype}")
-    if candidates.shape[:-1] != targets.shape or candidates.dim() != targets.dim() + 1:
+    name = f"candidates{of}"
+    check_whole(name, candidates)
+    if candidates.dim() != targets.dim() + 1 or candidates.shape[:-1] != targets.shape:
         raise ValueError(
-            f"candidates must be [..., K] ids for targets {list(targets.shape)}; got "
+            f"{name} must be [..., K] ids for targets {list(targets.shape)}; got "
             f"{list(candidates.shape)}. Pad with -1 where a position has fewer than K"
         )
+    if candidates.device != targets.device:
+        raise ValueError(
+            f"{name} are on {candidates.device} but targets on {targets.device}; move one of them"
+        )
+    return candidates.long()
 
 
 def _empty_message(name: str, given: Tensor) -> str:
@@ -146,7 +167,7 @@ def check_ids(name: str, ids: Tensor, num_classes: int, *, exempt: int, exempt_n
     Raises:
         ValueError: an id is out of range; the message has the first one and its position.
     """
-    outside = ((ids < 0) | (ids >= num_classes)) & (ids != exempt)
+    outside = _outside(ids, num_classes, exempt)
     if ids.device.type != "cpu":
         message = f"one of the {name} is outside [0, {num_classes})"
         torch._assert_async(~outside.any(), message)  # pyright: ignore[reportPrivateImportUsage]
@@ -159,3 +180,28 @@ def check_ids(name: str, ids: Tensor, num_classes: int, *, exempt: int, exempt_n
             f"position {position}. Set positions that have none to {exempt}, and check that the logits' last "
             "dimension is the vocabulary"
         )
+
+
+def check_ids_again(name: str, ids: Tensor, num_classes: int, *, exempt: int) -> None:
+    """Ids that :func:`check_ids` has seen are still in range; on a CPU, where others may share their memory.
+
+    Raises:
+        RuntimeError: one is out of range now.
+    """
+    if ids.device.type == "cpu":
+        bad = ids[_outside(ids, num_classes, exempt)]
+        if bad.shape[0]:
+            raise written_over(name, int(bad[0]))
+
+
+def written_over(name: str, found: int) -> RuntimeError:
+    """What to say of ids that were right when the loss was computed, and are not on the way back."""
+    return RuntimeError(
+        f"the {name} were written over after the loss was computed: one of them is {found} now. Memory "
+        "that is shared with NumPy (torch.from_numpy, .numpy()) changes unseen; leave it alone until "
+        "backward() is done, or pass a copy, as in targets.clone()"
+    )
+
+
+def _outside(ids: Tensor, num_classes: int, exempt: int) -> Tensor:
+    return ((ids < 0) | (ids >= num_classes)) & (ids != exempt)

@@ -75,6 +75,11 @@ class HeadSweep:
         return None if self.candidates is None else self.candidates[rows]
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What is read besides the head."""
+        return self.targets, self.candidates, self.class_weight, self.temperature
+
+    @property
     def options(self) -> tuple[Any, ...]:
         """In the operators' order."""
         return tuple(getattr(self, field.name) for field in fields(self))
@@ -149,15 +154,16 @@ class HeadStats(torch.autograd.Function):
         ctx.sweep = sweep
         ctx.is_saved = [name in SAVED for name in sweep.names]
         saved = (out for out, is_saved in zip(outputs, ctx.is_saved, strict=True) if is_saved)
-        # targets and candidates too, so that autograd sees when they are written over before the way back
-        ctx.save_for_backward(hidden, weight, bias, sweep.targets, sweep.candidates, *saved)
+        # all that the way back reads, so that autograd sees when it is written over before
+        ctx.save_for_backward(hidden, weight, bias, *sweep.tensors, *saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(out for out in outputs if not out.is_floating_point()))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, bias, _, _, *saved = ctx.saved_tensors
+        hidden, weight, bias, *rest = ctx.saved_tensors
+        saved = rest[len(ctx.sweep.tensors) :]
         kept, ctx.kept = ctx.kept, None  # its memory is written over
         if all(g is None for g in grads):
             return (None,) * 5

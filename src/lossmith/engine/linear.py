@@ -21,7 +21,7 @@ from lossmith.engine.raw import Needs
 from lossmith.engine.raw_stats import AskedFor, RawStats
 from lossmith.engine.sampling import draw, uniform_numbers
 from lossmith.engine.stats import TokenStats
-from lossmith.engine.sweep import by_view, check_all_ids, flat_ids, refuse_forward_mode, version
+from lossmith.engine.sweep import Unchanged, by_view, check_all_ids, flat_ids, refuse_forward_mode
 from lossmith.options import kind_of
 from lossmith.options.shared import Softcap
 
@@ -143,16 +143,19 @@ class LinearHead(Predictions):
         softcap = self._capped_once(softcap)
         inputs = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
         refuse_forward_mode(*inputs)
-        versions = [version(t) for t in inputs]
+        read = Unchanged(
+            hidden=self.hidden,
+            weight=self.weight,
+            bias=self.bias,
+            targets=targets,
+            candidates=candidates,
+            class_weight=class_weight,
+            temperature=temperature,
+        )
         compute_dtype = self.compute_dtype  # autocast's is that of now, not of when a statistic is read
 
         def asked(needs: Needs, needs_unscaled: Needs | None) -> HeadSweep:
-            if [version(t) for t in inputs] != versions:
-                raise RuntimeError(
-                    "hidden states or weight were modified in place after their statistics were first asked "
-                    "for (by an optimizer step, perhaps), so further ones would not belong to them; announce "
-                    "what you need with stats.compute(...) before"
-                )
+            read.check()
             return HeadSweep(
                 targets.reshape(-1),
                 flat_ids(candidates),

@@ -1,6 +1,8 @@
 """What is compiled: the C++ sources of this folder, built into one library on this machine when first used.
 
-``LOSSMITH_NATIVE=0`` turns it off, and PyTorch's operations take over.
+Builds are kept in the user's cache, and loaded from there only if nobody else can have written them and they
+are byte for byte what the compiler made. ``LOSSMITH_NATIVE=0`` turns it all off, and PyTorch's operations
+take over; ``LOSSMITH_CXXFLAGS`` are further flags for compiling and linking.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,7 @@ from pathlib import Path
 
 _log = logging.getLogger(__name__)
 _SOURCES = [Path(__file__).with_name(name) for name in ("rows_native.cpp", "products_native.cpp")]
+_HEADERS = [Path(__file__).with_name("lanes_native.h")]
 # No contraction: forward and backward must round a logit over its temperature alike.
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off"]
 # OpenMP is compiled against but not linked: its symbols are then found in the runtime that
@@ -43,54 +47,88 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     failures: list[Exception] = []
+    folders = _Folders()
     for variant in _VARIANTS:
         try:
-            loaded = _load(_build(shlex.split(compiler), [*_FLAGS, *variant]))
+            own = shlex.split(os.environ.get("LOSSMITH_CXXFLAGS", ""))
+            loaded = _load(_Build(shlex.split(compiler), [*_FLAGS, *variant], own), folders)
             if failures:
                 _log.info(
                     "built without OpenMP: rows have threads of their own, products are PyTorch's: %s",
                     failures,
                 )
             return loaded
-        except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:  # noqa: PERF203
+        except (OSError, ValueError, subprocess.SubprocessError) as error:  # noqa: PERF203
             failures.append(error)
     _log.info("the C++ sources could not be built; PyTorch operations take over: %s", failures)
     return None
 
 
-def _load(path: Path) -> ctypes.CDLL:
-    """The library at ``path``; a file that is none is removed, so that the next process builds it anew."""
+def _load(build: _Build, folders: _Folders) -> ctypes.CDLL:
+    """A build from the cache, made first if it is not there; from a private folder where the cache is of no
+    use, because its file system forbids execution, say."""
+    made = build.in_folder(folders.cache or folders.private)
     try:
-        loaded = ctypes.CDLL(str(path))
-        _ = loaded.lossmith_sweep
-    except (OSError, AttributeError):
-        path.unlink(missing_ok=True)
-        raise
-    return loaded
+        return ctypes.CDLL(str(made))
+    except OSError as error:
+        if made.parent != folders.cache:
+            raise
+        loaded = ctypes.CDLL(shutil.copy(made, folders.private))
+        _log.info(
+            "%s can be kept but not loaded there (%s); loaded a copy of this process's own", made, error
+        )
+        return loaded
 
 
-def _build(compiler: list[str], flags: list[str]) -> Path:
-    """Compile the sources unless this machine's build of it is there; another CPU builds its own."""
+class _Build:
+    """The sources as one compiler makes a library of them on this machine.
 
-    def call(*arguments: str) -> bytes:
-        command = [*compiler, *arguments]
-        return subprocess.run(command, capture_output=True, check=True, timeout=_PATIENCE_S).stdout
+    Args:
+        compiler: the command.
+        flags: for compiling.
+        own: the user's, for compiling and linking.
+    """
 
-    linking = ["-shared", "-pthread"]
-    command = shlex.join([*compiler, *flags, *linking]).encode()
-    made_of = [*(source.read_bytes() for source in _SOURCES), call("--version"), command, _processor()]
-    directory = _cache_directory()
-    target = directory / f"lossmith-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
-    if not target.exists():
-        _log.info("compiling into %s", target)
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+    def __init__(self, compiler: list[str], flags: list[str], own: list[str]) -> None:
+        self.compiler = compiler
+        self.compiling, self.linking = [*flags, *own], ["-shared", "-pthread", *own]
+        command = shlex.join([*compiler, *self.compiling, *self.linking]).encode()
+        sources = (source.read_bytes() for source in _SOURCES + _HEADERS)
+        made_of = [*sources, self._call("--version"), command, _processor()]  # another CPU builds its own
+        self.name = f"lossmith-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}"
+
+    def in_folder(self, folder: Path) -> Path:
+        """The library in this folder, compiled unless it is there."""
+        for found in sorted(folder.glob(f"{self.name}-*.so")):
+            if self._is_sound(found):
+                return found
+            _log.info("%s is not what was built; it is built again", found)
+        _log.info("compiling into %s", folder)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             objects = [str(Path(scratch) / f"{source.stem}.o") for source in _SOURCES]
             for source, compiled in zip(_SOURCES, objects, strict=True):
-                call(*flags, "-c", str(source), "-o", compiled)
-            linked = Path(scratch) / target.name
-            call(*linking, *objects, "-o", str(linked))
+                self._call(*self.compiling, "-c", str(source), "-o", compiled)
+            linked = Path(scratch) / "linked.so"
+            self._call(*self.linking, *objects, "-o", str(linked))
+            linked.chmod(0o600)  # whatever the umask is
+            target = folder / self._name_of(linked)
             linked.replace(target)  # atomic: another process may be building the same
-    return target
+        return target
+
+    def _is_sound(self, path: Path) -> bool:
+        """Whether it is ours, and all that was built: a file that was cut short would end the process."""
+        try:
+            return _is_ours(path) and path.name == self._name_of(path)
+        except OSError:
+            return False
+
+    def _name_of(self, path: Path) -> str:
+        """What a library with the bytes at ``path`` is called."""
+        return f"{self.name}-{hashlib.sha256(path.read_bytes()).hexdigest()}.so"
+
+    def _call(self, *arguments: str) -> bytes:
+        command = [*self.compiler, *arguments]
+        return subprocess.run(command, capture_output=True, check=True, timeout=_PATIENCE_S).stdout
 
 
 def _processor() -> bytes:
@@ -102,17 +140,39 @@ def _processor() -> bytes:
     return "\n".join([platform.machine(), *kinds[:2]]).encode()
 
 
-def _cache_directory() -> Path:
-    """Where builds are kept: the user's cache, or a directory of this process if there is none."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    directory = Path(home) / "lossmith"
-    try:
-        if directory.is_absolute():
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if os.access(directory, os.W_OK):
-                return directory
-    except OSError:
-        pass
-    private = tempfile.mkdtemp(prefix="lossmith-")
-    atexit.register(shutil.rmtree, private, ignore_errors=True)
-    return Path(private)
+class _Folders:
+    """Where builds are kept."""
+
+    @functools.cached_property
+    def cache(self) -> Path | None:
+        """The user's cache; None where there is none that this user alone can write to."""
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        folder = Path(home) / "lossmith"
+        if not folder.is_absolute():
+            return None
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            is_ours = _is_ours(folder)
+        except OSError:
+            return None
+        if not is_ours:
+            _log.warning(
+                "%s does not belong to this user alone (owner, or mode: group and others must not write "
+                "there), so that nothing is loaded from it; compiling for this process alone",
+                folder,
+            )
+        return folder if is_ours and os.access(folder, os.W_OK) else None
+
+    @functools.cached_property
+    def private(self) -> Path:
+        """A folder of this process."""
+        folder = tempfile.mkdtemp(prefix="lossmith-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file or folder, no link, is of this user, and nobody else can write to it."""
+    found = path.lstat()
+    is_plain = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
+    return is_plain and found.st_uid == os.geteuid() and not found.st_mode & 0o022

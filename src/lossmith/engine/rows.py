@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lossmith.engine import rows_native
 from lossmith.engine.blocks import Blocks, grad_in_blocks, stats_in_blocks
+from lossmith.engine.checks import check_ids_again
 from lossmith.engine.memory import fresh
 from lossmith.engine.raw import View
 
@@ -63,6 +64,9 @@ def gradient(
         into = logits if in_place else fresh(shape, dtype=logits.dtype, device=logits.device, zero=False)
         rows_native.sweep(logits, targets, candidates, class_weight, ignore_index, views, into)
         return into
+    check_ids_again("targets", targets, logits.shape[-1], exempt=ignore_index)
+    if candidates is not None:
+        check_ids_again("candidates", candidates, logits.shape[-1], exempt=-1)
     blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
     return grad_in_blocks(blocks, candidates, class_weight, softcap, views, in_place=in_place)
 

@@ -2,98 +2,26 @@
 // once, everything else happens in a row that stays in the core's own cache, and threads meet
 // only at the end. The formulas, and the names, are those of rows_torch.py.
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "lanes_native.h"
 
 #include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <exception>
 #include <limits>
+#include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
 namespace {
-
-constexpr int W = 16;  // lanes
-typedef float vf __attribute__((vector_size(4 * W)));
-typedef int32_t vi __attribute__((vector_size(4 * W)));
-typedef uint32_t vu __attribute__((vector_size(4 * W)));
-typedef uint16_t vh __attribute__((vector_size(2 * W)));
 
 constexpr float MASKED = -1e30f;
 constexpr float UNDERFLOW_ = -1e4f;
 constexpr double WRONG_EPS = 1e-8;
 constexpr double NEG_INF = -std::numeric_limits<double>::infinity();
 constexpr int ENTROPY = 1, SUM = 2, TOP = 4, COUNT = 8, CANDIDATES = 16;
+constexpr int64_t BAD_TARGET = 1, BAD_CANDIDATE = 2, BAD_TOP = 3, NO_MEMORY = 4;
 
-vf splat(float x) { return x - vf{}; }
-vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-
-// exp to about 1 ulp; 0 below the smallest normal number; NaN stays NaN.
-#ifdef __AVX512F__  // fused and scaled by one instruction each, it takes half as long
-inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-inline vf vexp(vf x) {
-    const __mmask16 underflows = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_LT_OQ);
-    x = (vf)_mm512_min_ps(_mm512_set1_ps(88.0f), (__m512)x);  // NaN is the second operand, and stays
-    const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
-    vf p = fma(r, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
-    p = fma(p, r, splat(8.3334519073e-3f));
-    p = fma(p, r, splat(4.1665795894e-2f));
-    p = fma(p, r, splat(1.6666665459e-1f));
-    p = fma(p, r, splat(5.0000001201e-1f));
-    p = fma(p, r * r, r + 1.0f);
-    return (vf)_mm512_mask_scalef_ps(_mm512_setzero_ps(), (__mmask16)~underflows, (__m512)p, (__m512)n);
-}
-#else
-inline vf vexp(vf x) {
-    const vi underflows = x < -87.3f;
-    x = select(x > 88.0f, splat(88.0f), x);
-    const vf magic = splat(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
-    const vf n = (x * 1.44269504f + magic) - magic;
-    const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
-    return select(underflows, vf{}, p * (vf)power);
-}
-#endif
-
-inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
-inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-inline vf load(const uint16_t* p) {  // bf16
-    vh h; std::memcpy(&h, p, sizeof h);
-    return (vf)(__builtin_convertvector(h, vu) << 16);
-}
-inline void store(uint16_t* p, vf v) {  // to the nearest even
-    const vu bits = (vu)v;
-    vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const vi is_nan = v != v;
-    rounded = (vu)(((vi)rounded & ~is_nan) | (is_nan & 0x7fc0));
-    const vh h = __builtin_convertvector(rounded, vh);
-    std::memcpy(p, &h, sizeof h);
-}
-// Vectors that reach past the end of a row go through a padded copy.
-template <class T> inline vf load_part(const T* p, int64_t left, float fill) {
-    T part[W]; vf v = splat(fill); std::memcpy(part, p, left * sizeof(T));
-    const vf all = load(part);
-    for (int64_t k = 0; k < left; ++k) v[k] = all[k];
-    return v;
-}
-template <class T> inline void store_part(T* p, int64_t left, vf v) {
-    T part[W]; store(part, v); std::memcpy(p, part, left * sizeof(T));
-}
-template <class T> inline vf load_upto(const T* p, int64_t left, float fill) {
-    return left >= W ? load(p) : load_part(p, left, fill);
-}
-inline double total(vf v) { double s = 0; for (int k = 0; k < W; ++k) s += v[k]; return s; }
-inline float widest(vf v) { float m = v[0]; for (int k = 1; k < W; ++k) m = v[k] > m ? v[k] : m; return m; }
 inline double log_add(double a, double b) {
     const double m = a > b ? a : b;
     return m == NEG_INF ? NEG_INF : m + std::log1p(std::exp(-std::fabs(a - b)));
@@ -127,10 +55,26 @@ struct Batch {
     View* views;
     int64_t num_views, num_threads;
     void* gradient;
+    int64_t bad_id;  // filled in: what stood where an id should
 };
 }
 
 namespace {
+
+// The first that went wrong on any thread.
+struct Problem {
+    std::atomic<int64_t> kind{0};
+    int64_t id = 0;
+    bool report(int64_t what, int64_t found) {
+        int64_t none = 0;
+        if (kind.compare_exchange_strong(none, what)) id = found;
+        return false;
+    }
+};
+
+// An id is read once, and checked before anything is indexed with it: memory that is shared with others may
+// change at any time.
+inline int64_t id_at(const int64_t* p) { return *(const volatile int64_t*)p; }
 
 struct Sums { double e = 0, ed = 0, u = 0, ud = 0, finite = 0; };
 
@@ -188,8 +132,9 @@ int64_t count_above(const float* x, int64_t padded, float reference, float cut) 
 }
 
 template <class T>
-void stats_of_row(const Batch& b, const View& v, int64_t row, const T* z, float* x, const float* weight) {
-    const int64_t V = b.num_classes, padded = (V + W - 1) / W * W, y = b.targets[row];
+bool stats_of_row(const Batch& b, const View& v, int64_t row, int64_t y, const T* z, float* x, const float* weight,
+                  Problem& problem) {
+    const int64_t V = b.num_classes, padded = (V + W - 1) / W * W;
     const float inverse_t = v.temperature ? 1.0f / *v.temperature : 1.0f;
     const bool with_sum = v.needs & SUM, with_rest = v.needs & CANDIDATES;
     auto scaled_at = [&](int64_t i) {
@@ -258,10 +203,12 @@ void stats_of_row(const Batch& b, const View& v, int64_t row, const T* z, float*
     if (with_rest) {
         v.rest_log_sum[row] = (float)rest;
         for (int64_t k = 0; k < b.num_candidates; ++k) {
-            const int64_t at = row * b.num_candidates + k, c = b.candidates[at];
+            const int64_t at = row * b.num_candidates + k, c = id_at(b.candidates + at);
+            if (c < -1 || c >= V) return problem.report(BAD_CANDIDATE, c);
             v.candidate_logits[at] = c < 0 ? (float)NEG_INF : scaled_at(c);
         }
     }
+    return true;
 }
 
 struct Formula { float scale, reference, origin, constant, slope, uniform; };
@@ -286,7 +233,8 @@ void apply(const T* z, float* out, int64_t V, Formula f, const float* weight, bo
 }
 
 template <class T>
-void grad_of_row(const Batch& b, const View& v, int64_t row, const T* z, float* out, const float* weight, bool add) {
+bool grad_of_row(const Batch& b, const View& v, int64_t row, int64_t y, const T* z, float* out, const float* weight,
+                 bool add, Problem& problem) {
     auto at = [&](const float* p) { return p ? (double)p[row] : 0.0; };
     const double inverse_t = v.temperature ? 1.0 / *v.temperature : 1.0;
     const double log_sum = v.wrong_log_sum[row];
@@ -305,7 +253,8 @@ void grad_of_row(const Batch& b, const View& v, int64_t row, const T* z, float* 
         offset = any ? at(v.g_rest_log_sum) * inverse_t : 0.0;
     }
     const double uniform = at(v.g_centered_sum) * inverse_t;
-    const int64_t y = b.targets[row], w = v.top_wrong_id ? v.top_wrong_id[row] : -1;
+    const int64_t V = b.num_classes, w = v.top_wrong_id ? id_at(v.top_wrong_id + row) : -1;
+    if (w < -1 || w >= V) return problem.report(BAD_TOP, w);
     const Formula f{(float)inverse_t, v.reference[row], (float)origin, (float)(alpha * scale + offset),
                     (float)(beta * scale), (float)uniform};
     // All that is read of single logits is read here: ``out`` may be where they are.
@@ -315,65 +264,84 @@ void grad_of_row(const Batch& b, const View& v, int64_t row, const T* z, float* 
     };
     const double uniform_at_y = uniform_at(y), uniform_at_w = w >= 0 ? uniform_at(w) : 0.0;
     if (v.g_wrong_entropy)
-        v.g_centered_sum ? apply<T, true, true>(z, out, b.num_classes, f, weight, add)
-                         : apply<T, true, false>(z, out, b.num_classes, f, weight, add);
+        v.g_centered_sum ? apply<T, true, true>(z, out, V, f, weight, add)
+                         : apply<T, true, false>(z, out, V, f, weight, add);
     else
-        v.g_centered_sum ? apply<T, false, true>(z, out, b.num_classes, f, weight, add)
-                         : apply<T, false, false>(z, out, b.num_classes, f, weight, add);
+        v.g_centered_sum ? apply<T, false, true>(z, out, V, f, weight, add)
+                         : apply<T, false, false>(z, out, V, f, weight, add);
     if (v.g_rest_log_sum && w >= 0) out[w] = at_w_before + (float)(alpha * inverse + uniform_at_w);
     out[y] = at_y_before + (float)(at(v.g_target_logit) * inverse_t + uniform_at_y);
     if (v.g_top_wrong_logit && w >= 0) out[w] += (float)(at(v.g_top_wrong_logit) * inverse_t);
     if (v.g_candidate_logits)
         for (int64_t k = 0; k < b.num_candidates; ++k) {
-            const int64_t i = row * b.num_candidates + k;
-            if (b.candidates[i] >= 0) out[b.candidates[i]] += (float)(v.g_candidate_logits[i] * inverse_t);
+            const int64_t i = row * b.num_candidates + k, c = id_at(b.candidates + i);
+            if (c < -1 || c >= V) return problem.report(BAD_CANDIDATE, c);
+            if (c >= 0) out[c] += (float)(v.g_candidate_logits[i] * inverse_t);
         }
+    return true;
 }
 
-template <class T> void one_row(const Batch& b, int64_t row, float* x, const float* weight) {
+template <class T> bool one_row(const Batch& b, int64_t row, float* x, const float* weight, Problem& problem) {
     const T* z = (const T*)b.logits + b.row_offsets[row];
-    const int64_t V = b.num_classes;
-    const bool ignored = b.targets[row] == b.ignore_index;
+    const int64_t V = b.num_classes, y = id_at(b.targets + row);
+    const bool ignored = y == b.ignore_index;
+    if (!ignored && (y < 0 || y >= V)) return problem.report(BAD_TARGET, y);
     if (!b.gradient) {
-        if (!ignored) for (int64_t k = 0; k < b.num_views; ++k) stats_of_row<T>(b, b.views[k], row, z, x, weight);
-        return;
+        for (int64_t k = 0; !ignored && k < b.num_views; ++k)
+            if (!stats_of_row<T>(b, b.views[k], row, y, z, x, weight, problem)) return false;
+        return true;
     }
     T* gradient = (T*)b.gradient + row * V;
-    if (ignored) { std::memset((void*)gradient, 0, V * sizeof(T)); return; }
+    if (ignored) { std::memset((void*)gradient, 0, V * sizeof(T)); return true; }
     // In place a second view would find the first one's gradient where it looks for logits.
     const bool direct = sizeof(T) == sizeof(float) && ((const void*)gradient != (const void*)z || b.num_views == 1);
     float* out = direct ? (float*)gradient : x;
-    for (int64_t k = 0; k < b.num_views; ++k) grad_of_row<T>(b, b.views[k], row, z, out, weight, k > 0);
-    if (direct) return;
+    for (int64_t k = 0; k < b.num_views; ++k)
+        if (!grad_of_row<T>(b, b.views[k], row, y, z, out, weight, k > 0, problem)) return false;
+    if (direct) return true;
     for (int64_t i = 0; i < V; i += W) {
         if (V - i >= W) store(gradient + i, load(x + i)); else store_part(gradient + i, V - i, load(x + i));
     }
+    return true;
 }
 
-void run(const Batch& b, std::atomic<int64_t>& next, int64_t step) {
+// Ends early on all threads where something is wrong: the caller throws the result away.
+void run(const Batch& b, std::atomic<int64_t>& next, int64_t step, Problem& problem) {
     const int64_t padded = (b.num_classes + W - 1) / W * W;
-    std::vector<float> x(padded), weight;
-    if (b.class_weight) { weight.assign(padded, 0.0f); std::memcpy(weight.data(), b.class_weight, 4 * b.num_classes); }
-    const float* u = b.class_weight ? weight.data() : nullptr;
+    const std::unique_ptr<float[]> x(new (std::nothrow) float[padded]());
+    const std::unique_ptr<float[]> weight(b.class_weight ? new (std::nothrow) float[padded]() : nullptr);
+    if (!x || (b.class_weight && !weight)) { problem.report(NO_MEMORY, 0); return; }
+    if (b.class_weight) std::memcpy(weight.get(), b.class_weight, 4 * b.num_classes);
     for (int64_t start; (start = next.fetch_add(step)) < b.num_rows;)
-        for (int64_t row = start; row < b.num_rows && row < start + step; ++row)
-            b.is_bf16 ? one_row<uint16_t>(b, row, x.data(), u) : one_row<float>(b, row, x.data(), u);
+        for (int64_t row = start; row < b.num_rows && row < start + step; ++row) {
+            const bool went_well = b.is_bf16 ? one_row<uint16_t>(b, row, x.get(), weight.get(), problem)
+                                             : one_row<float>(b, row, x.get(), weight.get(), problem);
+            if (!went_well) { next = b.num_rows; return; }
+        }
 }
 
 }  // namespace
 
-extern "C" void lossmith_sweep(const Batch* batch) {
+// 0, or which of the ids is none, or that there is no memory.
+extern "C" int64_t lossmith_sweep(Batch* batch) {
+    if (batch->num_rows < 1 || batch->num_classes < 1) return 0;
     const int64_t worth = 1 + (batch->num_rows * batch->num_classes >> 16);
     const int num_threads = (int)(batch->num_threads < worth ? batch->num_threads : worth);
     const int64_t step = 1 + (1 << 16) / batch->num_classes;
     std::atomic<int64_t> next{0};
+    Problem problem;
 #ifdef _OPENMP  // PyTorch's own threads: others would wait for a core while those spin
 #pragma omp parallel num_threads(num_threads)
-    run(*batch, next, step);
+    run(*batch, next, step, problem);
 #else
     std::vector<std::thread> threads;
-    for (int k = 1; k < num_threads; ++k) threads.emplace_back([&] { run(*batch, next, step); });
-    run(*batch, next, step);
+    try {
+        for (int k = 1; k < num_threads; ++k) threads.emplace_back([&] { run(*batch, next, step, problem); });
+    } catch (const std::exception&) {  // as many as there are
+    }
+    run(*batch, next, step, problem);
     for (auto& t : threads) t.join();
 #endif
+    batch->bad_id = problem.id;
+    return problem.kind;
 }

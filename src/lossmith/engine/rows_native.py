@@ -8,13 +8,14 @@ where nothing can be compiled.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from lossmith.engine.checks import written_over
 from lossmith.engine.native import library
-from lossmith.engine.raw import View, closed
+from lossmith.engine.raw import View, closed, raw_dtype, raw_names
 
 _OUTPUTS = (
     "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight", "num_finite",
@@ -51,7 +52,21 @@ class _Batch(ctypes.Structure):
         ("num_views", ctypes.c_int64),
         ("num_threads", ctypes.c_int64),
         ("gradient", ctypes.c_void_p),
+        ("bad_id", ctypes.c_int64),
     ]
+
+
+# What the library answers where not all went well; the last of them is that a row found no memory.
+_BAD_IDS = {1: "targets", 2: "candidates", 3: "ids of the top wrong answers"}
+_NO_MEMORY = 4
+
+# What the gradient is computed from: always, and where one of these has a gradient.
+_READ_BACK = ("reference", "wrong_log_sum")
+_READ_BACK_FOR = {
+    "wrong_entropy": ("wrong_entropy",),
+    "top_wrong_logit": ("top_wrong_id",),
+    "rest_log_sum": ("rest_log_sum", "top_wrong_id"),
+}
 
 
 def takes(logits: Tensor, softcap: float | None) -> bool:
@@ -76,6 +91,8 @@ def sweep(
 ) -> None:
     """Fill in the raw statistics of each view or, with ``gradient`` [N, V], the gradient of the logits.
 
+    Whatever is given, nothing outside these tensors is read or written.
+
     Args:
         logits: [..., V], fp32 or bf16; each row contiguous, the rows anywhere.
         targets: [N] int64 ids in range, or ``ignore_index``: those rows are not read, their
@@ -83,36 +100,62 @@ def sweep(
         candidates: [N, K] int64 ids, -1 where there is none.
         class_weight: [V] fp32.
         views: what is asked of the rows; all fp32, ids int64.
+
+    Raises:
+        ValueError: a tensor of another dtype or size, or one that is missing.
+        RuntimeError: an id is none; those that were given have been looked at before, so that somebody has
+            written over them since.
     """
     compiled = library()
     assert compiled is not None
+    num_rows, num_classes = targets.numel(), logits.shape[-1]
+    num_candidates = 0 if candidates is None else candidates.shape[-1]
+    memory = _Memory()
     structs = (_View * len(views))()
-    alive: list[Tensor] = []  # what the pointers below point to
     for struct, view in zip(structs, views, strict=True):
         struct.needs = int(closed(view.needs))
-        upstream = {"g_" + name: g for name, g in view.grads.items()}
-        temperature = None if view.temperature is None else view.temperature.float()
-        named = {"temperature": temperature, **view.raw, **upstream}
-        for name, value in named.items():
-            if value is not None:
-                setattr(struct, name, _pointer(value, alive))
+        if view.temperature is not None:
+            struct.temperature = memory.of("temperature", view.temperature.float(), torch.float32, 1)
+        missing = [name for name in _wanted(view, gradient is not None) if name not in view.raw]
+        if missing or ("candidate_logits" in view.raw and candidates is None):
+            raise ValueError(f"the compiled rows need {', '.join(missing) or 'candidates'}")
+        for prefix, values in (("", view.raw), ("g_", view.grads)):
+            for name, value in values.items():
+                numel = num_rows * (num_candidates if name == "candidate_logits" else 1)
+                is_output = gradient is None
+                place = memory.of(name, value, raw_dtype(name, torch.float32), numel, is_output=is_output)
+                setattr(struct, prefix + name, place)
+    if gradient is not None:
+        memory.of("gradient", gradient, logits.dtype, num_rows * num_classes, is_output=True)
+    logits = logits.resolve_neg()
     batch = _Batch(
         logits=logits.data_ptr(),
         is_bf16=logits.dtype == torch.bfloat16,
-        row_offsets=_pointer(_row_offsets(logits), alive),
-        num_rows=targets.numel(),
-        num_classes=logits.shape[-1],
-        targets=_pointer(targets, alive),
+        row_offsets=memory.of("row offsets", _row_offsets(logits), torch.int64, num_rows),
+        num_rows=num_rows,
+        num_classes=num_classes,
+        targets=memory.of("targets", targets, torch.int64, num_rows),
         ignore_index=ignore_index,
-        candidates=_pointer(candidates, alive),
-        num_candidates=0 if candidates is None else candidates.shape[-1],
-        class_weight=_pointer(class_weight, alive),
+        candidates=memory.of("candidates", candidates, torch.int64, num_rows * num_candidates),
+        num_candidates=num_candidates,
+        class_weight=memory.of("class_weight", class_weight, torch.float32, num_classes),
         views=structs,
         num_views=len(views),
         num_threads=torch.get_num_threads(),
-        gradient=_pointer(gradient, alive),
+        gradient=None if gradient is None else gradient.data_ptr(),
     )
-    compiled.lossmith_sweep(ctypes.byref(batch))
+    problem = compiled.lossmith_sweep(ctypes.byref(batch))
+    if problem == _NO_MEMORY:
+        raise MemoryError(f"no memory for a row of {num_classes} logits")
+    if problem:
+        raise written_over(_BAD_IDS[problem], batch.bad_id)
+
+
+def _wanted(view: View, goes_back: bool) -> Iterable[str]:
+    """The raw statistics that are written, or read on the way back."""
+    if not goes_back:
+        return raw_names(view.needs)
+    return (*_READ_BACK, *(name for given in view.grads for name in _READ_BACK_FOR.get(given, ())))
 
 
 def _row_offsets(logits: Tensor) -> Tensor:
@@ -123,9 +166,26 @@ def _row_offsets(logits: Tensor) -> Tensor:
     return offsets.reshape(-1)
 
 
-def _pointer(tensor: Tensor | None, alive: list[Tensor]) -> int | None:
-    """Where the tensor's elements lie in a row; what has to be copied for that is kept in ``alive``."""
-    if tensor is None:
-        return None
-    alive.append(tensor.contiguous())
-    return alive[-1].data_ptr()
+class _Memory:
+    """Where tensors lie, and what had to be copied to lie in a row."""
+
+    def __init__(self) -> None:
+        self._alive: list[Tensor] = []
+
+    def of(
+        self, name: str, tensor: Tensor | None, dtype: torch.dtype, numel: int, *, is_output: bool = False
+    ) -> int | None:
+        """
+        Raises:
+            ValueError: the tensor is not what the library takes it for.
+        """
+        if tensor is None:
+            return None
+        is_expected = tensor.dtype == dtype and tensor.numel() == numel and tensor.device.type == "cpu"
+        if not is_expected or (is_output and not tensor.is_contiguous()):
+            raise ValueError(
+                f"the compiled rows take {name} as {numel} of {dtype} on the CPU, contiguous where they are "
+                f"filled in; got {list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+            )
+        self._alive.append(tensor if is_output else tensor.resolve_neg().contiguous())
+        return self._alive[-1].data_ptr()

@@ -44,14 +44,16 @@ def logits_stats(
     """
 
     refuse_forward_mode(logits)
-    before = version(logits)
+    read = Unchanged(
+        logits=logits,
+        targets=targets,
+        candidates=candidates,
+        class_weight=class_weight,
+        temperature=temperature,
+    )
 
     def fetch(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
-        if version(logits) != before:
-            raise RuntimeError(
-                "the logits were modified in place after their statistics were first asked for, so further "
-                "ones would not belong to them; announce what you need with stats.compute(...) before"
-            )
+        read.check()
         groups = (int(needs), -1 if needs_unscaled is None else int(needs_unscaled))
         flat = row_stats_op(
             logits, targets, candidates, class_weight, temperature, softcap, ignore_index, *groups
@@ -71,9 +73,33 @@ def logits_stats(
     return TokenStats(raw)
 
 
-def version(logits: Tensor) -> int:
-    """Counts the changes made to the logits in place, where PyTorch counts them."""
-    return 0 if torch.compiler.is_compiling() or logits.is_inference() else logits._version
+class Unchanged:
+    """The tensors that statistics are computed from, some of these perhaps much later.
+
+    Args:
+        read: the tensors by name, None where there is none.
+    """
+
+    def __init__(self, **read: Tensor | None) -> None:
+        self._read = {name: tensor for name, tensor in read.items() if tensor is not None}
+        self._versions = {name: _version(tensor) for name, tensor in self._read.items()}
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: one of them has changed.
+        """
+        for name, tensor in self._read.items():
+            if _version(tensor) != self._versions[name]:
+                raise RuntimeError(
+                    f"{name}: modified in place (by an optimizer step, perhaps) after these statistics were "
+                    "first asked for, so that further ones would be of something else; announce what you "
+                    "need with stats.compute(...) before"
+                )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def refuse_forward_mode(*inputs: Tensor) -> None:
@@ -149,7 +175,18 @@ def flat_ids(candidates: Tensor | None) -> Tensor | None:
 
 
 def check_all_ids(targets: Tensor, candidates: Tensor | None, num_classes: int, ignore_index: int) -> None:
-    """Targets and candidates are classes, or the ids that stand for none."""
+    """Targets and candidates are int64, a row of candidates for every target, and classes, or the ids that
+    stand for none.
+
+    Raises:
+        TypeError: ids of another dtype, which only a caller of the operators can have.
+        ValueError: an id out of range, or candidates of other tokens.
+    """
+    for name, ids in (("targets", targets), ("candidates", candidates)):
+        if ids is not None and ids.dtype != torch.int64:
+            raise TypeError(f"the operators take {name} as torch.int64; got {ids.dtype}")
+    if candidates is not None and candidates.shape[:-1].numel() != targets.numel():
+        raise ValueError(f"candidates {list(candidates.shape)} are not of targets {list(targets.shape)}")
     check_ids("targets", targets, num_classes, exempt=ignore_index, exempt_name="ignore_index")
     if candidates is not None:
         check_ids("candidates", candidates, num_classes, exempt=-1, exempt_name="-1")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lossmith.engine.checks import check_targets, whole_candidates
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
@@ -32,10 +33,16 @@ class SweepOptions:
         candidates: Tensor | None = None,
         default_needs: Needs = Needs.CORE,
     ) -> TokenStats:
-        """Lazy statistics of predictions [...] read this way."""
+        """Lazy statistics of predictions [...] read this way, at ids of any integer dtype.
+
+        Raises:
+            TypeError: ids that are not integers.
+            ValueError: candidates that do not belong to the targets.
+        """
+        check_targets(targets)
         return predictions.stats(
-            targets,
-            candidates=candidates,
+            targets.long(),
+            candidates=None if candidates is None else whole_candidates(candidates, targets),
             class_weight=self.checked_class_weight(predictions),
             temperature=self._temperature_tensor(predictions),
             softcap=self.softcap,
