@@ -141,6 +141,20 @@ def test_a_denominator_given_to_a_module(name, value):
         CrossEntropyLoss()(LOGITS, TARGETS, **{name: value})
 
 
+@pytest.mark.parametrize("value", ["-100", 1.5, True])
+def test_an_ignore_index_of_one_call(value):
+    pipeline = lossmith.LossModifierPipeline([lossmith.EntropyModifier({})])
+    for call in (CrossEntropyLoss().count, lambda t, **options: pipeline.modify_loss(LOGITS, t, **options)):
+        with pytest.raises(TypeError, match="ignore_index must be a whole number; got"):
+            call(TARGETS, ignore_index=value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64], ids=str)
+def test_token_weights_given_to_a_module(dtype):
+    with pytest.raises(TypeError, match="token_weight must be a tensor of numbers"):
+        CrossEntropyLoss()(LOGITS, TARGETS, token_weight=torch.ones(2, 3, dtype=dtype))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

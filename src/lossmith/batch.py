@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.checks import check_ids, check_targets, check_whole
+from lossmith.options import kind_of
+from lossmith.options.shared import IgnoreIndex, TokenWeight
 from lossmith.reduction import (
     Denominator,
     Empty,
@@ -19,6 +21,8 @@ from lossmith.reduction import (
     scalar_share,
     token_scale,
 )
+
+_IGNORE_INDEX, _TOKEN_WEIGHT = kind_of(IgnoreIndex, "ignore_index"), kind_of(TokenWeight, "token_weight")
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ def align(
     """
     check_targets(targets)
     check_reduction(reduction, empty)
+    ignore_index, token_weight = _IGNORE_INDEX.check(ignore_index), _TOKEN_WEIGHT.check(token_weight)
     given = {"mask": mask, "token_weight": token_weight, "input_ids": input_ids, "segment_ids": segment_ids}
     for name, value in (given | dict(features or {})).items():
         if value is not None and not isinstance(value, Tensor):

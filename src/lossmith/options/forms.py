@@ -195,13 +195,13 @@ def tensor(declared: Option, name: str) -> Form:
     def has_form(value: Any) -> bool:
         if not isinstance(value, Tensor):
             return False
-        if dims is not None and (value.numel() != 1 if dims == 0 else value.dim() != dims):
-            return False
         if dtype == "floating":
             return value.is_floating_point()
         return dtype is None or not (value.dtype is torch.bool or value.is_complex())
 
     def holds(value: Tensor) -> bool:
+        if dims is not None and (value.numel() != 1 if dims == 0 else value.dim() != dims):
+            return False
         return not looks or _all_within(value, low, high, f"{name} must be {expected}")
 
     def take(value: Any) -> Tensor:

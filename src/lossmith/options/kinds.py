@@ -165,8 +165,11 @@ def value_shown(value: Any) -> str:
     """A value out of range, in a few words."""
     if not isinstance(value, Tensor):
         return _text(value)
+    if value.numel() == 0:
+        return type_shown(value)
     smallest, largest = (bound.item() for bound in value.detach().aminmax())
-    return f"{smallest}" if value.numel() == 1 else f"numbers from {smallest} to {largest}"
+    span = f"of {smallest}" if value.numel() == 1 else f"with numbers from {smallest} to {largest}"
+    return f"a tensor {list(value.shape)} {span}"
 
 
 def _text(value: Any) -> str:
