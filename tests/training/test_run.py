@@ -161,8 +161,8 @@ def test_a_new_run_sets_the_old_one_aside_and_touches_nothing_else(tiny: list[st
     go([*tiny, "--seed=1"])
     first = weights(out / "checkpoint-6")
     shown = go([*tiny, "--seed=2"])[1]
-    assert f"The earlier run in {out} is now in {out / 'previous'}" in shown
-    kept = weights(out / "previous" / "checkpoint-6")
+    assert f"The earlier run in {out} is now in {out / 'previous-1'}" in shown
+    kept = weights(out / "previous-1" / "checkpoint-6")
     assert all(torch.equal(kept[name], value) for name, value in first.items())
     assert [row["step"] for row in rows(out) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert (out / "notes.txt").read_text() == "mine"

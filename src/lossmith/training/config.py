@@ -21,6 +21,7 @@ from lossmith.training.errors import UserError
 from lossmith.training.key_types import KEY_TYPES
 from lossmith.training.keys import MIN_LR_DIVISOR, TrainConfig
 from lossmith.training.objective import check_objective
+from lossmith.training.rundir import CONFIG_FILE, write_whole
 
 DEFAULTS = TrainConfig()
 TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
@@ -263,14 +264,14 @@ def first_line(node: ast.AST) -> str:
 
 def saved_config_path(out_dir: str) -> Path:
     """Where a run keeps its resolved configuration."""
-    return Path(out_dir) / "config.yaml"
+    return Path(out_dir) / CONFIG_FILE
 
 
 def save_config(config: TrainConfig) -> Path:
     """Write the resolved configuration into `out_dir` and return its path."""
     path = saved_config_path(config.out_dir)
     values = {k: escape(v) if isinstance(v, str) else v for k, v in asdict(config).items()}
-    OmegaConf.save(OmegaConf.create(values), path)
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(values)))
     return path
 
 

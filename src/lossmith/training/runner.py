@@ -17,6 +17,12 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from lossmith.training import rundir
+from lossmith.training.checkpoints import (
+    KeepCheckpoints,
+    last_checkpoint,
+    require_loss,
+    require_sound_checkpoint,
+)
 from lossmith.training.config import save_config
 from lossmith.training.corpus import Corpus, load_corpus
 from lossmith.training.data import train_tokenizer
@@ -54,20 +60,27 @@ def run(config: TrainConfig, console: Console, command: str = "python train.py")
 def train(config: TrainConfig, console: Console, command: str) -> int:
     """A training run, new or resumed."""
     out_dir = Path(config.out_dir)
-
-    # 1. Everything that can be refused is refused before any work.
     rundir.require_writable(out_dir)
     args = training_arguments(config)
     require_trackers(config)
-    first_step, checkpoint = rundir.last_checkpoint(out_dir) if config.resume else (0, None)
-    if first_step >= config.max_iters:
-        raise UserError(
-            f"nothing left to train: the checkpoint is at step {first_step}, max_iters={config.max_iters}. "
-            f"Pass --max_iters={first_step * 2} to go on, or --eval_only to evaluate it."
-        )
+    if args.process_index:  # the first rank alone writes
+        return train_in(None, config, args, console, command)
+    with rundir.held(out_dir):
+        return train_in(rundir.RunFolder(out_dir), config, args, console, command)
 
-    if checkpoint:
-        rundir.require_sound_checkpoint(checkpoint, config)
+
+def train_in(
+    folder: rundir.RunFolder | None,
+    config: TrainConfig,
+    args: TrainingArguments,
+    console: Console,
+    command: str,
+) -> int:
+    """A training run in a folder that no other run is writing to; None on ranks that write nothing."""
+    out_dir = Path(config.out_dir)
+
+    # 1. Everything that can be refused is refused before any work.
+    first_step, checkpoint = where_to_begin(config, folder)
 
     # 2. Text, tokens, loss, model.
     corpus = load_corpus(config.dataset)
@@ -77,10 +90,10 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
     _ = task.train_blocks[0]  # a text too short for a block is refused here
     add_modifiers(task, str(args.device), choose_dtype(config))
     if checkpoint:
-        rundir.require_loss(checkpoint, task.pipeline.state_dict())
+        require_loss(checkpoint, task.pipeline.state_dict())
     model = task.make_model()  # the Trainer reads a checkpoint's weights
     model.to(args.device)  # pyright: ignore[reportArgumentType]
-    if args.process_index == 0:
+    if folder:
         show_summary(config, console, corpus, task, model, args)
         show_modifiers(console, task)
         if checkpoint:
@@ -89,11 +102,12 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             show_first_loss(console, task, model, config)
 
     # 3. The loop.
-    if args.process_index == 0:
-        prepare_folder(config, console)
+    aside = prepare_folder(folder, config, console) if folder else None
     stop, display = StopOnSignal(console), Display(console, task.step_figures, task.evaluation_figures)
-    with open_trackers(config, first_step, is_main=args.process_index == 0) as trackers:
+    with open_trackers(config, first_step, is_main=folder is not None) as trackers:
         watchers = [*trackers, LogFile(out_dir / rundir.LOG_FILE), display, stop]
+        if folder:
+            watchers.append(KeepCheckpoints(folder))
         trainer = TaskTrainer(task, model, config, args, watchers)
         with stop, contextlib.closing(display), verbose_modifiers(config, console):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -105,14 +119,14 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             say(console, f"  {command} --out_dir={shlex.quote(config.out_dir)} --resume", "bold")
             return 128 + stop.received
         measures = trainer.evaluate(everything=True)
-    show_results(console, out_dir, task, measures, task.sample(model))
+    show_results(console, out_dir, task, measures, task.sample(model), aside)
     return 0
 
 
 def evaluate_saved(config: TrainConfig, console: Console) -> int:
     """Evaluate the last checkpoint of a run over all of the held-out text."""
-    step, checkpoint = rundir.last_checkpoint(Path(config.out_dir))
-    rundir.require_sound_checkpoint(checkpoint, config)
+    step, checkpoint = last_checkpoint(Path(config.out_dir))
+    require_sound_checkpoint(checkpoint, config)
     args = training_arguments(config)
     corpus = load_corpus(config.dataset)
     task = make_task(config, corpus, saved_tokenizer(checkpoint), num_blocks=0)
@@ -120,7 +134,7 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     trainer = TaskTrainer(task, model, config, args, [])
     if config.experts and config.moe_balance_mode == "bias":  # experts are chosen with it
-        rundir.require_loss(checkpoint, task.pipeline.state_dict())
+        require_loss(checkpoint, task.pipeline.state_dict())
         trainer.load_loss(checkpoint)
     measures = trainer.evaluate(everything=True)
     say(console, f"{checkpoint} (step {step}) on the held-out text of {corpus.name}:")
@@ -138,13 +152,35 @@ def saved_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(checkpoint)
 
 
-def prepare_folder(config: TrainConfig, console: Console) -> None:
-    """Leave in `out_dir` nothing of an earlier run, and this run's configuration."""
-    if not config.resume:
-        aside = rundir.set_aside_previous_run(Path(config.out_dir))
-        if aside:
-            say(console, f"The earlier run in {config.out_dir} is now in {aside}.\n")
+def where_to_begin(config: TrainConfig, folder: rundir.RunFolder | None) -> tuple[int, Path | None]:
+    """The step that a run begins after, and the checkpoint that holds it, None for a new run.
+
+    Raises:
+        UserError: there is nothing to resume or nothing left to do, or the folder holds what is another's.
+    """
+    first_step, checkpoint = last_checkpoint(Path(config.out_dir)) if config.resume else (0, None)
+    if first_step >= config.max_iters:
+        raise UserError(
+            f"nothing left to train: the checkpoint is at step {first_step}, max_iters={config.max_iters}. "
+            f"Pass --max_iters={first_step * 2} to go on, or --eval_only to evaluate it."
+        )
+    if folder and checkpoint and not folder.has_list:
+        folder.recognise()
+    if folder:
+        folder.require_room(rundir.names_of(config), after_step=first_step)
+    if checkpoint:
+        require_sound_checkpoint(checkpoint, config)
+    return first_step, checkpoint
+
+
+def prepare_folder(folder: rundir.RunFolder, config: TrainConfig, console: Console) -> rundir.SetAside | None:
+    """Move an earlier run out of the way and write this run's configuration."""
+    aside = None if config.resume else folder.set_aside()
+    if aside:
+        say(console, f"The earlier run in {config.out_dir} is now in {aside.folder}.\n")
+    folder.claim(*rundir.names_of(config))
     save_config(config)
+    return aside
 
 
 # ── what is shown ─────────────────────────────────────────────────────────────────────────────────
@@ -209,18 +245,21 @@ def show_results(
     task: Task,
     measures: dict[str, float],
     sample: RenderableType | None,
+    aside: rundir.SetAside | None,
 ) -> None:
     """The final measures, a sample, and where everything is."""
     if sample is not None:
         say(console)
         console.print(Panel(sample, title=task.sample_title, title_align="left", border_style="dim"))
     row = log_row(0, measures) or {}
-    step, checkpoint = rundir.last_checkpoint(out_dir)
+    step, checkpoint = last_checkpoint(out_dir)
     say(console, f"\nAll held-out text, after step {step}: {describe(row, task.evaluation_figures)}", "bold")
     say(
         console,
         f"Saved {checkpoint} (model, tokenizer), {out_dir / rundir.LOG_FILE}, {out_dir / rundir.CONFIG_FILE}",
     )
+    if aside:
+        say(console, f"The earlier run was moved to {aside.folder}: {', '.join(aside.names)}")
 
 
 @contextlib.contextmanager

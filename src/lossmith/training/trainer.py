@@ -21,8 +21,6 @@ from lossmith.training.keys import TrainConfig
 from lossmith.training.progress import Stopwatch
 from lossmith.training.tasks.task import Task
 
-CHECKPOINTS_KEPT = 2
-
 
 class TaskTrainer(ObjectiveTrainer):
     """The Trainer for one task.
@@ -203,7 +201,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         eval_steps=config.eval_interval,
         save_strategy="steps",
         save_steps=config.eval_interval,
-        save_total_limit=CHECKPOINTS_KEPT,
+        save_total_limit=None,  # see KeepCheckpoints
         report_to=[],
         disable_tqdm=True,
         log_level="error",
