@@ -16,10 +16,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from omegaconf import OmegaConf
+import yaml
 from running import go, rows, weights
 
 from lossmith.training.errors import UserError
+from lossmith.training.keys import TrainConfig
 from lossmith.training.progress import Display
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def test_a_run_trains_and_leaves_everything_where_it_says(tiny: list[str], tmp_p
     code, shown = go([*tiny, "--z_loss=1e-4", "--max_iters=40", "--eval_interval=20", "--learning_rate=1e-2"])
     assert code == 0
 
-    config = OmegaConf.load(out / "config.yaml")
+    config = TrainConfig(**yaml.safe_load((out / "config.yaml").read_text()))
     assert (config.max_iters, config.z_loss, config.beta1) == (40, 1e-4, 0.9)
     for step in (20, 40):
         files = {path.name for path in (out / f"checkpoint-{step}").iterdir()}

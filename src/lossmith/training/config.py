@@ -8,23 +8,22 @@ import ast
 import contextlib
 import difflib
 import os
-import re
 import typing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from omegaconf import MISSING, OmegaConf
 
 from lossmith.modifiers.config import ALIASES
 from lossmith.training.errors import UserError
 from lossmith.training.key_types import KEY_TYPES
 from lossmith.training.keys import MIN_LR_DIVISOR, TrainConfig
 from lossmith.training.objective import check_objective
-from lossmith.training.rundir import CONFIG_FILE, write_whole
+from lossmith.training.rundir import CONFIG_FILE
+from lossmith.training.saved_run import read_config
 
 DEFAULTS = TrainConfig()
 TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
+MISSING = "???"  # what templates mark a value with that is to be filled in
 BOOLEAN_WORDS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
@@ -262,50 +261,20 @@ def first_line(node: ast.AST) -> str:
 # ── the saved run ─────────────────────────────────────────────────────────────────────────────────
 
 
-def saved_config_path(out_dir: str) -> Path:
-    """Where a run keeps its resolved configuration."""
-    return Path(out_dir) / CONFIG_FILE
-
-
-def save_config(config: TrainConfig) -> Path:
-    """Write the resolved configuration into `out_dir` and return its path."""
-    path = saved_config_path(config.out_dir)
-    values = {k: escape(v) if isinstance(v, str) else v for k, v in asdict(config).items()}
-    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(values)))
-    return path
-
-
-def escape(text: str) -> str:
-    """Protect "${", which OmegaConf would otherwise look up elsewhere; here a text is just that text."""
-    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
-
-
 def read_saved_config(config: TrainConfig) -> list[Setting]:
     """The settings of the run in `config.out_dir`, less those that belong to the command."""
-    path = saved_config_path(config.out_dir)
+    path = Path(config.out_dir) / CONFIG_FILE
     command = "--resume" if config.resume else "--eval_only"
     if not path.is_file():
         raise UserError(
             f"{command}: there is no run in {config.out_dir} (no {path.name} there). "
             f"Train one first, without {command}, or name its folder with --out_dir."
         )
-    try:
-        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # OmegaConf passes on whatever the YAML reader raises
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be read as a configuration: {reason}. Restore it or train anew."
-        ) from None
-    if not isinstance(saved, dict) or not saved:
-        raise UserError(
-            f"{path} is not a configuration; expected `key: value` lines; came "
-            f"{'something else' if saved else 'an empty file'}. Restore it or train anew."
-        )
-    saved = CHOSEN_BEFORE | saved
+    saved = CHOSEN_BEFORE | read_config(path)
     lacking = [name for name in FIXED_BY_CHECKPOINT if name not in saved]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}. Restore it or train anew.")
-    return [Setting(str(k), v, str(path)) for k, v in saved.items() if k not in NOT_INHERITED]
+    return [Setting(name, value, str(path)) for name, value in saved.items() if name not in NOT_INHERITED]
 
 
 def without_derived(saved: list[Setting]) -> list[Setting]:

@@ -14,8 +14,8 @@ from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
-from lossmith.training.progress import say
 from lossmith.training.tasks.task import Task
+from lossmith.training.terminal import say
 
 LOGGER = "lossmith.modifiers"
 

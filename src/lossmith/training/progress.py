@@ -10,15 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from transformers import TrainerCallback
 
 from lossmith.training.rundir import lines_of, step_in, write_whole
-
-
-def say(console: Console, text: str | Text = "", style: str | None = None) -> None:
-    """Print a line as it is: no markup, no colouring of numbers, no breaking where a pipe has no width."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+from lossmith.training.terminal import say
 
 
 @dataclass(frozen=True)

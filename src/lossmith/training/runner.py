@@ -23,7 +23,6 @@ from lossmith.training.checkpoints import (
     require_loss,
     require_sound_checkpoint,
 )
-from lossmith.training.config import save_config
 from lossmith.training.corpus import Corpus, load_corpus
 from lossmith.training.data import train_tokenizer
 from lossmith.training.errors import UserError
@@ -31,9 +30,11 @@ from lossmith.training.interrupt import StopOnSignal
 from lossmith.training.keys import TrainConfig
 from lossmith.training.loss_modifiers import add_modifiers, show_modifiers, verbose_modifiers
 from lossmith.training.objective import without_effect
-from lossmith.training.progress import Display, LogFile, describe, log_row, say
+from lossmith.training.progress import Display, LogFile, describe, log_row
+from lossmith.training.saved_run import save_config
 from lossmith.training.tasks import make_task
 from lossmith.training.tasks.task import Task
+from lossmith.training.terminal import say
 from lossmith.training.trackers import open_trackers, require_trackers
 from lossmith.training.trainer import TaskTrainer, choose_dtype, training_arguments
 
@@ -53,7 +54,7 @@ def run(config: TrainConfig, console: Console, command: str = "python train.py")
         UserError: something that was asked for is not there; nothing has been trained yet, except where
             the loss stopped being a number.
     """
-    with quiet_libraries():
+    with quiet_libraries(console):
         return evaluate_saved(config, console) if config.eval_only else train(config, console, command)
 
 
@@ -212,7 +213,7 @@ def show_summary(
     }
     for name, value in rows.items():
         say(console, Text.assemble((f"{name:<12}", "cyan"), value))
-    console.print()
+    say(console)
     if config.warmup_iters >= config.max_iters:
         say(
             console,
@@ -250,7 +251,7 @@ def show_results(
     """The final measures, a sample, and where everything is."""
     if sample is not None:
         say(console)
-        console.print(Panel(sample, title=task.sample_title, title_align="left", border_style="dim"))
+        say(console, Panel(sample, title=task.sample_title, title_align="left", border_style="dim"))
     row = log_row(0, measures) or {}
     step, checkpoint = last_checkpoint(out_dir)
     say(console, f"\nAll held-out text, after step {step}: {describe(row, task.evaluation_figures)}", "bold")
@@ -263,8 +264,16 @@ def show_results(
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' own notes off the user's screen; errors still come through."""
+def quiet_libraries(console: Console) -> Iterator[None]:
+    """Keep the libraries' own notes off the user's screen; errors still come through, and warnings of
+    everybody else's, each once."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            say(console, f"warning: {message}", "yellow")
+
     before: Any = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -272,6 +281,7 @@ def quiet_libraries() -> Iterator[None]:
     accelerate_level = accelerate_logger.level
     accelerate_logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
+        warnings.showwarning = show
         for module in ("transformers", "accelerate", "torch"):
             warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
         try:
