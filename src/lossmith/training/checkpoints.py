@@ -15,7 +15,14 @@ from transformers import TrainerCallback
 from lossmith.integrations.huggingface.objective_trainer import LOSS_FILE
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
-from lossmith.training.rundir import CONFIG_FILE, LAST_FILE_OF_A_CHECKPOINT, RunFolder, numbered
+from lossmith.training.rundir import (
+    CONFIG_FILE,
+    LAST_FILE_OF_A_CHECKPOINT,
+    RunFolder,
+    numbered,
+    run_of,
+    step_of,
+)
 from lossmith.training.tasks import task_class
 
 KEPT = 2
@@ -74,6 +81,22 @@ def last_checkpoint(out_dir: Path) -> tuple[int, Path]:
             "Start the run anew, without --resume or --eval_only, or name another --out_dir."
         )
     return found[-1]
+
+
+def checkpoint_of(out_dir: Path) -> tuple[int, Path]:
+    """Step and path of a checkpoint, or of the newest complete one of a run.
+
+    Args:
+        out_dir: either's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    around = run_of(out_dir)
+    if around is None:
+        return last_checkpoint(out_dir)
+    names = (out_dir.absolute().name, out_dir.resolve().name)
+    return max(map(step_of, names)), out_dir
 
 
 def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:

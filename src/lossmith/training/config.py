@@ -18,7 +18,7 @@ from lossmith.training.errors import UserError
 from lossmith.training.key_types import KEY_TYPES
 from lossmith.training.keys import MIN_LR_DIVISOR, TrainConfig
 from lossmith.training.objective import check_objective
-from lossmith.training.rundir import CONFIG_FILE
+from lossmith.training.rundir import CONFIG_FILE, run_of
 from lossmith.training.saved_run import read_config
 
 DEFAULTS = TrainConfig()
@@ -262,12 +262,19 @@ def first_line(node: ast.AST) -> str:
 
 
 def read_saved_config(config: TrainConfig) -> list[Setting]:
-    """The settings of the run in `config.out_dir`, less those that belong to the command."""
-    path = Path(config.out_dir) / CONFIG_FILE
+    """The settings of the run in `config.out_dir`, or around the checkpoint that this is, less those that
+    belong to the command."""
+    around = run_of(Path(config.out_dir))
+    if around and config.resume:
+        raise UserError(
+            f"--resume goes on from the newest checkpoint of a run, but {config.out_dir} is one checkpoint "
+            f"of it. Pass --out_dir={around}."
+        )
+    path = (around or Path(config.out_dir)) / CONFIG_FILE
     command = "--resume" if config.resume else "--eval_only"
     if not path.is_file():
         raise UserError(
-            f"{command}: there is no run in {config.out_dir} (no {path.name} there). "
+            f"{command}: there is no run in {path.parent} (no {path.name} there). "
             f"Train one first, without {command}, or name its folder with --out_dir."
         )
     saved = CHOSEN_BEFORE | read_config(path)

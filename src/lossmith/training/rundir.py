@@ -181,6 +181,14 @@ def numbered(folder: Path, word: str) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in; None for a path that is no checkpoint."""
+    for path in (checkpoint.absolute(), checkpoint.resolve()):  # the latter for a link of another name
+        if step_of(path.name) >= 0 and (path / "config.json").is_file():
+            return path.parent
+    return None
+
+
 def names_of(config: TrainConfig) -> tuple[str, ...]:
     """What a run writes besides its checkpoints."""
     return (CONFIG_FILE, LOG_FILE, *([TENSORBOARD_FOLDER] if config.tensorboard_log else []))

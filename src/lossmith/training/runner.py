@@ -19,12 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArgum
 from lossmith.training import rundir
 from lossmith.training.checkpoints import (
     KeepCheckpoints,
+    checkpoint_of,
     last_checkpoint,
     require_loss,
     require_sound_checkpoint,
 )
+from lossmith.training.choices import choose_judge, choose_sizes
 from lossmith.training.corpus import Corpus, load_corpus
-from lossmith.training.data import train_tokenizer
 from lossmith.training.errors import UserError
 from lossmith.training.interrupt import StopOnSignal
 from lossmith.training.keys import TrainConfig
@@ -82,10 +83,15 @@ def train_in(
 
     # 1. Everything that can be refused is refused before any work.
     first_step, checkpoint = where_to_begin(config, folder)
+    config, of_judge = choose_judge(config)
 
     # 2. Text, tokens, loss, model.
     corpus = load_corpus(config.dataset)
-    tokenizer = saved_tokenizer(checkpoint) if checkpoint else train_tokenizer(corpus, config.vocab_size)
+    of_sizes = None
+    if checkpoint:
+        tokenizer = saved_tokenizer(checkpoint)
+    else:
+        config, tokenizer, of_sizes = choose_sizes(config, corpus)
     transformers.set_seed(config.seed)
     task = make_task(config, corpus, tokenizer, blocks_to_draw(config, args))
     _ = task.train_blocks[0]  # a text too short for a block is refused here
@@ -95,6 +101,8 @@ def train_in(
     model = task.make_model()  # the Trainer reads a checkpoint's weights
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     if folder:
+        for said in filter(None, (of_sizes, of_judge)):
+            say(console, said)
         show_summary(config, console, corpus, task, model, args)
         show_modifiers(console, task)
         if checkpoint:
@@ -126,7 +134,7 @@ def train_in(
 
 def evaluate_saved(config: TrainConfig, console: Console) -> int:
     """Evaluate the last checkpoint of a run over all of the held-out text."""
-    step, checkpoint = last_checkpoint(Path(config.out_dir))
+    step, checkpoint = checkpoint_of(Path(config.out_dir))
     require_sound_checkpoint(checkpoint, config)
     args = training_arguments(config)
     corpus = load_corpus(config.dataset)
