@@ -16,13 +16,14 @@ from typing import Any
 from lossmith.modifiers.config import ALIASES
 from lossmith.training.errors import UserError
 from lossmith.training.key_types import KEY_TYPES
-from lossmith.training.keys import MIN_LR_DIVISOR, TrainConfig
+from lossmith.training.keys import MIN_LR_DIVISOR, SPECS, TrainConfig, check_range, limits_of
 from lossmith.training.objective import check_objective
 from lossmith.training.rundir import CONFIG_FILE, run_of
 from lossmith.training.saved_run import read_config
 
 DEFAULTS = TrainConfig()
 TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
+LARGEST = 2**63 - 1  # what a length or a count can be
 MISSING = "???"  # what templates mark a value with that is to be filled in
 BOOLEAN_WORDS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
@@ -70,10 +71,15 @@ def load_config(args: list[str]) -> TrainConfig:
     from_file = read_config_file(config_file) if config_file else []
     settings = without_aliases(from_file) + without_aliases(flags)
     config = resolve(settings)
+    if config.resume and config.eval_only:
+        raise UserError("resume and eval_only are both on; pass the one you mean.")
     if config.resume or config.eval_only:
         saved = read_saved_config(config)
-        config = resolve(without_derived(saved) + settings)
+        settings = without_derived(saved) + settings
+        config = resolve(settings)
         refuse_another_model(saved, config)
+    for name, setting in {setting.key: setting for setting in settings}.items():  # the last of each key
+        require_in_range(setting, getattr(config, name))
     config.check()
     check_objective(config)
     return config
@@ -104,11 +110,11 @@ def key_of(name: str) -> str:
 
 def resolve(settings: list[Setting]) -> TrainConfig:
     """Lay the settings over the defaults, later ones over earlier ones, with their types checked."""
-    values: dict[str, Any] = {}
-    for setting in settings:
-        if setting.key not in TYPES:
-            raise UserError(unknown_key(setting))
-        values[setting.key] = typed(setting)
+    unknown = [setting for setting in settings if setting.key not in TYPES]
+    if unknown:
+        more = [f"{setting.key!r} ({setting.origin})" for setting in unknown[1:]]
+        raise UserError(unknown_key(unknown[0]) + (f" Nor are there {', '.join(more)}." if more else ""))
+    values = {setting.key: typed(setting) for setting in settings}
     if "out_dir" in values:
         values["out_dir"] = folder(values["out_dir"])
     if "learning_rate" in values and "min_lr" not in values:
@@ -131,8 +137,26 @@ def typed(setting: Setting) -> Any:
     except ValueError:
         raise UserError(
             f"{setting.origin}: {setting.key} expects {kind.said}; "
-            f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}."
+            f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}"
+            f"{in_brackets(limits_of(SPECS[setting.key]))}."
         ) from None
+
+
+def in_brackets(text: str) -> str:
+    """A remark after a clause, if there is one."""
+    return f" ({text})" if text else ""
+
+
+def require_in_range(setting: Setting, value: Any) -> None:
+    """Raise UserError, naming the key and where it was set, for a value out of its range."""
+    try:
+        check_range(SPECS[setting.key], value)
+    except UserError as error:
+        raise UserError(f"{setting.origin}: {error}") from None
+    if type(value) is int and abs(value) > LARGEST:
+        raise UserError(
+            f"{setting.origin}: {setting.key}={value:g} is out of range; expected {setting.key} below 2^63."
+        )
 
 
 def folder(text: str) -> str:
@@ -166,8 +190,7 @@ def read_flags(args: list[str]) -> tuple[Path | None, list[Setting]]:
         if not word.startswith("--"):
             if config_file is not None or not word.endswith(".py"):
                 raise UserError(
-                    f"expected --key=value or one config file ending in .py; came {word!r}. "
-                    "A flag's value follows it directly: --max_iters=100."
+                    f"expected --key=value or one config file ending in .py; came {word!r}. {hint_for(word)}"
                 )
             config_file = Path(word)
             continue
@@ -177,6 +200,14 @@ def read_flags(args: list[str]) -> tuple[Path | None, list[Setting]]:
             text = take_value(name, rest)
         settings.append(Setting(name, parse_text(name, text), f"--{name}"))
     return config_file, settings
+
+
+def hint_for(word: str) -> str:
+    """What was probably meant by a word that is neither a flag nor a file."""
+    flag = word.lstrip("-")
+    if key_of(flag.partition("=")[0].replace("-", "_")) in TYPES:
+        return f"Write --{flag}."
+    return "A flag's value follows it directly: --max_iters=100."
 
 
 def take_value(name: str, rest: list[str]) -> str:

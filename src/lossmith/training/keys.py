@@ -5,6 +5,7 @@ of them side by side, so that `--n_layer=6` needs no prefix. The keys of the los
 `lossmith.modifiers` declares.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any
@@ -161,8 +162,6 @@ class TrainConfig(
                 "learning rate to be no higher than the highest. "
                 f"Try --min_lr={self.learning_rate / MIN_LR_DIVISOR:g}."
             )
-        if self.resume and self.eval_only:
-            raise UserError("resume and eval_only are both on; pass the one you mean.")
 
     def _check_mode(self) -> None:
         """Raise UserError for keys that mean nothing in this mode."""
@@ -223,6 +222,15 @@ def describe(spec: Field) -> str:
 def default_of(spec: Field) -> str:
     """A key's default as it is shown."""
     return str(spec.default) or '""'
+
+
+def limits_of(spec: Field) -> str:
+    """What a key's value has to be, `max_iters >= 1`; nothing where any of its type will do."""
+    choices = spec.metadata.get("choices")
+    if choices:
+        return f"one of {', '.join(choices)}"
+    wanted = range_problem(math.nan, spec.metadata)  # which is in no range
+    return f"{spec.name} {wanted}" if wanted else ""
 
 
 def check_range(spec: Field, value: Any) -> None:

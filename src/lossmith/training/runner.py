@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,9 +112,9 @@ def train_in(
             show_first_loss(console, task, model, config)
 
     # 3. The loop.
-    aside = prepare_folder(folder, config, console) if folder else None
     stop, display = StopOnSignal(console), Display(console, task.step_figures, task.evaluation_figures)
     with open_trackers(config, first_step, is_main=folder is not None) as trackers:
+        aside = prepare_folder(folder, config, console) if folder else None
         watchers = [*trackers, LogFile(out_dir / rundir.LOG_FILE), display, stop]
         if folder:
             watchers.append(KeepCheckpoints(folder))
@@ -153,7 +154,8 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
 
 def blocks_to_draw(config: TrainConfig, args: TrainingArguments) -> int:
     """How many training blocks all ranks will draw together."""
-    return config.max_iters * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    num = config.max_iters * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return min(num, sys.maxsize)  # more is no length in Python
 
 
 def saved_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
