@@ -20,9 +20,10 @@ from lossmith.training.config import (
     resolve,
 )
 from lossmith.training.errors import UserError
+from lossmith.training.idle_keys import without_effect
 from lossmith.training.keys import LOSS_KEYS, SPECS, TrainConfig
 from lossmith.training.loss_keys import CONSTRUCTORS, DECIDED, OPTIONS, SHARED
-from lossmith.training.objective import make_objective, without_effect
+from lossmith.training.objective import make_objective
 from lossmith.training.saved_run import save_config
 
 UNIFIED = ["--loss=unified"]

@@ -315,6 +315,11 @@ def read_saved_config(config: TrainConfig) -> list[Setting]:
     return [Setting(name, value, str(path)) for name, value in saved.items() if name not in NOT_INHERITED]
 
 
+def saved_config(config: TrainConfig) -> TrainConfig:
+    """The configuration of the run in `config.out_dir` as it was."""
+    return resolve(read_saved_config(config))
+
+
 def without_derived(saved: list[Setting]) -> list[Setting]:
     """The saved settings less a `min_lr` that follows from the learning rate, so that it still follows."""
     values = {setting.key: setting.value for setting in saved}

@@ -86,7 +86,7 @@ def show_modifiers(console: Console, task: Task) -> None:
     if wanted and not getattr(task.config, MASTER):
         say(
             console,
-            f"warning: {wanted[0].enabled_key} has no effect without {MASTER}=True.\n",
+            f"warning: {', '.join(m.enabled_key for m in wanted)} has no effect without {MASTER}=True.\n",
             "yellow",
         )
         return

@@ -26,12 +26,13 @@ from lossmith.training.checkpoints import (
     require_sound_checkpoint,
 )
 from lossmith.training.choices import choose_judge, choose_sizes
+from lossmith.training.config import saved_config
 from lossmith.training.corpus import Corpus, load_corpus
 from lossmith.training.errors import UserError
+from lossmith.training.idle_keys import idle_in_evaluation, without_effect
 from lossmith.training.interrupt import StopOnSignal
 from lossmith.training.keys import TrainConfig
 from lossmith.training.loss_modifiers import add_modifiers, show_modifiers, verbose_modifiers
-from lossmith.training.objective import without_effect
 from lossmith.training.progress import Display, LogFile, describe, log_row
 from lossmith.training.saved_run import save_config
 from lossmith.training.tasks import make_task
@@ -138,6 +139,9 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
     step, checkpoint = checkpoint_of(Path(config.out_dir))
     require_sound_checkpoint(checkpoint, config)
     args = training_arguments(config)
+    idle = idle_in_evaluation(config, saved_config(config))
+    if idle:
+        say(console, f"warning: {no_effect(idle)} with eval_only.\n", "yellow")
     corpus = load_corpus(config.dataset)
     task = make_task(config, corpus, saved_tokenizer(checkpoint), num_blocks=0)
     model = task.load_model(checkpoint)
@@ -231,8 +235,15 @@ def show_summary(
             "the learning rate never reaches its height. Lower --warmup_iters.\n",
             "yellow",
         )
-    for name, switch in without_effect(config):
-        say(console, f"warning: {name} has no effect without {switch}.\n", "yellow")
+    idle = without_effect(config)
+    for need in dict.fromkeys(need for _, need in idle):
+        names = [name for name, other in idle if other == need]
+        say(console, f"warning: {no_effect(names)} without {need}.\n", "yellow")
+
+
+def no_effect(names: list[str]) -> str:
+    """What to say of keys that change nothing."""
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect"
 
 
 def show_first_loss(console: Console, task: Task, model: PreTrainedModel, config: TrainConfig) -> None:
