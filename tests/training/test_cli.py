@@ -13,10 +13,10 @@ pytest.importorskip("transformers")
 from tokenizers import Tokenizer
 
 from lossmith.training import cli
+from lossmith.training.checkpoints import last_checkpoint, require_sound_checkpoint
 from lossmith.training.config import load_config
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
-from lossmith.training.rundir import last_checkpoint, require_sound_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("omegaconf")
 pytest.importorskip("transformers")
 
 from running import go
@@ -19,12 +18,13 @@ from lossmith.training.config import (
     read_flags,
     read_saved_config,
     resolve,
-    save_config,
 )
 from lossmith.training.errors import UserError
+from lossmith.training.idle_keys import without_effect
 from lossmith.training.keys import LOSS_KEYS, SPECS, TrainConfig
 from lossmith.training.loss_keys import CONSTRUCTORS, DECIDED, OPTIONS, SHARED
-from lossmith.training.objective import make_objective, without_effect
+from lossmith.training.objective import make_objective
+from lossmith.training.saved_run import save_config
 
 UNIFIED = ["--loss=unified"]
 MOE = ["--loss=unified", "--model=moe"]

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 
 import lossmith
 from lossmith.modifiers.config import ALIASES, KEYS
-from lossmith.training.config import load_config, save_config
+from lossmith.training.config import load_config
 from lossmith.training.errors import UserError
+from lossmith.training.saved_run import save_config
 
 ROOT = Path(__file__).parents[2]
 ON = "--loss_modifiers_enabled"
@@ -210,7 +211,7 @@ def test_metrics_reach_the_log_and_tensorboard(tiny: list[str], tmp_path: Path):
     # a new run does not mix with it; a resumed one goes on
     go([*flags, "--max_iters=3"])
     assert list(read()["train/loss"]) == [1, 2, 3]
-    assert (out / "previous" / "tensorboard").is_dir()
+    assert (out / "previous-1" / "tensorboard").is_dir()
     go([f"--out_dir={out}", "--resume", "--max_iters=5"])
     assert list(read()["train/loss"]) == [1, 2, 3, 4, 5]
 
@@ -315,7 +316,6 @@ def test_the_judge_sees_what_the_run_sees(tiny: list[str], scorer: Path):
     ("change", "message"),
     [
         ("nowhere", "nowhere does not exist"),
-        ("run", "has no config.json. It holds checkpoints; pass .*checkpoint-3"),
         ("nothing", "needs a judge"),
         (
             "vocabulary",
@@ -326,7 +326,7 @@ def test_the_judge_sees_what_the_run_sees(tiny: list[str], scorer: Path):
 def test_a_judge_that_cannot_be_used(
     change: str, message: str, tiny: list[str], tmp_path: Path, scorer: Path
 ):
-    paths = {"nowhere": tmp_path / "nowhere", "run": scorer.parent, "nothing": ""}
+    paths = {"nowhere": tmp_path / "nowhere", "nothing": ""}
     flags = judged(tiny, paths.get(change, scorer))
     if change == "vocabulary":
         flags += ["--vocab_size=290"]

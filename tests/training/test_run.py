@@ -16,10 +16,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from omegaconf import OmegaConf
+import yaml
 from running import go, rows, weights
 
 from lossmith.training.errors import UserError
+from lossmith.training.keys import TrainConfig
 from lossmith.training.progress import Display
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def test_a_run_trains_and_leaves_everything_where_it_says(tiny: list[str], tmp_p
     code, shown = go([*tiny, "--z_loss=1e-4", "--max_iters=40", "--eval_interval=20", "--learning_rate=1e-2"])
     assert code == 0
 
-    config = OmegaConf.load(out / "config.yaml")
+    config = TrainConfig(**yaml.safe_load((out / "config.yaml").read_text()))
     assert (config.max_iters, config.z_loss, config.beta1) == (40, 1e-4, 0.9)
     for step in (20, 40):
         files = {path.name for path in (out / f"checkpoint-{step}").iterdir()}
@@ -161,8 +162,8 @@ def test_a_new_run_sets_the_old_one_aside_and_touches_nothing_else(tiny: list[st
     go([*tiny, "--seed=1"])
     first = weights(out / "checkpoint-6")
     shown = go([*tiny, "--seed=2"])[1]
-    assert f"The earlier run in {out} is now in {out / 'previous'}" in shown
-    kept = weights(out / "previous" / "checkpoint-6")
+    assert f"The earlier run in {out} is now in {out / 'previous-1'}" in shown
+    kept = weights(out / "previous-1" / "checkpoint-6")
     assert all(torch.equal(kept[name], value) for name, value in first.items())
     assert [row["step"] for row in rows(out) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert (out / "notes.txt").read_text() == "mine"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("omegaconf")
+pytest.importorskip("transformers")
 
 from lossmith.modifiers.config import ALIASES
 from lossmith.training.keys import TrainConfig, default_of, describe, sections

@@ -3,15 +3,24 @@
 Nothing outside the standard library is imported before `main` has seen that it is installed.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import io
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-NEEDED = ("typer", "rich", "omegaconf", "tokenizers", "safetensors", "transformers", "accelerate")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NEEDED = ("rich", "yaml", "tokenizers", "safetensors", "transformers", "accelerate")
 REMEDY = "pip install 'lossmith[train]'"
+HELP = ("--help", "-h")
+USAGE = """Usage: lossmith train [config.py] [--key=value ...]
+
+Training objectives of language models. `lossmith train --help` lists the keys."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -27,44 +36,15 @@ def main(args: list[str] | None = None) -> None:
     if missing:
         print(f"error: the trainer needs {', '.join(missing)}; {REMEDY}", file=sys.stderr)
         raise SystemExit(2)
-    build_app()(args=args, prog_name="lossmith")
+    raise SystemExit(command(sys.argv[1:] if args is None else args))
 
 
-def build_app() -> Any:
-    """The Typer application, one command a verb."""
-    import typer
-
-    app = typer.Typer(
-        help="Training objectives of language models.",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-    )
-
-    @app.callback()
-    def lossmith() -> None:
-        """Training objectives of language models."""
-
-    # Keys are checked by the configuration, which knows the nearest name; Typer only passes them on.
-    @app.command(
-        context_settings={
-            "allow_extra_args": True,
-            "ignore_unknown_options": True,
-            "help_option_names": [],
-        }
-    )
-    def train(context: typer.Context) -> None:
-        r"""Train a model: lossmith train \[config.py] \[--key=value ...]; --help lists the keys."""
-        raise typer.Exit(train_command(list(context.args)))
-
-    return app
-
-
-def train_command(args: list[str]) -> int:
-    """Run `lossmith train` with these arguments and return the exit code."""
+def command(args: list[str]) -> int:
+    """Run what follows `lossmith` and return the exit code."""
     from rich.console import Console
 
     from lossmith.training.errors import UserError
+    from lossmith.training.terminal import say, say_error
 
     for stream in (sys.stdout, sys.stderr):  # a sample may hold what the terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
@@ -73,28 +53,34 @@ def train_command(args: list[str]) -> int:
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     errors = Console(stderr=True, quiet=console.quiet)
     try:
-        with console.status("Loading the libraries ..."):  # PyTorch too: it comes with the modifiers' keys
-            from lossmith.training.config import load_config
-        if "--help" in args or "-h" in args:
-            show_help(console)
-            return 0
-        config = load_config(args)
-        with console.status("Loading the libraries ..."):
-            from lossmith.training.runner import run
-        return run(config, console, command=how_started())
+        if args[:1] == ["train"]:
+            return train_command(args[1:], console)
+        if not args or args[0] in HELP:
+            say(console, USAGE)
+            return 0 if args else 2
+        raise UserError(f"there is no command {args[0]!r}; expected `train`. Write lossmith train --help.")
     except UserError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        say_error(errors, str(error))
         return 2
     except KeyboardInterrupt:
-        errors.print("Stopped; what was not saved by a checkpoint is lost.", style="yellow")
+        say(errors, "Stopped; what was not saved by a checkpoint is lost.", "yellow")
         return 130
+    except BrokenPipeError:  # `lossmith train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
-def escape(text: str) -> str:
-    """Protect square brackets in a message from being read as markup."""
-    from rich.markup import escape as rich_escape
-
-    return rich_escape(text)
+def train_command(args: list[str], console: Console) -> int:
+    """Run `lossmith train` with these arguments and return the exit code."""
+    with console.status("Loading the libraries ..."):  # PyTorch too: it comes with the modifiers' keys
+        from lossmith.training.config import load_config
+    if any(word in HELP for word in args):
+        show_help(console)
+        return 0
+    config = load_config(args)
+    with console.status("Loading the libraries ..."):
+        from lossmith.training.runner import run
+    return run(config, console, command=how_started())
 
 
 def how_started() -> str:
@@ -107,21 +93,22 @@ def how_started() -> str:
     )
 
 
-def show_help(console: Any) -> None:
+def show_help(console: Console) -> None:
     """Every key with its default and meaning."""
     from rich.table import Table
+    from rich.text import Text
 
     from lossmith.training.keys import default_of, describe, sections
+    from lossmith.training.terminal import say
 
-    usage = "Usage: python train.py [config.py] [--key=value ...]     (or: lossmith train ...)\n"
-    console.print(usage, markup=False, soft_wrap=True)
-    console.print("A config file holds plain assignments, key = value. Flags come after it and win.\n")
+    say(console, "Usage: python train.py [config.py] [--key=value ...]     (or: lossmith train ...)\n")
+    say(console, "A config file holds plain assignments, key = value. Flags come after it and win.\n")
     for title, keys in sections():
         table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
         table.add_column(style="cyan", no_wrap=True, min_width=30)
         table.add_column(style="green", no_wrap=True, min_width=10)
         table.add_column(overflow="fold")
         for spec in keys:
-            table.add_row(f"--{spec.name}", escape(default_of(spec)), escape(describe(spec)))
-        console.print(table)
-        console.print()
+            table.add_row(f"--{spec.name}", Text(default_of(spec)), Text(describe(spec)))
+        say(console, table)
+        say(console)

@@ -7,22 +7,22 @@ data cannot surprise anyone, and its mistakes can be shown with a line number.
 import ast
 import contextlib
 import os
-import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from omegaconf import MISSING, OmegaConf
 
 from lossmith.modifiers.config import ALIASES
 from lossmith.options import nearest
 from lossmith.options.forms import WrongForm
 from lossmith.training.errors import UserError
-from lossmith.training.keys import MIN_LR_DIVISOR, SPECS, TrainConfig
+from lossmith.training.keys import MIN_LR_DIVISOR, SPECS, TrainConfig, check_range, limits_of
 from lossmith.training.objective import check_objective
+from lossmith.training.rundir import CONFIG_FILE, run_of
+from lossmith.training.saved_run import read_config
 
 DEFAULTS = TrainConfig()
 TYPES: dict[str, Any] = {name: spec.type for name, spec in SPECS.items()}
+MISSING = "???"  # what templates mark a value with that is to be filled in
 BOOLEAN_WORDS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
@@ -69,10 +69,15 @@ def load_config(args: list[str]) -> TrainConfig:
     from_file = read_config_file(config_file) if config_file else []
     settings = without_aliases(from_file) + without_aliases(flags)
     config = resolve(settings)
+    if config.resume and config.eval_only:
+        raise UserError("resume and eval_only are both on; pass the one you mean.")
     if config.resume or config.eval_only:
         saved = read_saved_config(config)
-        config = resolve(without_derived(saved) + settings)
+        settings = without_derived(saved) + settings
+        config = resolve(settings)
         refuse_another_model(saved, config)
+    for name, setting in {setting.key: setting for setting in settings}.items():  # the last of each key
+        require_in_range(setting, getattr(config, name))
     config.check()
     check_objective(config)
     return config
@@ -103,11 +108,11 @@ def key_of(name: str) -> str:
 
 def resolve(settings: list[Setting]) -> TrainConfig:
     """Lay the settings over the defaults, later ones over earlier ones, with their types checked."""
-    values: dict[str, Any] = {}
-    for setting in settings:
-        if setting.key not in TYPES:
-            raise UserError(unknown_key(setting))
-        values[setting.key] = typed(setting)
+    unknown = [setting for setting in settings if setting.key not in TYPES]
+    if unknown:
+        more = [f"{setting.key!r} ({setting.origin})" for setting in unknown[1:]]
+        raise UserError(unknown_key(unknown[0]) + (f" Nor are there {', '.join(more)}." if more else ""))
+    values = {setting.key: typed(setting) for setting in settings}
     if "out_dir" in values:
         values["out_dir"] = folder(values["out_dir"])
     if "learning_rate" in values and "min_lr" not in values:
@@ -131,8 +136,22 @@ def typed(setting: Setting) -> Any:
     except WrongForm:
         raise UserError(
             f"{setting.origin}: {setting.key} expects {kind.said}; "
-            f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}."
+            f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}"
+            f"{in_brackets(limits_of(SPECS[setting.key]))}."
         ) from None
+
+
+def in_brackets(text: str) -> str:
+    """A remark after a clause, if there is one."""
+    return f" ({text})" if text else ""
+
+
+def require_in_range(setting: Setting, value: Any) -> None:
+    """Raise UserError, naming the key and where it was set, for a value out of its range."""
+    try:
+        check_range(SPECS[setting.key], value)
+    except UserError as error:
+        raise UserError(f"{setting.origin}: {error}") from None
 
 
 def folder(text: str) -> str:
@@ -164,8 +183,7 @@ def read_flags(args: list[str]) -> tuple[Path | None, list[Setting]]:
         if not word.startswith("--"):
             if config_file is not None or not word.endswith(".py"):
                 raise UserError(
-                    f"expected --key=value or one config file ending in .py; came {word!r}. "
-                    "A flag's value follows it directly: --max_iters=100."
+                    f"expected --key=value or one config file ending in .py; came {word!r}. {hint_for(word)}"
                 )
             config_file = Path(word)
             continue
@@ -175,6 +193,14 @@ def read_flags(args: list[str]) -> tuple[Path | None, list[Setting]]:
             text = take_value(name, rest)
         settings.append(Setting(name, parse_text(name, text), f"--{name}"))
     return config_file, settings
+
+
+def hint_for(word: str) -> str:
+    """What was probably meant by a word that is neither a flag nor a file."""
+    flag = word.lstrip("-")
+    if key_of(flag.partition("=")[0].replace("-", "_")) in TYPES:
+        return f"Write --{flag}."
+    return "A flag's value follows it directly: --max_iters=100."
 
 
 def take_value(name: str, rest: list[str]) -> str:
@@ -259,50 +285,32 @@ def first_line(node: ast.AST) -> str:
 # ── the saved run ─────────────────────────────────────────────────────────────────────────────────
 
 
-def saved_config_path(out_dir: str) -> Path:
-    """Where a run keeps its resolved configuration."""
-    return Path(out_dir) / "config.yaml"
-
-
-def save_config(config: TrainConfig) -> Path:
-    """Write the resolved configuration into `out_dir` and return its path."""
-    path = saved_config_path(config.out_dir)
-    values = {k: escape(v) if isinstance(v, str) else v for k, v in asdict(config).items()}
-    OmegaConf.save(OmegaConf.create(values), path)
-    return path
-
-
-def escape(text: str) -> str:
-    """Protect "${", which OmegaConf would otherwise look up elsewhere; here a text is just that text."""
-    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
-
-
 def read_saved_config(config: TrainConfig) -> list[Setting]:
-    """The settings of the run in `config.out_dir`, less those that belong to the command."""
-    path = saved_config_path(config.out_dir)
+    """The settings of the run in `config.out_dir`, or around the checkpoint that this is, less those that
+    belong to the command."""
+    around = run_of(Path(config.out_dir))
+    if around and config.resume:
+        raise UserError(
+            f"--resume goes on from the newest checkpoint of a run, but {config.out_dir} is one checkpoint "
+            f"of it. Pass --out_dir={around}."
+        )
+    path = (around or Path(config.out_dir)) / CONFIG_FILE
     command = "--resume" if config.resume else "--eval_only"
     if not path.is_file():
         raise UserError(
-            f"{command}: there is no run in {config.out_dir} (no {path.name} there). "
+            f"{command}: there is no run in {path.parent} (no {path.name} there). "
             f"Train one first, without {command}, or name its folder with --out_dir."
         )
-    try:
-        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # OmegaConf passes on whatever the YAML reader raises
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be read as a configuration: {reason}. Restore it or train anew."
-        ) from None
-    if not isinstance(saved, dict) or not saved:
-        raise UserError(
-            f"{path} is not a configuration; expected `key: value` lines; came "
-            f"{'something else' if saved else 'an empty file'}. Restore it or train anew."
-        )
-    saved = CHOSEN_BEFORE | saved
+    saved = CHOSEN_BEFORE | read_config(path)
     lacking = [name for name in FIXED_BY_CHECKPOINT if name not in saved]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}. Restore it or train anew.")
-    return [Setting(str(k), v, str(path)) for k, v in saved.items() if k not in NOT_INHERITED]
+    return [Setting(name, value, str(path)) for name, value in saved.items() if name not in NOT_INHERITED]
+
+
+def saved_config(config: TrainConfig) -> TrainConfig:
+    """The configuration of the run in `config.out_dir` as it was."""
+    return resolve(read_saved_config(config))
 
 
 def without_derived(saved: list[Setting]) -> list[Setting]:

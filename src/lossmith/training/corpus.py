@@ -53,7 +53,7 @@ def split_corpus(name: str, documents: list[str]) -> Corpus:
     total = sum(map(len, documents))
     if not total:
         raise UserError(f"dataset {name} holds no text; expected at least a few thousand characters.")
-    position, index = total - round(total * HELD_OUT_SHARE), 0
+    position, index = total - max(1, round(total * HELD_OUT_SHARE)), 0
     while position > len(documents[index]):
         position -= len(documents[index])
         index += 1
@@ -61,7 +61,11 @@ def split_corpus(name: str, documents: list[str]) -> Corpus:
     cut = place_to_cut(document, position, round(total * CUT_WITHIN))
     train = [*documents[:index], document[:cut]]
     held_out = [document[cut:], *documents[index + 1 :]]
-    return Corpus(name, *[[part for part in side if part.strip()] for side in (train, held_out)])
+    train, held_out = ([part for part in side if part.strip()] for side in (train, held_out))
+    stripped = [document.strip() for document in documents]
+    if not (train and held_out) and stripped != documents:  # one side was blank
+        return split_corpus(name, stripped)
+    return Corpus(name, train, held_out)
 
 
 def place_to_cut(document: str, position: int, reach: int) -> int:

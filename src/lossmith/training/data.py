@@ -23,8 +23,13 @@ SPECIAL_TOKENS = (END_OF_TEXT, MASK, CLS)
 IGNORED = -100
 
 
-def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(corpus: Corpus, vocab_size: int, *, or_fewer: bool = False) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the training split alone; any text at all is then encodable.
+
+    Args:
+        corpus: the text.
+        vocab_size: how many pieces.
+        or_fewer: take as many as there are, if they are fewer.
 
     Raises:
         UserError: the text does not hold `vocab_size` different pieces.
@@ -39,7 +44,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(corpus.train, trainer)
-    if bpe.get_vocab_size() < vocab_size:
+    if bpe.get_vocab_size() < vocab_size and not or_fewer:
         raise UserError(
             f"vocab_size={vocab_size} is too large for {corpus.name}: its training text gives only "
             f"{bpe.get_vocab_size()} pieces. Pass --vocab_size={bpe.get_vocab_size()} or less, or more text."
@@ -89,6 +94,11 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     return sizes
 
 
+def block_that_fits(num_tokens: int) -> int:
+    """Tokens in a block where the text has as few as this: blocks begin at several places of it."""
+    return max(2, num_tokens // 4)
+
+
 class RandomBlocks(Dataset):
     """Blocks at random offsets of the training tokens, as many as the run will draw.
 
@@ -106,7 +116,7 @@ class RandomBlocks(Dataset):
         if len(tokens) <= block_size:
             raise UserError(
                 f"the training text has {len(tokens):,} tokens but block_size={block_size}; expected more "
-                f"tokens than one block holds. Pass --block_size={max(2, len(tokens) // 4)} or more text."
+                f"tokens than one block holds. Pass --block_size={block_that_fits(len(tokens))} or more text."
             )
         self.tokens = tokens
         self.block_size = block_size

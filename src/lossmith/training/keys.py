@@ -166,8 +166,6 @@ class TrainConfig(
                 "learning rate to be no higher than the highest. "
                 f"Try --min_lr={self.learning_rate / MIN_LR_DIVISOR:g}."
             )
-        if self.resume and self.eval_only:
-            raise UserError("resume and eval_only are both on; pass the one you mean.")
 
     def _check_mode(self) -> None:
         """Raise UserError for keys that mean nothing in this mode."""
@@ -227,6 +225,14 @@ def describe(spec: Declared) -> str:
 def default_of(spec: Declared) -> str:
     """A key's default as it is shown."""
     return str(spec.default) or '""'
+
+
+def limits_of(spec: Declared) -> str:
+    """What a key's value has to be, `max_iters >= 1`; nothing where any of its type will do."""
+    if spec.choices:
+        return f"one of {', '.join(spec.choices)}"
+    limits = spec.kind.limits
+    return f"{spec.name} {limits}" if limits[:1] in ("<", ">") else ""
 
 
 def check_range(spec: Declared, value: Any) -> None:

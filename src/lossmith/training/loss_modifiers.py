@@ -14,8 +14,8 @@ from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
-from lossmith.training.progress import say
 from lossmith.training.tasks.task import Task
+from lossmith.training.terminal import say
 
 LOGGER = "lossmith.modifiers"
 
@@ -86,7 +86,7 @@ def show_modifiers(console: Console, task: Task) -> None:
     if wanted and not getattr(task.config, MASTER):
         say(
             console,
-            f"warning: {wanted[0].enabled_key} has no effect without {MASTER}=True.\n",
+            f"warning: {', '.join(m.enabled_key for m in wanted)} has no effect without {MASTER}=True.\n",
             "yellow",
         )
         return

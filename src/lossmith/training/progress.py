@@ -10,13 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from transformers import TrainerCallback
 
-
-def say(console: Console, text: str | Text = "", style: str | None = None) -> None:
-    """Print a line as it is: no markup, no colouring of numbers, no breaking where a pipe has no width."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+from lossmith.training.rundir import lines_of, step_in, write_whole
+from lossmith.training.terminal import say
 
 
 @dataclass(frozen=True)
@@ -92,11 +89,14 @@ class LogFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if step_in(line) <= state.global_step]
-        fresh = self.path.with_suffix(".new")  # written aside, so that no crash can lose the old rows
-        fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        fresh.replace(self.path)
+        lines = lines_of(self.path) if self.path.is_file() else []
+        steps = [step_in(line) for line in lines]
+        kept = [
+            line + "\n"
+            for line, step in zip(lines, steps, strict=True)
+            if step is not None and step <= state.global_step
+        ]
+        write_whole(self.path, "".join(kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         row = log_row(state.global_step, logs or {})
@@ -107,14 +107,6 @@ class LogFile(TrainerCallback):
 
 # These stand beside the training's in a reader's tables, so they are told apart by their names.
 OF_EVALUATION = {f"eval_{name}": f"val_{name}" for name in ("loss", "tokens", "sequences")}
-
-
-def step_in(line: str) -> float:
-    """The step of a row of the log; beyond all steps for a line that was cut short."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def log_row(step: int, logs: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,43 +1,197 @@
-"""The folder of a run: what is in it, and that it can be written to before any work is done."""
+"""The folder of a run: what the run wrote there is known by name, and nothing else is ever touched.
 
+A list of these names, `lossmith_run.json`, is the first thing that is written, and a name is on it before the
+file is there. What has one of our names and is not on the list is somebody else's: it is never written to,
+moved or deleted, and a run that would have to is refused. An earlier run is moved aside whole.
+"""
+
+import contextlib
 import json
+import os
 import re
+import secrets
 import shutil
 import tempfile
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
-from torch import Tensor
-
-from lossmith.integrations.huggingface.objective_trainer import LOSS_FILE
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
-from lossmith.training.tasks import task_class
 
+RUN_FILE = "lossmith_run.json"
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-PREVIOUS = "previous"
+EVENTS_OF_TENSORBOARD = "events.out.tfevents."
+PROGRAM = "lossmith train"
 # The Trainer writes this file last, so a checkpoint that has it was not cut short.
 LAST_FILE_OF_A_CHECKPOINT = "trainer_state.json"
-MODEL_FILES = "model*.safetensors"  # a large model is written in several
-# What a run needs to go on, beyond what its model needs to be evaluated. Without these two the Trainer
-# would go on all the same, with an optimizer that remembers nothing.
-FILES_OF_THE_OPTIMIZER = ("optimizer.pt", "scheduler.pt")
-# Our keys and what the model's own configuration calls them.
-KEYS_OF_THE_MODEL = {
-    "vocab_size": "vocab_size",
-    "block_size": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_embd": "hidden_size",
-}
-KEYS_OF_THE_EXPERTS = {"num_experts": "num_local_experts", "moe_top_k": "num_experts_per_tok"}
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """An earlier run that was moved out of the way: where to, and what."""
+
+    folder: Path
+    names: list[str]
+
+
+class RunFolder:
+    """A run's folder, and the list of what the run wrote into it.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        UserError: there is a list that is none.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.has_list, self.written = read_list(path / RUN_FILE)
+
+    def owns(self, name: str) -> bool:
+        """Whether something of this name is there that the run wrote."""
+        path = self.path / name
+        if name not in self.written or path.is_symlink():  # a run makes no links
+            return False
+        return path.is_file() if name in (CONFIG_FILE, LOG_FILE) else path.is_dir()
+
+    def recognise(self) -> None:
+        """Take what a run without a list must have written for its own; its configuration has been read."""
+        log, events = self.path / LOG_FILE, self.path / TENSORBOARD_FOLDER
+        self.written.add(CONFIG_FILE)
+        if log.is_file() and all(step_in(line) is not None for line in lines_of(log)[:-1]):
+            self.written.add(LOG_FILE)
+        if events.is_dir() and all(p.name.startswith(EVENTS_OF_TENSORBOARD) for p in events.iterdir()):
+            self.written.add(TENSORBOARD_FOLDER)
+
+    def require_room(self, names: Iterable[str], after_step: int) -> None:
+        """Refuse to write over what is somebody else's.
+
+        Args:
+            names: what will be written.
+            after_step: checkpoints of later steps than this may be written, too.
+
+        Raises:
+            UserError: there is something of such a name that the run did not write.
+        """
+        later = [path.name for step, path in numbered(self.path, "checkpoint") if step > after_step]
+        self._require_free_or_own([*names, *later])
+
+    def _require_free_or_own(self, names: Iterable[str]) -> None:
+        taken = [name for name in names if os.path.lexists(self.path / name) and not self.owns(name)]
+        if taken:
+            was = "was" if len(taken) == 1 else "were"
+            raise UserError(
+                f"{', '.join(str(self.path / name) for name in taken)} {was} not written by a run in this "
+                "folder; a run would overwrite it, or take it for its own. Nothing was touched. "
+                "Pass another --out_dir."
+            )
+
+    def claim(self, *names: str) -> None:
+        """Put names on the list, before anything is written under them.
+
+        Raises:
+            UserError: there is something of such a name that the run did not write.
+        """
+        self._require_free_or_own(names)
+        self.written |= {*names}
+        self._write_list()
+
+    def set_aside(self) -> SetAside | None:
+        """Move an earlier run into a folder of its own, `previous-1/`, `previous-2/` and so on.
+
+        A second `python train.py` should just work, as with nanoGPT, but not at the price of a long run that
+        somebody forgot to resume.
+
+        Returns:
+            What went where, or None when there was none.
+        """
+        names = sorted((name for name in self.written if self.owns(name)), key=lambda n: (step_of(n), n))
+        self.written = set()
+        if not names:
+            return None
+        number = 1 + max((number for number, _ in numbered(self.path, "previous")), default=0)
+        aside = self.path / f"previous-{number}"
+        aside.mkdir()
+        for name in (*names, RUN_FILE):  # the list last: until then it says what is still here
+            (self.path / name).rename(aside / name)
+        return SetAside(aside, names)
+
+    def keep_checkpoints(self, num: int) -> None:
+        """Delete all but the newest of the checkpoints that the run wrote."""
+        own = [(step, path) for step, path in numbered(self.path, "checkpoint") if self.owns(path.name)]
+        whole = [pair for pair in own if (pair[1] / LAST_FILE_OF_A_CHECKPOINT).is_file()]
+        for step, path in own:
+            if (step, path) not in whole[-num:]:
+                (path / LAST_FILE_OF_A_CHECKPOINT).unlink(missing_ok=True)  # half of it is no checkpoint
+                shutil.rmtree(path, ignore_errors=True)
+                if not path.exists():
+                    self.written.discard(path.name)
+        self._write_list()
+
+    def _write_list(self) -> None:
+        names = sorted(self.written, key=lambda name: (step_of(name), name))
+        text = json.dumps({"program": PROGRAM, "written": names}, indent=1)
+        write_whole(self.path / RUN_FILE, text + "\n")
+        self.has_list = True
+
+
+def read_list(path: Path) -> tuple[bool, set[str]]:
+    """Whether there is a list of what a run wrote, and the names on it.
+
+    Raises:
+        UserError: something else is in its place.
+    """
+    if not os.path.lexists(path):
+        return False, set()
+    names = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        said = None if path.is_symlink() else json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(said, dict) and said.get("program") == PROGRAM:
+            names = said.get("written")
+    if not isinstance(names, list):
+        raise UserError(
+            f"{path} is no list of what a run wrote, or a damaged one, so nobody knows what of {path.parent} "
+            "is whose. Nothing was touched. Pass another --out_dir."
+        )
+    return True, {name for name in names if isinstance(name, str) and is_ours(name)}
+
+
+def is_ours(name: str) -> bool:
+    """Whether a run writes under such a name."""
+    return name in (CONFIG_FILE, LOG_FILE, TENSORBOARD_FOLDER) or step_of(name) >= 0
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint by its name; -1 for any other name."""
+    number = re.fullmatch(r"checkpoint-(\d+)", name, re.ASCII)
+    return int(number[1]) if number else -1
+
+
+def numbered(folder: Path, word: str) -> list[tuple[int, Path]]:
+    """What is called `word-N` in a folder, by N."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        number = re.fullmatch(rf"{word}-(\d+)", path.name, re.ASCII)
+        if number:
+            found.append((int(number[1]), path))
+    return sorted(found)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in; None for a path that is no checkpoint."""
+    for path in (checkpoint.absolute(), checkpoint.resolve()):  # the latter for a link of another name
+        if step_of(path.name) >= 0 and (path / "config.json").is_file():
+            return path.parent
+    return None
+
+
+def names_of(config: TrainConfig) -> tuple[str, ...]:
+    """What a run writes besides its checkpoints."""
+    return (CONFIG_FILE, LOG_FILE, *([TENSORBOARD_FOLDER] if config.tensorboard_log else []))
 
 
 def require_writable(out_dir: Path) -> None:
@@ -49,173 +203,66 @@ def require_writable(out_dir: Path) -> None:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
-            pass
-    except OSError as error:
+            os.listdir(out_dir)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"out_dir={out_dir} cannot be written to: {error.strerror}. "
+            f"out_dir={out_dir} cannot be written to: {reason}. "
             "Pass --out_dir with a folder that you may write to."
         ) from None
 
 
-def checkpoints(out_dir: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints of a folder, (step, path), oldest first."""
-    found = []
-    for path in out_dir.glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if number and (path / LAST_FILE_OF_A_CHECKPOINT).is_file():
-            found.append((int(number[1]), path))
-    return sorted(found)
+@contextlib.contextmanager
+def held(out_dir: Path) -> Iterator[None]:
+    """Keep other runs out of the folder while entered; the system lets go of it however this one ends.
 
-
-def last_checkpoint(out_dir: Path) -> tuple[int, Path]:
-    """Step and path of the newest complete checkpoint.
+    Where the system or the disk knows no such locks, two runs at once are not noticed.
 
     Raises:
-        UserError: there is none.
+        UserError: another run is in there.
     """
-    found = checkpoints(out_dir)
-    if not found:
-        raise UserError(
-            f"there is no complete checkpoint in {out_dir}; expected a folder like checkpoint-100 there. "
-            "Start the run anew, without --resume or --eval_only, or name another --out_dir."
-        )
-    return found[-1]
-
-
-def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
-    """Look at the files of a checkpoint before anything relies on them.
-
-    Args:
-        checkpoint: its folder.
-        config: the run's configuration; its keys that shape the model have to be the checkpoint's.
-
-    Raises:
-        UserError: a file is missing or damaged, or the checkpoint is of another model.
-    """
-    saved = read_json(checkpoint / "config.json")
-    require_architecture(saved.get("architectures"), checkpoint, config)
-    said = {key: getattr(config, key) for key in KEYS_OF_THE_MODEL}
-    said |= zip(KEYS_OF_THE_EXPERTS, config.experts or (), strict=False)
-    expected = said | {"block_size": task_class(config).num_positions(config)}
-    for key, name in (KEYS_OF_THE_MODEL | KEYS_OF_THE_EXPERTS).items():
-        if key in said and saved.get(name) != expected[key]:
-            raise UserError(
-                f"{checkpoint / 'config.json'} says {name}={saved.get(name)} but {CONFIG_FILE} of "
-                f"the run says {key}={said[key]}; expected them to agree. Restore the file that was "
-                "changed, or train anew."
-            )
-    read_json(checkpoint / "tokenizer_config.json")
-    require_tokenizer(checkpoint / "tokenizer.json", config.vocab_size)
-    for path in sorted(checkpoint.glob(MODEL_FILES)) or [checkpoint / "model.safetensors"]:
-        require_weights(path)
-    if config.resume:
-        read_json(checkpoint / LAST_FILE_OF_A_CHECKPOINT)
-        for name in FILES_OF_THE_OPTIMIZER:
-            # PyTorch saves zip files, whose table of contents comes last: one that was cut short has none.
-            if not zipfile.is_zipfile(checkpoint / name):
-                raise damaged(checkpoint / name, "a file saved by PyTorch")
-
-
-def require_architecture(architectures: Any, checkpoint: Path, config: TrainConfig) -> None:
-    """Raise UserError when a checkpoint is of another mode; its head would be filled with random numbers."""
-    wanted = task_class(config).architecture(config).__name__
-    if architectures != [wanted]:
-        raise UserError(
-            f"{checkpoint / 'config.json'} says architectures={architectures} but {CONFIG_FILE} of the run "
-            f"says mode={config.mode}, objective={config.objective}, model={config.model}, which is "
-            f"a {wanted}; expected them to agree. Restore the file that was changed, or train anew."
-        )
-
-
-def require_loss(checkpoint: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise UserError when a checkpoint holds another state of the loss than this one can take.
-
-    Args:
-        checkpoint: its folder.
-        state: that of the loss that goes on.
-    """
-    path = checkpoint / LOSS_FILE
-    saved: Mapping[str, Tensor] = {}
-    if path.exists():
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # whatever the library raises of a file that was cut short
-            raise damaged(path, "the state of the loss") from None
-    theirs = {name: value.shape for name, value in saved.items()}
-    ours = {name: value.shape for name, value in state.items()}
-    if theirs != ours:
-        different = sorted(name for name in theirs.keys() | ours if theirs.get(name) != ours.get(name))
-        raise UserError(
-            f"the loss of {checkpoint} has other heads or another state than this one: {different[0]} and "
-            f"{len(different) - 1} more. Keys of the loss that change what it learns cannot change in a run; "
-            "leave them out, or start a new run with another --out_dir."
-        )
-
-
-def require_tokenizer(path: Path, vocab_size: int) -> None:
-    """Raise UserError when a checkpoint's tokenizer cannot be read or has another vocabulary."""
     try:
-        size = Tokenizer.from_file(str(path)).get_vocab_size()
-    except Exception:  # the library raises no other class
-        raise damaged(path, "a tokenizer") from None
-    if size != vocab_size:
-        raise UserError(
-            f"{path} has {size} pieces but the model has vocab_size={vocab_size}; expected them to agree. "
-            "Restore the file that was changed, or train anew."
-        )
-
-
-def require_weights(path: Path) -> None:
-    """Raise UserError when a file of weights is missing or cut short; only its header is read."""
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder = os.open(out_dir, os.O_RDONLY)
     try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError):
-        raise damaged(path, "the model's weights") from None
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is at work in {out_dir}. Wait for its end, or pass another --out_dir."
+                ) from None
+        yield
+    finally:
+        os.close(folder)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint, or a UserError that names the file."""
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in such a way that, whatever happens, it is there whole or as it was."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise damaged(path, "a JSON file") from None
-    if not isinstance(value, dict):
-        raise damaged(path, "a JSON object")
-    return value
+        with fresh.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
-def damaged(path: Path, expected: str) -> UserError:
-    """The error for a file of a checkpoint that cannot be used."""
-    state = "is missing" if not path.exists() else "is empty" if not path.stat().st_size else "is damaged"
-    return UserError(
-        f"{path} {state}; expected {expected}. Restore it, or move {path.parent} away so that the "
-        "checkpoint before it is used."
-    )
+def lines_of(log: Path) -> list[str]:
+    """The lines of a log; what is no text in it is replaced."""
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
-def set_aside_previous_run(out_dir: Path) -> Path | None:
-    """Move an earlier run out of the way, to `previous/`, in place of what was set aside before.
-
-    A second `python train.py` should just work, as with nanoGPT, but not at the price of the checkpoints
-    of a long run that somebody forgot to resume.
-
-    Returns:
-        Where the earlier run went, or None when there was none.
-    """
-    names = (CONFIG_FILE, LOG_FILE, TENSORBOARD_FOLDER)
-    mine = [path for name in names if (path := out_dir / name).exists()]
-    mine += [path for path in out_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    if not mine:
+def step_in(line: str) -> int | None:
+    """The step of a row of the log; None for a line that is none, or was cut short."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    aside = out_dir / PREVIOUS
-    # Without a checkpoint there is nothing worth keeping in place of what was kept before.
-    if not any(path.name.startswith("checkpoint-") for path in mine) and aside.exists():
-        for path in mine:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return None
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for path in mine:
-        shutil.move(path, aside / path.name)
-    return aside
+    return step if type(step) is int else None

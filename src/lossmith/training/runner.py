@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,17 +18,26 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from lossmith.training import rundir
-from lossmith.training.config import save_config
+from lossmith.training.checkpoints import (
+    KeepCheckpoints,
+    checkpoint_of,
+    last_checkpoint,
+    require_loss,
+    require_sound_checkpoint,
+)
+from lossmith.training.choices import choose_judge, choose_sizes
+from lossmith.training.config import saved_config
 from lossmith.training.corpus import Corpus, load_corpus
-from lossmith.training.data import train_tokenizer
 from lossmith.training.errors import UserError
+from lossmith.training.idle_keys import idle_in_evaluation, without_effect
 from lossmith.training.interrupt import StopOnSignal
 from lossmith.training.keys import TrainConfig
 from lossmith.training.loss_modifiers import add_modifiers, show_modifiers, verbose_modifiers
-from lossmith.training.objective import without_effect
-from lossmith.training.progress import Display, LogFile, describe, log_row, say
+from lossmith.training.progress import Display, LogFile, describe, log_row
+from lossmith.training.saved_run import save_config
 from lossmith.training.tasks import make_task
 from lossmith.training.tasks.task import Task
+from lossmith.training.terminal import say
 from lossmith.training.trackers import open_trackers, require_trackers
 from lossmith.training.trainer import TaskTrainer, choose_dtype, training_arguments
 
@@ -47,40 +57,54 @@ def run(config: TrainConfig, console: Console, command: str = "python train.py")
         UserError: something that was asked for is not there; nothing has been trained yet, except where
             the loss stopped being a number.
     """
-    with quiet_libraries():
+    with quiet_libraries(console):
         return evaluate_saved(config, console) if config.eval_only else train(config, console, command)
 
 
 def train(config: TrainConfig, console: Console, command: str) -> int:
     """A training run, new or resumed."""
     out_dir = Path(config.out_dir)
-
-    # 1. Everything that can be refused is refused before any work.
     rundir.require_writable(out_dir)
     args = training_arguments(config)
     require_trackers(config)
-    first_step, checkpoint = rundir.last_checkpoint(out_dir) if config.resume else (0, None)
-    if first_step >= config.max_iters:
-        raise UserError(
-            f"nothing left to train: the checkpoint is at step {first_step}, max_iters={config.max_iters}. "
-            f"Pass --max_iters={first_step * 2} to go on, or --eval_only to evaluate it."
-        )
+    if args.process_index:  # the first rank alone writes
+        return train_in(None, config, args, console, command)
+    with rundir.held(out_dir):
+        return train_in(rundir.RunFolder(out_dir), config, args, console, command)
 
-    if checkpoint:
-        rundir.require_sound_checkpoint(checkpoint, config)
+
+def train_in(
+    folder: rundir.RunFolder | None,
+    config: TrainConfig,
+    args: TrainingArguments,
+    console: Console,
+    command: str,
+) -> int:
+    """A training run in a folder that no other run is writing to; None on ranks that write nothing."""
+    out_dir = Path(config.out_dir)
+
+    # 1. Everything that can be refused is refused before any work.
+    first_step, checkpoint = where_to_begin(config, folder)
+    config, of_judge = choose_judge(config)
 
     # 2. Text, tokens, loss, model.
     corpus = load_corpus(config.dataset)
-    tokenizer = saved_tokenizer(checkpoint) if checkpoint else train_tokenizer(corpus, config.vocab_size)
+    of_sizes = None
+    if checkpoint:
+        tokenizer = saved_tokenizer(checkpoint)
+    else:
+        config, tokenizer, of_sizes = choose_sizes(config, corpus)
     transformers.set_seed(config.seed)
     task = make_task(config, corpus, tokenizer, blocks_to_draw(config, args))
     _ = task.train_blocks[0]  # a text too short for a block is refused here
     add_modifiers(task, str(args.device), choose_dtype(config))
     if checkpoint:
-        rundir.require_loss(checkpoint, task.pipeline.state_dict())
+        require_loss(checkpoint, task.pipeline.state_dict())
     model = task.make_model()  # the Trainer reads a checkpoint's weights
     model.to(args.device)  # pyright: ignore[reportArgumentType]
-    if args.process_index == 0:
+    if folder:
+        for said in filter(None, (of_sizes, of_judge)):
+            say(console, said)
         show_summary(config, console, corpus, task, model, args)
         show_modifiers(console, task)
         if checkpoint:
@@ -89,11 +113,12 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             show_first_loss(console, task, model, config)
 
     # 3. The loop.
-    if args.process_index == 0:
-        prepare_folder(config, console)
     stop, display = StopOnSignal(console), Display(console, task.step_figures, task.evaluation_figures)
-    with open_trackers(config, first_step, is_main=args.process_index == 0) as trackers:
+    with open_trackers(config, first_step, is_main=folder is not None) as trackers:
+        aside = prepare_folder(folder, config, console) if folder else None
         watchers = [*trackers, LogFile(out_dir / rundir.LOG_FILE), display, stop]
+        if folder:
+            watchers.append(KeepCheckpoints(folder))
         trainer = TaskTrainer(task, model, config, args, watchers)
         with stop, contextlib.closing(display), verbose_modifiers(config, console):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -105,22 +130,25 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             say(console, f"  {command} --out_dir={shlex.quote(config.out_dir)} --resume", "bold")
             return 128 + stop.received
         measures = trainer.evaluate(everything=True)
-    show_results(console, out_dir, task, measures, task.sample(model))
+    show_results(console, out_dir, task, measures, task.sample(model), aside)
     return 0
 
 
 def evaluate_saved(config: TrainConfig, console: Console) -> int:
     """Evaluate the last checkpoint of a run over all of the held-out text."""
-    step, checkpoint = rundir.last_checkpoint(Path(config.out_dir))
-    rundir.require_sound_checkpoint(checkpoint, config)
+    step, checkpoint = checkpoint_of(Path(config.out_dir))
+    require_sound_checkpoint(checkpoint, config)
     args = training_arguments(config)
+    idle = idle_in_evaluation(config, saved_config(config))
+    if idle:
+        say(console, f"warning: {no_effect(idle)} with eval_only.\n", "yellow")
     corpus = load_corpus(config.dataset)
     task = make_task(config, corpus, saved_tokenizer(checkpoint), num_blocks=0)
     model = task.load_model(checkpoint)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     trainer = TaskTrainer(task, model, config, args, [])
     if config.experts and config.moe_balance_mode == "bias":  # experts are chosen with it
-        rundir.require_loss(checkpoint, task.pipeline.state_dict())
+        require_loss(checkpoint, task.pipeline.state_dict())
         trainer.load_loss(checkpoint)
     measures = trainer.evaluate(everything=True)
     say(console, f"{checkpoint} (step {step}) on the held-out text of {corpus.name}:")
@@ -130,7 +158,8 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
 
 def blocks_to_draw(config: TrainConfig, args: TrainingArguments) -> int:
     """How many training blocks all ranks will draw together."""
-    return config.max_iters * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    num = config.max_iters * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return min(num, sys.maxsize)  # more is no length in Python
 
 
 def saved_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
@@ -138,13 +167,35 @@ def saved_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(checkpoint)
 
 
-def prepare_folder(config: TrainConfig, console: Console) -> None:
-    """Leave in `out_dir` nothing of an earlier run, and this run's configuration."""
-    if not config.resume:
-        aside = rundir.set_aside_previous_run(Path(config.out_dir))
-        if aside:
-            say(console, f"The earlier run in {config.out_dir} is now in {aside}.\n")
+def where_to_begin(config: TrainConfig, folder: rundir.RunFolder | None) -> tuple[int, Path | None]:
+    """The step that a run begins after, and the checkpoint that holds it, None for a new run.
+
+    Raises:
+        UserError: there is nothing to resume or nothing left to do, or the folder holds what is another's.
+    """
+    first_step, checkpoint = last_checkpoint(Path(config.out_dir)) if config.resume else (0, None)
+    if first_step >= config.max_iters:
+        raise UserError(
+            f"nothing left to train: the checkpoint is at step {first_step}, max_iters={config.max_iters}. "
+            f"Pass --max_iters={first_step * 2} to go on, or --eval_only to evaluate it."
+        )
+    if folder and checkpoint and not folder.has_list:
+        folder.recognise()
+    if folder:
+        folder.require_room(rundir.names_of(config), after_step=first_step)
+    if checkpoint:
+        require_sound_checkpoint(checkpoint, config)
+    return first_step, checkpoint
+
+
+def prepare_folder(folder: rundir.RunFolder, config: TrainConfig, console: Console) -> rundir.SetAside | None:
+    """Move an earlier run out of the way and write this run's configuration."""
+    aside = None if config.resume else folder.set_aside()
+    if aside:
+        say(console, f"The earlier run in {config.out_dir} is now in {aside.folder}.\n")
+    folder.claim(*rundir.names_of(config))
     save_config(config)
+    return aside
 
 
 # ── what is shown ─────────────────────────────────────────────────────────────────────────────────
@@ -176,7 +227,7 @@ def show_summary(
     }
     for name, value in rows.items():
         say(console, Text.assemble((f"{name:<12}", "cyan"), value))
-    console.print()
+    say(console)
     if config.warmup_iters >= config.max_iters:
         say(
             console,
@@ -184,8 +235,15 @@ def show_summary(
             "the learning rate never reaches its height. Lower --warmup_iters.\n",
             "yellow",
         )
-    for name, switch in without_effect(config):
-        say(console, f"warning: {name} has no effect without {switch}.\n", "yellow")
+    idle = without_effect(config)
+    for need in dict.fromkeys(need for _, need in idle):
+        names = [name for name, other in idle if other == need]
+        say(console, f"warning: {no_effect(names)} without {need}.\n", "yellow")
+
+
+def no_effect(names: list[str]) -> str:
+    """What to say of keys that change nothing."""
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect"
 
 
 def show_first_loss(console: Console, task: Task, model: PreTrainedModel, config: TrainConfig) -> None:
@@ -209,23 +267,34 @@ def show_results(
     task: Task,
     measures: dict[str, float],
     sample: RenderableType | None,
+    aside: rundir.SetAside | None,
 ) -> None:
     """The final measures, a sample, and where everything is."""
     if sample is not None:
         say(console)
-        console.print(Panel(sample, title=task.sample_title, title_align="left", border_style="dim"))
+        say(console, Panel(sample, title=task.sample_title, title_align="left", border_style="dim"))
     row = log_row(0, measures) or {}
-    step, checkpoint = rundir.last_checkpoint(out_dir)
+    step, checkpoint = last_checkpoint(out_dir)
     say(console, f"\nAll held-out text, after step {step}: {describe(row, task.evaluation_figures)}", "bold")
     say(
         console,
         f"Saved {checkpoint} (model, tokenizer), {out_dir / rundir.LOG_FILE}, {out_dir / rundir.CONFIG_FILE}",
     )
+    if aside:
+        say(console, f"The earlier run was moved to {aside.folder}: {', '.join(aside.names)}")
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' own notes off the user's screen; errors still come through."""
+def quiet_libraries(console: Console) -> Iterator[None]:
+    """Keep the libraries' own notes off the user's screen; errors still come through, and warnings of
+    everybody else's, each once."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            say(console, f"warning: {message}", "yellow")
+
     before: Any = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -233,6 +302,7 @@ def quiet_libraries() -> Iterator[None]:
     accelerate_level = accelerate_logger.level
     accelerate_logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
+        warnings.showwarning = show
         for module in ("transformers", "accelerate", "torch"):
             warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
         try:

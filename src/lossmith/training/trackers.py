@@ -86,13 +86,20 @@ def tensorboard(config: TrainConfig, first_step: int) -> Tracker:
 
     # What a killed run wrote after its last checkpoint is hidden: those steps are taken again.
     purge = first_step + 1 if first_step else None
-    writer = SummaryWriter(str(Path(config.out_dir) / TENSORBOARD_FOLDER), purge_step=purge)
+    folder = Path(config.out_dir) / TENSORBOARD_FOLDER
+    writers: list[SummaryWriter] = []  # none before there is something to write: it makes the folder
 
     def write(step: int, values: dict[str, float]) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(folder), purge_step=purge))
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
+            writers[0].add_scalar(name, value, step)
 
-    return Tracker(write, writer.close)
+    def close() -> None:
+        for writer in writers:
+            writer.close()
+
+    return Tracker(write, close)
 
 
 def weights_and_biases(config: TrainConfig) -> Tracker:

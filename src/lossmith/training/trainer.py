@@ -7,21 +7,20 @@ means of batches, which weighs tokens unevenly) and what is logged.
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from lossmith.integrations.huggingface.objective_trainer import ObjectiveTrainer
+from lossmith.training.checkpoints import checkpoints
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
 from lossmith.training.progress import Stopwatch
 from lossmith.training.tasks.task import Task
-
-CHECKPOINTS_KEPT = 2
 
 
 class TaskTrainer(ObjectiveTrainer):
@@ -104,8 +103,8 @@ class TaskTrainer(ObjectiveTrainer):
         batches = DataLoader(Subset(held_out, share), batch_size=self.args.eval_batch_size)
         with self.accelerator.autocast():
             measures = self.task.evaluate(self.model, batches, self._add_over_ranks)  # pyright: ignore[reportArgumentType]
-        if self.is_in_train and not math.isfinite(measures["loss"]):
-            raise self._no_number(f"validation loss became {measures['loss']}")  # before it is saved
+        if self.state.global_step and not math.isfinite(measures["loss"]):  # in training, before it is saved
+            raise self._no_number(f"validation loss became {measures['loss']}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measures.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -130,8 +129,9 @@ class TaskTrainer(ObjectiveTrainer):
             raise self._no_number(f"loss became {logs['loss']}")
 
     def _no_number(self, what: str) -> UserError:
-        saved = get_last_checkpoint(self.args.output_dir)
-        then = f"and --resume from {saved}" if saved else "and start again"
+        found = checkpoints(Path(self.config.out_dir))
+        is_older = bool(found) and found[-1][0] < self.state.global_step  # than what went wrong
+        then = f"and --resume from {found[-1][1]}" if is_older else "and start again"
         return UserError(
             f"the {what} by step {self.state.global_step}, so training stopped. "
             f"Lower --learning_rate or keep --grad_clip on, {then}."
@@ -203,7 +203,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         eval_steps=config.eval_interval,
         save_strategy="steps",
         save_steps=config.eval_interval,
-        save_total_limit=CHECKPOINTS_KEPT,
+        save_total_limit=None,  # see KeepCheckpoints
         report_to=[],
         disable_tqdm=True,
         log_level="error",

@@ -1,0 +1,124 @@
+"""Keys that are set and change nothing, and what would let them act."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
+
+from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
+from lossmith.training.keys import LOSS_KEYS, OptimizerKeys, TaskKeys, TrainConfig
+
+Condition = Callable[[Any], bool]  # of a configuration
+
+# Of loss=unified: what has an effect only beside a switch.
+SWITCHES = {
+    "adaptive_temperature": ("temperature_bounds",),
+    "use_mtp": ("num_future_tokens", "mtp_weight", "mtp_type", "shared_projection"),
+    "use_ngram_penalty": ("ngram_size", "ngram_penalty_weight", "ngram_window_size"),
+    "use_immediate_repetition_penalty": (
+        "immediate_repetition_weight",
+        "immediate_repetition_threshold",
+    ),
+    "eos_token_id": ("min_sequence_length", "eos_penalty_weight"),
+    "use_moe_balancing": ("gradient_balance_weight", "target_expert_usage", "moe_balance_mode"),
+    "use_focal_loss": ("focal_gamma", "focal_alpha", "focal_weight", "focal_mode"),
+    "use_diversity_loss": ("diversity_weight",),
+    "use_contrastive_loss": ("contrastive_weight", "contrastive_temperature", "contrastive_margin"),
+    "use_auxiliary_loss": ("auxiliary_weight",),
+}
+# And what is switched on and weighs nothing.
+WEIGHTS = {
+    "use_mtp": "mtp_weight",
+    "use_ngram_penalty": "ngram_penalty_weight",
+    "use_immediate_repetition_penalty": "immediate_repetition_weight",
+    "use_moe_balancing": "gradient_balance_weight",
+    "use_contrastive_loss": "contrastive_weight",
+    "use_auxiliary_loss": "auxiliary_weight",
+}
+# By loss, or by none where it is any: keys, what they need, and whether it is there.
+NEEDS: dict[str | None, tuple[tuple[tuple[str, ...], str, Condition], ...]] = {
+    None: (
+        (("smoothing_mode",), "label_smoothing", lambda c: c.label_smoothing != 0),
+        (("wandb_project",), "wandb_log", lambda c: c.wandb_log),
+        (
+            ("target_smoothing_padding_token",),
+            "target_smoothing_exclude_padding",
+            lambda c: c.target_smoothing_exclude_padding,
+        ),
+    ),
+    "unified": (
+        (
+            ("adaptive_threshold", "adaptive_weight_range"),
+            "primary_loss_type=adaptive_mtp or mtp_type=adaptive",
+            lambda c: c.primary_loss_type == "adaptive_mtp" or (c.use_mtp and c.mtp_type == "adaptive"),
+        ),
+        (("focal_weight",), "focal_mode=add", lambda c: c.focal_mode == "add"),
+        (("gradient_balance_weight",), "moe_balance_mode=loss", lambda c: c.moe_balance_mode == "loss"),
+        (("contrastive_temperature",), "pairs of samples, which no text here has", lambda c: False),
+    ),
+    "nvamp": (
+        (("nvamp_top_k",), "nvamp_gamma", lambda c: c.nvamp_gamma != 0),
+        (("nvamp_eps", "nvamp_legacy"), "nvamp_alpha", lambda c: c.nvamp_alpha != 0),
+    ),
+}
+# What an evaluation does not read.
+OF_TRAINING = (
+    *(spec.name for spec in fields(OptimizerKeys) if spec.name != "batch_size"),
+    "eval_interval", "eval_iters", "log_interval", "sample_tokens", "compile", "materialize_logits", "seed",
+    "tensorboard_log", "wandb_log", "wandb_project",
+    # A bias of experts belongs to the model.
+    *(name for name in LOSS_KEYS if not name.startswith(("moe_", "num_experts", "use_moe"))),
+    *KEYS,
+)  # fmt: skip
+
+
+def without_effect(config: TrainConfig) -> list[tuple[str, str]]:
+    """Keys that are set and change nothing, each with what they need."""
+    found: dict[str, str] = {}
+    for name, need in _candidates(config):
+        found.setdefault(name, need)
+    return list(found.items())
+
+
+def _candidates(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    if config.loss == "unified":
+        for switch, names in SWITCHES.items():
+            if not config.changed([switch]):
+                yield from ((name, switch) for name in config.changed(names))
+        for switch, weight in WEIGHTS.items():
+            if config.changed([switch]) and getattr(config, weight) == 0:
+                yield switch, weight
+    for loss in (None, config.loss):
+        for names, need, is_met in NEEDS.get(loss, ()):
+            if not is_met(config):
+                yield from ((name, need) for name in config.changed(names))
+    yield from _beyond_the_block(config)
+    yield from _of_modifiers(config)
+
+
+def _beyond_the_block(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """What a block has no tokens for."""
+    longest = {}
+    if config.mode != "sequence_scorer":  # whose sample is a table
+        is_causal = (config.mode, config.objective) == (TaskKeys.mode, TaskKeys.objective)
+        longest["sample_tokens"] = config.block_size - is_causal  # the end of text stands before what is said
+    if config.loss == "unified" and config.changed(["use_mtp"]):
+        longest["num_future_tokens"] = config.block_size - 2  # the last of these heads has one target left
+    for name in config.changed(longest):
+        most = longest[name]
+        if getattr(config, name) > most:
+            yield f"{name} above {most}", f"block_size={getattr(config, name) + config.block_size - most}"
+
+
+def _of_modifiers(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    switches = [modifier.enabled_key for modifier in MODIFIERS]
+    for modifier in MODIFIERS:
+        own = [name for name in KEYS if name.startswith(modifier.prefix) and name not in switches]
+        if not config.changed([modifier.enabled_key]):
+            yield from ((name, modifier.enabled_key) for name in config.changed(own))
+    if getattr(config, MASTER) and not config.changed(switches):
+        yield MASTER, f"a modifier: {', '.join(switches)}"
+
+
+def idle_in_evaluation(config: TrainConfig, saved: TrainConfig) -> list[str]:
+    """The keys that differ from the saved run's and that an evaluation of it does not read."""
+    return [name for name in OF_TRAINING if getattr(config, name) != getattr(saved, name)]

@@ -1,0 +1,69 @@
+"""The configuration of a run as it lies in the run's folder, `config.yaml`.
+
+Plain YAML, of plain values: a text in it is that text, `${...}` included, and nothing is looked up or run.
+"""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lossmith.training.errors import UserError
+from lossmith.training.keys import TrainConfig
+from lossmith.training.rundir import CONFIG_FILE, write_whole
+
+# YAML 1.1 takes a number for one only if there is a point in it; people write 1e-3.
+FLOAT = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+\Z"),
+    [*"-+.0123456789"],
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain values; a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key) for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back as it was."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(*FLOAT)
+
+
+def save_config(config: TrainConfig) -> Path:
+    """Write the resolved configuration into `out_dir` and return its path."""
+    path = Path(config.out_dir) / CONFIG_FILE
+    write_whole(path, yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    return path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values in a saved configuration.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        saved = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be read as a configuration: {reason}. Restore it or train anew."
+        ) from None
+    if not isinstance(saved, dict) or not saved:
+        raise UserError(
+            f"{path} is not a configuration; expected `key: value` lines; came "
+            f"{'something else' if saved else 'an empty file'}. Restore it or train anew."
+        )
+    return {str(name): value for name, value in saved.items()}

@@ -1,0 +1,94 @@
+"""``say``: the one way to the terminal, on which a text is shown and never obeyed.
+
+File names, flags, samples and error messages may hold what a terminal acts on: escape sequences that rename
+its window or overwrite a line, marks that turn the order of letters around. And they may hold what `rich`
+takes for markup.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.panel import Panel
+from rich.segment import Segment
+from rich.text import Span, Text
+
+# Control characters but for the end of a line and the tab; marks of the direction of writing, which last to
+# the end of the line; other ends of lines; halves of characters; tags, which nobody sees.
+OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+    "\u2028\u2029"
+    "\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    r"""The text with what a terminal would act on spelled out: an escape byte as `\x1b`."""
+    return OBEYED.sub(spelled_out, text)
+
+
+def spelled_out(found: re.Match[str]) -> str:
+    """A character as Python writes it."""
+    number = ord(found[0])
+    if number < 0x100:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def say(console: Console, what: RenderableType = "", style: str | None = None) -> None:
+    """Print something as it is: no markup, no colouring of numbers, nothing that a terminal acts on.
+
+    Args:
+        console: where.
+        what: a text, which is not broken where a pipe has no width, or anything else that `rich` prints.
+        style: of a text.
+    """
+    if isinstance(what, str | Text):
+        console.print(shown(what), style=style, soft_wrap=True)
+    else:
+        console.print(shown(what))
+
+
+def say_error(console: Console, message: str) -> None:
+    """Print an error on one line."""
+    line = " ".join(visible(message).split("\n"))
+    say(console, Text.assemble(("error:", "bold red"), f" {line}"))
+
+
+def shown(what: RenderableType) -> RenderableType:
+    """What is printed in place of something."""
+    if isinstance(what, str):
+        return Text(visible(what))
+    if isinstance(what, Text):
+        return _shown_text(what)
+    if isinstance(what, Panel):
+        panel = copy.copy(what)
+        panel.renderable = shown(what.renderable)
+        return panel
+    return _Shown(what)
+
+
+def _shown_text(text: Text) -> Text:
+    """A styled text, its styles where they were."""
+    pieces = [visible(character) for character in text.plain]
+    starts = [0]
+    for piece in pieces:
+        starts.append(starts[-1] + len(piece))
+    result = text.blank_copy("".join(pieces))
+    result.spans = [Span(starts[span.start], starts[span.end], span.style) for span in text.spans]
+    return result
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Anything else, piece by piece as it is laid out."""
+
+    what: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.what, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
