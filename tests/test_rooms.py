@@ -11,7 +11,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "lossmith"
 
 # From the ground up: a room imports from its own folder and from what stands before it here.
 ORDER = [
-    {"options", "distributed", "stepping"},
+    {"warn_user"},
+    {"options", "distributed", "stepping", "former_names"},
     {"temperature"},
     {"engine"},
     {"metrics", "reduction"},

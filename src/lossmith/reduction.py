@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lossmith.former_names import REDUCTIONS
+
 Reduction = Literal["mean", "token_mean", "sequence_mean", "sum", "none"]
 Empty = Literal["zero", "nan"]
 Denominator = Tensor | float | int
@@ -21,7 +23,9 @@ def check_reduction(reduction: str, empty: str = "zero") -> None:
     """
     for name, value, known in (("reduction", reduction, Reduction), ("empty", empty, Empty)):
         if value not in get_args(known):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}; got {value!r}")
+            write = f"; write {REDUCTIONS[value]}" if isinstance(value, str) and value in REDUCTIONS else ""
+            expected = ", ".join(map(repr, get_args(known)))
+            raise ValueError(f"{name} must be one of {expected}; got {value!r}{write}")
 
 
 def check_denominator(denominator: Denominator | None) -> None:
