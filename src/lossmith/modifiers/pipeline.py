@@ -15,9 +15,20 @@ from lossmith.engine.predictions import Logits
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, Term, with_parts
 from lossmith.evaluation import whole_batch_reason
+from lossmith.former_names import former
 from lossmith.inputs import OWN_INPUTS, both_masks, either, given_targets, take_predictions
-from lossmith.metrics import Metrics
-from lossmith.modifiers.base import BaseLossModifier, ModelMode
+from lossmith.modifiers.all_metrics import metrics_of
+from lossmith.modifiers.base import BaseLossModifier, ModelMode, read_switch
+from lossmith.modifiers.checks import (
+    check_base,
+    check_given,
+    check_modifier,
+    check_tensor,
+    is_on,
+    listed,
+    refuse_flat,
+    warn_of_modes,
+)
 from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.modifiers.token_modifier import TokenModifier
@@ -65,7 +76,7 @@ class LossModifierPipeline(WrappedObjective):
 
     def __init__(
         self,
-        modifiers: Iterable[BaseLossModifier] = (),
+        modifiers: Iterable[BaseLossModifier] | BaseLossModifier | None = (),
         *,
         base: Objective | None = None,
         model_mode: ModelMode | str | None = None,
@@ -73,6 +84,7 @@ class LossModifierPipeline(WrappedObjective):
     ) -> None:
         if base is None:
             base = Objective([Term("cross_entropy", _cross_entropy)])
+        check_base(base)
         if isinstance(base, LossModifierPipeline):
             raise TypeError("a pipeline cannot be the base of another; give all modifiers to one pipeline")
         if reduction != "auto":
@@ -82,7 +94,7 @@ class LossModifierPipeline(WrappedObjective):
         self.model_mode = None if model_mode is None else ModelMode(model_mode)
         self.auto_reduction: AutoReduction = reduction
         self._is_disabled = False
-        for modifier in modifiers:
+        for modifier in listed(modifiers):
             self.add_modifier(modifier)
 
     # ── what is in it ─────────────────────────────────────────────────────────────────────────────
@@ -94,21 +106,21 @@ class LossModifierPipeline(WrappedObjective):
             TypeError: it is not a :class:`lossmith.BaseLossModifier`.
             ValueError: it is in the pipeline already.
         """
-        if not isinstance(modifier, BaseLossModifier):
-            raise TypeError(
-                f"a modifier must be an instance of a subclass of lossmith.BaseLossModifier; got {modifier!r}"
-            )
+        check_modifier(modifier)
         if any(modifier is known for known in self.modifiers):
             raise ValueError(f"this {modifier.name} is in the pipeline already; make another one")
+        if is_on(modifier):
+            warn_of_modes(modifier, self.model_mode)
         self.modifiers.append(modifier)
 
     def get_enabled_modifier_names(self) -> list[str]:
-        """Class names of the enabled modifiers, in order."""
-        return [modifier.name for modifier in self._enabled()]
+        """Class names of the enabled modifiers, in order, less those that cannot act: they are not for the
+        pipeline's mode, or have said so of what they are given."""
+        return [m.name for m in self._enabled(self.model_mode) if m.idle_reason is None]
 
     def is_empty(self) -> bool:
-        """Whether no modifier is enabled."""
-        return not self._enabled()
+        """Whether no modifier is enabled for the pipeline's mode."""
+        return not self._enabled(self.model_mode)
 
     @contextlib.contextmanager
     def temporarily_disabled(self) -> Iterator[LossModifierPipeline]:
@@ -119,8 +131,18 @@ class LossModifierPipeline(WrappedObjective):
         finally:
             self._is_disabled = before
 
+    @former("set_temporarily_disabled")
+    def set_temporarily_disabled(self, disabled: bool) -> None:
+        """A former way to leave the modifiers out until the next call."""
+        self._is_disabled = read_switch(disabled, "disabled")
+
+    @former("is_temporarily_disabled")
+    def is_temporarily_disabled(self) -> bool:
+        """A former way to ask whether the modifiers are left out for a while."""
+        return self._is_disabled
+
     def _enabled(self, mode: ModelMode | None = None) -> list[BaseLossModifier]:
-        enabled = [] if self._is_disabled else [m for m in self.modifiers if m.enabled]
+        enabled = [] if self._is_disabled else [m for m in self.modifiers if is_on(m)]
         return [m for m in enabled if mode is None or m.supports_mode(mode)]  # type: ignore[misc]
 
     # ── metrics ───────────────────────────────────────────────────────────────────────────────────
@@ -130,20 +152,7 @@ class LossModifierPipeline(WrappedObjective):
 
         Reading them is the only synchronisation with the device that a pipeline makes.
         """
-        everything = Metrics({})
-        names: list[str] = []
-        for modifier in self._enabled():
-            names.append(modifier.name)
-            number = names.count(modifier.name)
-            label = modifier.name if number == 1 else f"{modifier.name}_{number}"
-            found = modifier.get_metrics()
-            if not isinstance(found, Mapping):
-                raise TypeError(
-                    f"{modifier.name}.get_metrics must return a mapping; got {type(found).__name__}"
-                )
-            metrics = found if isinstance(found, Metrics) else Metrics(found)
-            everything |= metrics.prefixed(f"{label}.")
-        return everything.to_dict()
+        return metrics_of(self._enabled()).to_dict()
 
     def reset_all_metrics(self) -> None:
         """Forget all metrics."""
@@ -197,8 +206,7 @@ class LossModifierPipeline(WrappedObjective):
         targets = given_targets(targets)
         mode = self._mode(model_mode, logits, targets)
         self._check_inputs(inputs)
-        if loss is not None and not isinstance(loss, Tensor):
-            raise TypeError(f"loss must be a tensor; got {type(loss).__name__}")
+        check_tensor("loss", loss)
         if loss is not None and not self._enabled(mode) and not inputs.get("scalars"):
             return loss
         mask = either("mask", mask, "attention_mask", attention_mask)
@@ -256,6 +264,7 @@ class LossModifierPipeline(WrappedObjective):
                 torch.full((), targets.numel(), device=targets.device) if mask is None else mask.bool().sum()
             )
         active = self._enabled(mode)
+        refuse_flat(active, targets)
         ignored = self.ignore_index if ignore_index is None else ignore_index
         return self.base.count(
             _kept(active, targets, ignored),
@@ -282,6 +291,7 @@ class LossModifierPipeline(WrappedObjective):
         **inputs: Any,
     ) -> LossOutput:
         active = self._enabled(mode)
+        check_given(targets, per_position_loss, stats)
         for modifier in self.modifiers:
             if modifier not in active:
                 vars(modifier)["_metrics"] = {}  # of a batch that is no longer the last
@@ -299,11 +309,7 @@ class LossModifierPipeline(WrappedObjective):
             scores = ScoreBatch(logits, targets, mask, denominator, resolved)
             output = evaluate_scores(active, scores, loss, per_position_loss, for_custom)
             return with_parts(output, {k: v * scores.share for k, v in (scalars or {}).items()})
-        if per_position_loss is not None and per_position_loss.shape != targets.shape:
-            raise ValueError(
-                f"per_position_loss must have the targets' shape {list(targets.shape)}; "
-                f"got {list(per_position_loss.shape)}"
-            )
+        refuse_flat(active, targets)
         predictions, inputs = take_predictions(logits, inputs, self.base.input_names)
         if any(not isinstance(modifier, TokenModifier) for modifier in active):
             predictions = Logits(predictions.logits())  # custom modifiers look at them
@@ -342,6 +348,8 @@ class LossModifierPipeline(WrappedObjective):
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 
     def _mode(self, asked: ModelMode | str | None, logits: Tensor | None, targets: Tensor) -> ModelMode:
+        check_tensor("logits", logits)
+        check_tensor("targets", targets)
         if asked is not None or self.model_mode is not None:
             return ModelMode(self.model_mode if asked is None else asked)
         are_flat = targets.dim() <= 1 and (logits is None or logits.dim() == 1 or logits.shape[-1] == 1)

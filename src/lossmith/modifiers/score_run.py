@@ -103,6 +103,8 @@ def evaluate_scores(
     product: Tensor | float = 1.0
     for modifier in modifiers:
         if isinstance(modifier, ScorerModifier):
+            if not torch.compiler.is_compiling():
+                modifier.tell_if_idle(modifier.idle_because(predictions.numel()))
             factor, metrics = modifier.factor(predictions, targets, batch.valid)
             modifier.record(factor, metrics, unmodified.detach().mean())
             product = product * factor.detach()

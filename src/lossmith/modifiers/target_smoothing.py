@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
 from lossmith.metrics import Source
 from lossmith.modifiers.summary import loss_metrics
-from lossmith.modifiers.token_modifier import Measured, SampleLosses, TokenModifier
+from lossmith.modifiers.token_modifier import Measure, Measured, SampleLosses, TokenModifier
 from lossmith.options import option
 from lossmith.terms.cross_entropy import SmoothingMode, smooth
 
@@ -29,6 +29,14 @@ class Settings:
     special_tokens: tuple[int, ...] = option((), "ids of targets that are not smoothed")
     exclude_padding: bool = option(True, "leave targets that are `padding_token` out of the loss")
     padding_token: int = option(-100, "id of padding among the targets")
+
+    def check(self, key_of: Callable[[str], str]) -> None:
+        negative = [token for token in self.special_tokens if token < 0]
+        if negative:
+            raise ValueError(
+                f"{key_of('special_tokens')} holds {negative[0]}; expected ids of the vocabulary, >= 0. "
+                "Ignored targets are never smoothed; leave it out"
+            )
 
 
 class TargetSmoothingModifier(TokenModifier):
@@ -65,6 +73,15 @@ class TargetSmoothingModifier(TokenModifier):
 
     def keeps(self, targets: Tensor) -> Tensor | None:
         return targets != self.settings.padding_token if self.settings.exclude_padding else None
+
+    def on_batch(self, batch: TokenBatch, draw: Callable[[], Tensor]) -> Measure:
+        largest, num_classes = max(self.settings.special_tokens, default=0), batch.num_classes
+        if num_classes is not None and largest >= num_classes:
+            raise ValueError(
+                f"special_tokens ({self.prefix}special_tokens) holds {largest}, and these are logits of "
+                f"{num_classes} classes; expected ids below {num_classes}"
+            )
+        return super().on_batch(batch, draw)
 
     def token_loss(self, loss: Tensor, stats: TokenStats, batch: TokenBatch) -> Tensor:
         s = self.settings

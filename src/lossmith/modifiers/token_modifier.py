@@ -55,7 +55,7 @@ class TokenModifier(ConfiguredModifier):
     """The base of the modifiers of LANGUAGE_MODEL and TOKEN_CLASSIFIER; override what applies."""
 
     def supports_mode(self, mode: ModelMode) -> bool:
-        return mode in (ModelMode.LANGUAGE_MODEL, ModelMode.TOKEN_CLASSIFIER)
+        return ModelMode(mode) is not ModelMode.SEQUENCE_SCORER
 
     @property
     def changes_loss(self) -> bool:
@@ -66,6 +66,11 @@ class TokenModifier(ConfiguredModifier):
     def weighs(self) -> bool:
         """Whether it weighs samples, as its parameters are set."""
         return False
+
+    def idle_because(self, batch: TokenBatch) -> str | None:
+        """Why it cannot act on this batch and those before it, and what to do, to be said once after the
+        modifier's name; None where it can. It is asked once a batch, outside of compiled graphs."""
+        return None
 
     def keeps(self, targets: Tensor) -> Tensor | None:
         """[..., T] bool, the targets that count; None for all."""

@@ -49,9 +49,11 @@ class TokenRun:
     replaced: dict[int, Tensor] = field(default_factory=dict)  # by the custom modifier at this position
 
     def __post_init__(self) -> None:
-        self._measures: dict[TokenModifier, Measure] = {
-            m: m.on_batch(self.batch, self.draw) for m in self.modifiers if isinstance(m, TokenModifier)
-        }
+        own = [modifier for modifier in self.modifiers if isinstance(modifier, TokenModifier)]
+        for modifier in own:
+            if not torch.compiler.is_compiling():
+                modifier.tell_if_idle(modifier.idle_because(self.batch))
+        self._measures: dict[TokenModifier, Measure] = {m: m.on_batch(self.batch, self.draw) for m in own}
         self._measured: dict[TokenModifier, Measured] = {}
         self._token_losses: tuple[Tensor, Tensor] | None = None
 
