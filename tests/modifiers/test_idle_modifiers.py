@@ -291,6 +291,35 @@ def test_switches_without_the_master_switch_are_spoken_of():
     create_loss_modifier_pipeline({"loss_modifiers_enabled": False, "entropy_modifier_enabled": True})
 
 
+# ── before training ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_look_at_the_targets_tells_before_training():
+    _, targets = dense(num_classes=2)
+    pipeline = LossModifierPipeline([EntropyModifier(), MaskRatioWeightModifier(), TargetSmoothingModifier()])
+    with pytest.warns(UserWarning, match="EntropyModifier has no effect|MaskRatio.* alike") as caught:
+        pipeline.look_at(targets, num_classes=2)
+    assert len(caught) == 2
+    assert pipeline.get_enabled_modifier_names() == ["TargetSmoothingModifier"]
+    pipeline.modify_loss(torch.randn(4, 6, 2), targets)  # and nothing is said again
+    healthy = LossModifierPipeline([EntropyModifier(), MaskRatioWeightModifier()])
+    healthy.look_at(masked(6, 4, 1)[1], num_classes=9)
+    healthy.look_at(targets, mask=torch.arange(6) < torch.tensor([[6], [2], [3], [1]]))
+    LossModifierPipeline([SequenceScorerVarianceModifier()]).look_at(torch.rand(1))
+    assert len(healthy.get_enabled_modifier_names()) == 2
+
+
+def test_a_look_sees_shifted_labels_and_padding_as_training_does():
+    padded = torch.tensor([[1, 2, 3, 0], [1, 2, 0, 0]])
+    LossModifierPipeline([MaskRatioWeightModifier(), TargetSmoothingModifier(padding_token=0)]).look_at(
+        padded
+    )
+    prompts = torch.tensor([[-100, 2, 3, 1], [-100, 2, 4, 1]])  # nothing is left out once they are shifted
+    shifting = LossModifierPipeline([MaskRatioWeightModifier()], base=CrossEntropyLoss(shift=True))
+    with pytest.warns(UserWarning, match="alike"):
+        shifting.look_at(prompts)
+
+
 # ── the documentation ─────────────────────────────────────────────────────────────────────────────
 
 ROOT = Path(__file__).parents[2]

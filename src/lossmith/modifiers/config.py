@@ -77,7 +77,9 @@ def create_loss_modifier_pipeline(
 
     Args:
         config: a mapping, a dataclass, a namespace or an OmegaConf config. It may hold other keys, of
-            which ``device`` and ``dtype`` are the judge's too. ``None`` stands for the default.
+            which ``device`` and ``dtype`` are the judge's too. ``None`` stands for the default. Of two names
+            of one option the value that is just the default gives way; former names work, with a
+            DeprecationWarning.
         base: the objective that is modified; plain cross-entropy if not given.
         model_mode, reduction: see :class:`lossmith.LossModifierPipeline`.
         judge: used in place of the checkpoint ``judge_weight_checkpoint``.
@@ -86,7 +88,8 @@ def create_loss_modifier_pipeline(
         A pipeline of the modifiers that are enabled; an empty one unless ``loss_modifiers_enabled``.
 
     Raises:
-        ValueError: an unknown key, a value out of range, or a judge that cannot be loaded.
+        ValueError: an unknown key, a value out of range, two names of one option with different values, or a
+            judge that cannot be loaded.
         TypeError: a value of another type, or a config that is none.
 
     Example:

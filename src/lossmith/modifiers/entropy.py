@@ -59,8 +59,9 @@ class EntropyModifier(TokenModifier):
         s[b]      = max(0, 1 + weight * (w[b] / mean(w) - 1)), renormalised to average 1
 
     Args:
-        config: ``enabled`` and the parameters ``weight``, ``threshold``, ``max_weight``, ``direction``,
-            ``use_for_weighting``, ``eps``, ``stats_scope``, ``verbose``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``weight``,
+            ``threshold``, ``max_weight``, ``direction``, ``use_for_weighting``, ``eps``, ``stats_scope``,
+            ``verbose``.
 
     Example:
         >>> import torch, lossmith

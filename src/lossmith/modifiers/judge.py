@@ -59,10 +59,10 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
     result, after its CLS token if it has one, up to the length that it can read.
 
     Args:
-        config: ``enabled`` and the parameters ``checkpoint``, ``exponent``, ``min_factor``,
-            ``max_factor``, ``eps``; ``device`` and ``dtype`` for the judge; or ``judge``, a callable
-            ids [B, L] -> wrongness [B] in [0, 1], instead of a checkpoint. It may have the attributes
-            ``cls_token_id``, ``block_size`` and ``vocab_size``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``checkpoint``,
+            ``exponent``, ``min_factor``, ``max_factor``, ``eps``; ``device`` and ``dtype`` for the judge;
+            or ``judge``, a callable ids [B, L] -> wrongness [B] in [0, 1], instead of a checkpoint. It may
+            have the attributes ``cls_token_id``, ``block_size`` and ``vocab_size``.
 
     Raises:
         ValueError: neither a checkpoint nor a judge, or one that cannot be used; the message names it.

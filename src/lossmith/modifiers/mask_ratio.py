@@ -42,8 +42,8 @@ class MaskRatioWeightModifier(TokenModifier):
         s[b] = clamp((r[b] + eps)^-power, min_weight, max_weight)
 
     Args:
-        config: ``enabled`` and the parameters ``power``, ``min_weight`` (or ``min``), ``max_weight``
-            (or ``max``), ``eps``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``power``,
+            ``min_weight`` (or ``min``), ``max_weight`` (or ``max``), ``eps``.
 
     Example:
         >>> import torch, lossmith

@@ -35,7 +35,7 @@ class MetricsCollectorModifier(TokenModifier):
                                                                   of a sequence scorer
 
     Args:
-        config: ``enabled`` and the parameters ``ema_decay``, ``eps``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``ema_decay``, ``eps``.
 
     Example:
         >>> import torch, lossmith

@@ -10,29 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lossmith.batch import TokenBatch
+from lossmith.batch import TokenBatch, align
 from lossmith.engine.predictions import Logits
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, Term, with_parts
 from lossmith.evaluation import whole_batch_reason
 from lossmith.former_names import former
 from lossmith.inputs import OWN_INPUTS, both_masks, either, given_targets, take_predictions
+from lossmith.modifiers import checks
 from lossmith.modifiers.all_metrics import metrics_of
 from lossmith.modifiers.base import BaseLossModifier, ModelMode, read_switch
-from lossmith.modifiers.checks import (
-    check_base,
-    check_given,
-    check_modifier,
-    check_tensor,
-    is_on,
-    listed,
-    refuse_flat,
-    warn_of_modes,
-)
 from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
 from lossmith.modifiers.scorer_modifier import ScorerModifier
-from lossmith.modifiers.token_modifier import TokenModifier
-from lossmith.modifiers.token_run import TokenRun
+from lossmith.modifiers.token_modifier import TokenModifier, kept
+from lossmith.modifiers.token_run import TokenRun, tell_of_idle
 from lossmith.objective import Objective
 from lossmith.reduction import Denominator, Reduction, check_reduction
 from lossmith.terms.cross_entropy import cross_entropy
@@ -51,7 +42,7 @@ class LossModifierPipeline(WrappedObjective):
     the objective itself.
 
     Args:
-        modifiers: the modifiers.
+        modifiers: the modifiers, a list or a single one.
         base: the objective that is modified; plain cross-entropy if not given.
         model_mode: what the model predicts; if not given, it shows from the batch: a prediction and a target
             a sequence are a SEQUENCE_SCORER's, anything else a LANGUAGE_MODEL's.
@@ -84,7 +75,7 @@ class LossModifierPipeline(WrappedObjective):
     ) -> None:
         if base is None:
             base = Objective([Term("cross_entropy", _cross_entropy)])
-        check_base(base)
+        checks.check_base(base)
         if isinstance(base, LossModifierPipeline):
             raise TypeError("a pipeline cannot be the base of another; give all modifiers to one pipeline")
         if reduction != "auto":
@@ -94,7 +85,7 @@ class LossModifierPipeline(WrappedObjective):
         self.model_mode = None if model_mode is None else ModelMode(model_mode)
         self.auto_reduction: AutoReduction = reduction
         self._is_disabled = False
-        for modifier in listed(modifiers):
+        for modifier in checks.listed(modifiers):
             self.add_modifier(modifier)
 
     # ── what is in it ─────────────────────────────────────────────────────────────────────────────
@@ -106,11 +97,11 @@ class LossModifierPipeline(WrappedObjective):
             TypeError: it is not a :class:`lossmith.BaseLossModifier`.
             ValueError: it is in the pipeline already.
         """
-        check_modifier(modifier)
+        checks.check_modifier(modifier)
         if any(modifier is known for known in self.modifiers):
             raise ValueError(f"this {modifier.name} is in the pipeline already; make another one")
-        if is_on(modifier):
-            warn_of_modes(modifier, self.model_mode)
+        if checks.is_on(modifier):
+            checks.warn_of_modes(modifier, self.model_mode)
         self.modifiers.append(modifier)
 
     def get_enabled_modifier_names(self) -> list[str]:
@@ -121,6 +112,29 @@ class LossModifierPipeline(WrappedObjective):
     def is_empty(self) -> bool:
         """Whether no modifier is enabled for the pipeline's mode."""
         return not self._enabled(self.model_mode)
+
+    def look_at(self, targets: Tensor, *, mask: Tensor | None = None, num_classes: int | None = None) -> None:
+        """Let the modifiers see targets of a batch before any is trained on: what cannot act on such says so,
+        in a UserWarning each, and is no longer among the enabled names.
+
+        Args:
+            targets, mask: as for :meth:`modify_loss`.
+            num_classes: V, if it is known.
+        """
+        mode = self._mode(None, None, targets)
+        if mode is ModelMode.SEQUENCE_SCORER:
+            return  # where it takes more than one batch to tell
+        active = self._enabled(mode)
+        batch = align(
+            kept(active, targets, self.ignore_index),
+            mask=mask,
+            num_classes=num_classes,
+            shift=self.shift,
+            ignore_index=self.ignore_index,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self.eos_token_id,
+        )
+        tell_of_idle(active, batch)
 
     @contextlib.contextmanager
     def temporarily_disabled(self) -> Iterator[LossModifierPipeline]:
@@ -142,8 +156,8 @@ class LossModifierPipeline(WrappedObjective):
         return self._is_disabled
 
     def _enabled(self, mode: ModelMode | None = None) -> list[BaseLossModifier]:
-        enabled = [] if self._is_disabled else [m for m in self.modifiers if is_on(m)]
-        return [m for m in enabled if mode is None or m.supports_mode(mode)]  # type: ignore[misc]
+        modifiers: Any = [] if self._is_disabled else self.modifiers
+        return [m for m in modifiers if checks.is_on(m) and (mode is None or m.supports_mode(mode))]
 
     # ── metrics ───────────────────────────────────────────────────────────────────────────────────
 
@@ -206,7 +220,7 @@ class LossModifierPipeline(WrappedObjective):
         targets = given_targets(targets)
         mode = self._mode(model_mode, logits, targets)
         self._check_inputs(inputs)
-        check_tensor("loss", loss)
+        checks.check_tensor("loss", loss)
         if loss is not None and not self._enabled(mode) and not inputs.get("scalars"):
             return loss
         mask = either("mask", mask, "attention_mask", attention_mask)
@@ -264,10 +278,10 @@ class LossModifierPipeline(WrappedObjective):
                 torch.full((), targets.numel(), device=targets.device) if mask is None else mask.bool().sum()
             )
         active = self._enabled(mode)
-        refuse_flat(active, targets)
+        checks.refuse_flat(active, targets)
         ignored = self.ignore_index if ignore_index is None else ignore_index
         return self.base.count(
-            _kept(active, targets, ignored),
+            kept(active, targets, ignored),
             mask=mask,
             reduction=self._reduction(reduction, active),
             ignore_index=ignored,
@@ -291,7 +305,7 @@ class LossModifierPipeline(WrappedObjective):
         **inputs: Any,
     ) -> LossOutput:
         active = self._enabled(mode)
-        check_given(targets, per_position_loss, stats)
+        checks.check_given(targets, per_position_loss, stats)
         for modifier in self.modifiers:
             if modifier not in active:
                 vars(modifier)["_metrics"] = {}  # of a batch that is no longer the last
@@ -309,13 +323,13 @@ class LossModifierPipeline(WrappedObjective):
             scores = ScoreBatch(logits, targets, mask, denominator, resolved)
             output = evaluate_scores(active, scores, loss, per_position_loss, for_custom)
             return with_parts(output, {k: v * scores.share for k, v in (scalars or {}).items()})
-        refuse_flat(active, targets)
+        checks.refuse_flat(active, targets)
         predictions, inputs = take_predictions(logits, inputs, self.base.input_names)
         if any(not isinstance(modifier, TokenModifier) for modifier in active):
             predictions = Logits(predictions.logits())  # custom modifiers look at them
         batch, stats_of = self.base.bind(
             predictions,
-            _kept(active, targets, ignored),
+            kept(active, targets, ignored),
             stats=stats,
             reduction=resolved,
             ignore_index=ignored,
@@ -348,8 +362,8 @@ class LossModifierPipeline(WrappedObjective):
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 
     def _mode(self, asked: ModelMode | str | None, logits: Tensor | None, targets: Tensor) -> ModelMode:
-        check_tensor("logits", logits)
-        check_tensor("targets", targets)
+        checks.check_tensor("logits", logits)
+        checks.check_tensor("targets", targets)
         if asked is not None or self.model_mode is not None:
             return ModelMode(self.model_mode if asked is None else asked)
         are_flat = targets.dim() <= 1 and (logits is None or logits.dim() == 1 or logits.shape[-1] == 1)
@@ -382,12 +396,3 @@ def _cross_entropy(stats: TokenStats, batch: TokenBatch) -> Tensor:
 
 NEARLY = 0.85
 PIPELINE_INPUTS = ("loss", "model_mode", "per_position_loss", "ignore_index", "reduction")
-
-
-def _kept(active: Sequence[BaseLossModifier], targets: Tensor, ignore_index: int) -> Tensor:
-    """The targets, less those that a modifier leaves out."""
-    for modifier in active:
-        if isinstance(modifier, TokenModifier) and modifier.changes_loss:
-            kept = modifier.keeps(targets)
-            targets = targets if kept is None else targets.masked_fill(~kept, ignore_index)
-    return targets

@@ -48,8 +48,8 @@ class TargetSmoothingModifier(TokenModifier):
     with ell the token's loss so far, -log p_y unless something else was given.
 
     Args:
-        config: ``enabled`` and the parameters ``factor``, ``mode``, ``special_tokens``,
-            ``exclude_padding``, ``padding_token``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``factor``, ``mode``,
+            ``special_tokens``, ``exclude_padding``, ``padding_token``.
 
     Example:
         >>> import torch, lossmith

@@ -7,7 +7,7 @@ another one does to the loss can change them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
 from lossmith.metrics import Source
-from lossmith.modifiers.base import ModelMode
+from lossmith.modifiers.base import BaseLossModifier, ModelMode
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
 
 
@@ -113,3 +113,12 @@ class TokenModifier(ConfiguredModifier):
         from lossmith.modifiers.pipeline import LossModifierPipeline  # which applies modifiers
 
         return LossModifierPipeline([self]).modify_loss(logits, targets, loss, **kwargs)
+
+
+def kept(modifiers: Sequence[BaseLossModifier], targets: Tensor, ignore_index: int) -> Tensor:
+    """The targets, less those that a modifier leaves out."""
+    for modifier in modifiers:
+        if isinstance(modifier, TokenModifier) and modifier.changes_loss:
+            keeps = modifier.keeps(targets)
+            targets = targets if keeps is None else targets.masked_fill(~keeps, ignore_index)
+    return targets

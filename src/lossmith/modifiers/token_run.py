@@ -50,9 +50,7 @@ class TokenRun:
 
     def __post_init__(self) -> None:
         own = [modifier for modifier in self.modifiers if isinstance(modifier, TokenModifier)]
-        for modifier in own:
-            if not torch.compiler.is_compiling():
-                modifier.tell_if_idle(modifier.idle_because(self.batch))
+        tell_of_idle(own, self.batch)
         self._measures: dict[TokenModifier, Measure] = {m: m.on_batch(self.batch, self.draw) for m in own}
         self._measured: dict[TokenModifier, Measured] = {}
         self._token_losses: tuple[Tensor, Tensor] | None = None
@@ -177,3 +175,10 @@ class TokenRun:
         rows = [self.batch.rows(v).sum(-1) / divisor for v in (*self._token_losses, output.contributions)]
         for modifier, measured in self._measured.items():
             modifier.record(measured, SampleLosses(*rows))
+
+
+def tell_of_idle(modifiers: Sequence[BaseLossModifier], batch: TokenBatch) -> None:
+    """Let those that cannot act on batches like this one say so; a compiled graph has no say."""
+    for modifier in modifiers:
+        if isinstance(modifier, TokenModifier) and not torch.compiler.is_compiling():
+            modifier.tell_if_idle(modifier.idle_because(batch))
