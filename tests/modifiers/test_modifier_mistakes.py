@@ -20,6 +20,7 @@ from lossmith import (
     TargetSmoothingModifier,
     create_loss_modifier_pipeline,
 )
+from lossmith.modifiers import Measured, ScorerModifier, TokenModifier
 from lossmith.modifiers.config import KEYS
 
 ON = {"loss_modifiers_enabled": True}
@@ -120,7 +121,7 @@ def test_a_base_that_is_no_objective(base):
 
 # ── settings, now and later ───────────────────────────────────────────────────────────────────────
 
-WRONG_NUMBERS = ["high", "true", True, None, [1.0], math.nan, -1.0, torch.tensor(0.5)]
+WRONG_NUMBERS = ["high", "true", True, None, [1.0], math.nan, math.inf, -1.0, torch.tensor(0.5)]
 
 
 @pytest.mark.parametrize("key", [key for key, spec in KEYS.items() if spec.type is float])
@@ -311,3 +312,80 @@ def test_limits_of_a_judge_that_leave_one_factor(batch):
     modifier = SequenceScoringJudgeWeightModifier(judge=Judge(), min_factor=1.0, max_factor=1.0)
     with pytest.warns(UserWarning, match="weighs all samples alike: min_factor and max_factor are equal"):
         modifier.modify_loss(*batch)
+
+
+# ── modifiers of one's own ────────────────────────────────────────────────────────────────────────
+
+
+def test_a_modifier_is_not_called_itself(batch):
+    for modifier in (EntropyModifier(), Doubled()):
+        with pytest.raises(TypeError, match=f"{modifier.name} is not called itself; put it into a LossModif"):
+            modifier(*batch)
+
+
+def test_options_that_are_none():
+    with pytest.raises(
+        TypeError, match=r"LossModifierPipeline has no option 'modifier'\. Did you mean 'modif"
+    ):
+        LossModifierPipeline(modifier=[])  # pyright: ignore
+    with pytest.raises(TypeError, match=r"create_loss_modifier_pipeline has no option 'mode'.*'model_mode'"):
+        create_loss_modifier_pipeline({}, mode="language_model")  # pyright: ignore
+    with pytest.raises(
+        TypeError, match="create_loss_modifier_pipeline has no option 'loss_modifiers_enabled'"
+    ):
+        create_loss_modifier_pipeline(loss_modifiers_enabled=True)  # pyright: ignore
+
+
+class Measures(TokenModifier):
+    answer: object = None
+
+    def measure(self, stats, batch):
+        return self.answer
+
+
+class Multiplies(ScorerModifier):
+    answer: object = None
+
+    def factor(self, predictions, targets, where):
+        return self.answer
+
+
+def test_answers_of_other_kinds(batch):
+    modifier = Measures()
+    for answer, message in (
+        (None, "got NoneType"),
+        (Measured(torch.ones(24)), r"a weight, \[4\]; got \[24\]"),
+    ):
+        modifier.answer = answer
+        with pytest.raises((TypeError, ValueError), match=f"Measures.measure must .*{message}"):
+            LossModifierPipeline(modifier)(*batch)
+    scorer, scores = Multiplies(), torch.rand(3)
+    for answer in (None, torch.tensor(2.0), (2.0, {}), (torch.ones(3), {})):
+        scorer.answer = answer
+        with pytest.raises(TypeError, match=r"Multiplies\.factor must return a scalar tensor and metrics"):
+            LossModifierPipeline(scorer)(scores, scores)
+
+
+def test_an_input_that_nobody_gave(batch):
+    class OfEpoch(BaseLossModifier):
+        def modify_loss(self, logits, targets, loss, *, epoch):
+            return loss * epoch
+
+    pipeline = LossModifierPipeline(OfEpoch())
+    with pytest.raises(
+        TypeError, match=r"OfEpoch.modify_loss takes 'epoch', which nobody gave; .*epoch=\.\.\."
+    ):
+        pipeline.modify_loss(*batch)
+    assert pipeline.modify_loss(*batch, torch.tensor(2.0), epoch=3) == 6
+
+
+def test_metrics_that_are_none(batch):
+    class Forgets(Doubled):
+        def modify_loss(self, logits, targets, loss, **kwargs):
+            self._metrics = None
+            return loss
+
+    with pytest.raises(
+        TypeError, match=r"Forgets\._metrics must be a mapping of names to numbers; got NoneType"
+    ):
+        LossModifierPipeline(Forgets())(*batch)

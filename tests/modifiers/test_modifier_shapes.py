@@ -89,3 +89,20 @@ def test_other_things_than_tensors(batch):
     scorer = LossModifierPipeline(model_mode="sequence_scorer")
     with pytest.raises(TypeError, match=r"targets must be a tensor; got list"):
         scorer.modify_loss(torch.rand(2), [0.1, 0.2])
+
+
+@pytest.mark.parametrize("ignore_index", [-100.0, "-100", True])
+def test_an_ignored_id_that_is_none(ignore_index, batch):
+    with pytest.raises(TypeError, match="ignore_index must be an id, a whole number; got"):
+        LossModifierPipeline([EntropyModifier({})]).modify_loss(*batch, ignore_index=ignore_index)
+
+
+def test_a_mask_of_scores_that_is_none():
+    scores = torch.rand(2)
+    with pytest.raises(TypeError, match="mask must be a tensor; got list"):
+        LossModifierPipeline([])(scores, scores, mask=[1, 0])
+
+
+def test_a_single_score_is_a_batch_of_one():
+    score = torch.tensor(0.25)
+    assert LossModifierPipeline()(score, torch.tensor(0.75)) == 0.25

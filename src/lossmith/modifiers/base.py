@@ -125,6 +125,16 @@ class BaseLossModifier(nn.Module, ABC):
         """A former name of :attr:`enabled`; a pipeline asks it where a subclass has one of its own."""
         return self.enabled
 
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """
+        Raises:
+            TypeError: always; a modifier is applied by a pipeline.
+        """
+        raise TypeError(
+            f"{self.name} is not called itself; put it into a LossModifierPipeline and call that, or write "
+            "modifier.modify_loss(logits, targets)"
+        )
+
     def supports_mode(self, mode: ModelMode) -> bool:
         """Whether the modifier means something for such a model; the pipeline passes over it otherwise."""
         return True

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
 from lossmith.engine.stats import TokenStats
 from lossmith.modifiers.base import BaseLossModifier, ModelMode
-from lossmith.modifiers.token_modifier import TokenModifier
+from lossmith.modifiers.token_modifier import Measured, TokenModifier
 from lossmith.objective import Objective
 from lossmith.warn_user import warn_user
 
@@ -70,12 +71,14 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
 
 
-def check_given(targets: Tensor, per_position_loss: Any, stats: Any) -> None:
+def check_given(targets: Tensor, ignore_index: Any, per_position_loss: Any, stats: Any) -> None:
     """
     Raises:
-        TypeError: a loss of each position that is none, or statistics that are none.
+        TypeError: an id that is none, a loss of each position that is none, or statistics that are none.
         ValueError: a loss of each position of another shape than the targets'.
     """
+    if not isinstance(ignore_index, Integral) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an id, a whole number; got {ignore_index!r}")
     check_tensor("per_position_loss", per_position_loss)
     if per_position_loss is not None and not per_position_loss.is_floating_point():
         raise TypeError(f"per_position_loss must be floating point; got {per_position_loss.dtype}")
@@ -86,6 +89,35 @@ def check_given(targets: Tensor, per_position_loss: Any, stats: Any) -> None:
         )
     if stats is not None and not isinstance(stats, TokenStats):
         raise TypeError(f"stats must be lossmith.TokenStats; got {type(stats).__name__}")
+
+
+def checked_factor(modifier: BaseLossModifier, answer: Any) -> tuple[Tensor, Mapping[str, Any]]:
+    """What a scorer's modifier answers.
+
+    Raises:
+        TypeError: it is no factor with metrics.
+    """
+    is_pair = isinstance(answer, tuple) and len(answer) == 2
+    if not is_pair or not isinstance(answer[0], Tensor) or answer[0].dim():
+        raise TypeError(f"{modifier.name}.factor must return a scalar tensor and metrics; got {answer!r}")
+    return answer
+
+
+def checked_measured(modifier: BaseLossModifier, measured: Any, num_samples: int) -> Measured:
+    """What a token modifier has measured.
+
+    Raises:
+        TypeError: it is no Measured.
+        ValueError: it does not have a weight for each sample.
+    """
+    if not isinstance(measured, Measured):
+        raise TypeError(f"{modifier.name}.measure must return a Measured; got {type(measured).__name__}")
+    if measured.weight is not None and measured.weight.shape != (num_samples,):
+        raise ValueError(
+            f"{modifier.name}.measure must give each sample a weight, [{num_samples}]; "
+            f"got {list(measured.weight.shape)}"
+        )
+    return measured
 
 
 def refuse_flat(active: Sequence[BaseLossModifier], targets: Tensor) -> None:

@@ -20,7 +20,7 @@ from lossmith.modifiers.sequence_correlation import SequenceScorerCorrelationMod
 from lossmith.modifiers.sequence_variance import SequenceScorerVarianceModifier
 from lossmith.modifiers.target_smoothing import TargetSmoothingModifier
 from lossmith.objective import Objective
-from lossmith.options import option, option_types, unknown_option
+from lossmith.options import option, option_types, strict_options, unknown_option
 from lossmith.warn_user import warn_user
 
 MASTER = "loss_modifiers_enabled"
@@ -65,6 +65,7 @@ KEYS, ALIASES = _declare_keys()
 FORMERS = OPTIONS[CONFIGURATION]
 
 
+@strict_options
 def create_loss_modifier_pipeline(
     config: Any,
     *,

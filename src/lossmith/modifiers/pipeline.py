@@ -25,6 +25,7 @@ from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.modifiers.token_modifier import TokenModifier, kept
 from lossmith.modifiers.token_run import TokenRun, tell_of_idle
 from lossmith.objective import Objective
+from lossmith.options import strict_options
 from lossmith.reduction import Denominator, Reduction, check_reduction
 from lossmith.terms.cross_entropy import cross_entropy
 from lossmith.wrapped_objective import WrappedObjective
@@ -65,6 +66,7 @@ class LossModifierPipeline(WrappedObjective):
         ['EntropyModifier', 'TargetSmoothingModifier']
     """
 
+    @strict_options
     def __init__(
         self,
         modifiers: Iterable[BaseLossModifier] | BaseLossModifier | None = (),
@@ -305,12 +307,12 @@ class LossModifierPipeline(WrappedObjective):
         **inputs: Any,
     ) -> LossOutput:
         active = self._enabled(mode)
-        checks.check_given(targets, per_position_loss, stats)
         for modifier in self.modifiers:
             if modifier not in active:
                 vars(modifier)["_metrics"] = {}  # of a batch that is no longer the last
         resolved = self._reduction(reduction, active)
         ignored = self.ignore_index if ignore_index is None else ignore_index
+        checks.check_given(targets, ignored, per_position_loss, stats)
         of_batch = {name: inputs.get(name) for name in ("input_ids", "segment_ids")}
         of_batch |= {"mask": mask, "denominator": denominator}
         for_custom = {**inputs, **of_batch, "model_mode": mode, "reduction": resolved}
@@ -366,7 +368,7 @@ class LossModifierPipeline(WrappedObjective):
         checks.check_tensor("targets", targets)
         if asked is not None or self.model_mode is not None:
             return ModelMode(self.model_mode if asked is None else asked)
-        are_flat = targets.dim() <= 1 and (logits is None or logits.dim() == 1 or logits.shape[-1] == 1)
+        are_flat = targets.dim() <= 1 and (logits is None or logits.dim() <= 1 or logits.shape[-1] == 1)
         is_scored = targets.is_floating_point() or (logits is not None and logits.shape == targets.shape)
         return ModelMode.SEQUENCE_SCORER if are_flat and is_scored else ModelMode.LANGUAGE_MODEL
 

@@ -15,6 +15,7 @@ from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, PerToken, StatsOf, with_parts
 from lossmith.evaluation import evaluate
 from lossmith.modifiers.base import BaseLossModifier
+from lossmith.modifiers.checks import checked_measured
 from lossmith.modifiers.custom import CustomModifiers
 from lossmith.modifiers.token_modifier import Measure, Measured, SampleLosses, TokenModifier
 from lossmith.objective import Objective
@@ -153,7 +154,10 @@ class TokenRun:
         computed in the pass that the loss takes anyway."""
         if not self._measures:
             return None
-        self._measured = {modifier: measure(stats) for modifier, measure in self._measures.items()}
+        rows = len(batch.row_counts)
+        self._measured = {
+            m: checked_measured(m, measure(stats), rows) for m, measure in self._measures.items()
+        }
         losses = (self._unmodified(stats, batch).detach(), self.token_loss()(stats, batch).detach())
         before, after = (torch.where(batch.scale == 0, 0.0, loss * batch.scale) for loss in losses)
         self._token_losses = (before, after)
