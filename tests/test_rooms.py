@@ -11,6 +11,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "lossmith"
 
 # From the ground up: a room imports from its own folder and from what stands before it here.
 ORDER = [
+    {"warn_user"},
+    {"former_names"},
     {"options"},
     {"distributed", "stepping"},
     {"temperature"},

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lossmith.objectives.adaptive import AdaptiveCrossEntropyLoss
     from lossmith.objectives.composed import ComposedLoss
     from lossmith.objectives.cross_entropy import CrossEntropyLoss
+    from lossmith.objectives.language_modeling import LanguageModelingLoss, compute_loss
     from lossmith.objectives.nvamp import NVAMPLoss
     from lossmith.objectives.renamed import AdaptiveMTPLoss, AntiRepetitionLoss, DeepSeekLoss
     from lossmith.objectives.unified import UnifiedLoss, create_unified_loss
@@ -59,6 +60,7 @@ _HOMES = {
     "ExpertDiversity": "components.diversity",
     "Focal": "components.token_losses",
     "ImmediateRepetition": "components.repetition",
+    "LanguageModelingLoss": "objectives.language_modeling",
     "LossModifierPipeline": "modifiers.pipeline",
     "LossOutput": "equation",
     "MTP": "components.mtp",
@@ -84,6 +86,7 @@ _HOMES = {
     "Weighted": "components.component",
     "WrappedObjective": "wrapped_objective",
     "ZLoss": "components.token_losses",
+    "compute_loss": "objectives.language_modeling",
     "create_loss_modifier_pipeline": "modifiers.config",
     "create_unified_loss": "objectives.unified",
     "cross_entropy": "functional",
@@ -113,6 +116,7 @@ __all__ = [
     "ExpertDiversity",
     "Focal",
     "ImmediateRepetition",
+    "LanguageModelingLoss",
     "LossModifierPipeline",
     "LossOutput",
     "MaskRatioWeightModifier",
@@ -137,6 +141,7 @@ __all__ = [
     "Weighted",
     "WrappedObjective",
     "ZLoss",
+    "compute_loss",
     "create_loss_modifier_pipeline",
     "create_unified_loss",
     "cross_entropy",

@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from lossmith.former_names import REDUCTIONS
 from lossmith.options import kind_of, option
 
 Reduction = Annotated[
-    Literal["mean", "token_mean", "sequence_mean", "sum", "none"], option("how tokens are averaged")
+    Literal["mean", "token_mean", "sequence_mean", "sum", "none"],
+    option("how tokens are averaged", instead=REDUCTIONS),
 ]
 Empty = Annotated[Literal["zero", "nan"], option("what a batch without a supervised token gives")]
 Denominator = Annotated[

@@ -197,6 +197,7 @@ def test_verbose_under_compile():
     torch.testing.assert_close(compiled(logits), pipeline.modify_loss(logits, targets))
 
 
+@pytest.mark.filterwarnings("ignore:MaskRatioWeightModifier weighs all samples alike")
 def test_no_sweep_where_none_is_needed(count_ops):
     logits, targets = torch.randn(2, 3, 5), torch.zeros(2, 3).long()
     with count_ops as ops:
@@ -230,6 +231,7 @@ def test_custom_modifiers_of_other_kinds():
         Same(3)
 
 
+@pytest.mark.filterwarnings("ignore:MaskRatioWeightModifier weighs all samples alike")
 def test_copies_keep_their_metrics():
     pipeline = LossModifierPipeline([EntropyModifier({}), MaskRatioWeightModifier({})])
     pipeline.modify_loss(torch.randn(2, 3, 5), torch.zeros(2, 3).long())

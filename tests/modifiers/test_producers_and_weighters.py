@@ -156,6 +156,7 @@ def test_mask_ratio_is_its_formula(options, batch):
     torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
 
 
+@pytest.mark.filterwarnings("ignore:MaskRatioWeightModifier weighs all samples alike")
 def test_the_last_position_of_unshifted_labels_is_no_masked_one(batch):
     """Shifting by hand and shift=True are the same."""
     logits, labels = batch

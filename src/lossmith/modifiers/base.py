@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from torch import Tensor, nn
 
+from lossmith.former_names import former
 from lossmith.metrics import Metrics
+from lossmith.options import option, read_options
 
 
 class ModelMode(Enum):
@@ -26,11 +29,48 @@ class ModelMode(Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> ModelMode:
+        text = value.value if isinstance(value, Enum) else value  # of an enumeration of the user's own
         for mode in cls:
-            if isinstance(value, str) and value.lower() == mode.value:
+            if isinstance(text, str) and text.lower() == mode.value:
                 return mode
         known = ", ".join(repr(mode.value) for mode in cls)
         raise ValueError(f"model_mode must be one of {known}, or a ModelMode; got {value!r}")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A switch, to be read like any other option."""
+
+    enabled: bool = option(True, "whether the pipeline applies the modifier")
+
+
+def read_switch(value: Any, name: str) -> bool:
+    """A switch that the user calls ``name``.
+
+    Raises:
+        TypeError: it is neither True nor False.
+    """
+    return read_options(Switch, {"enabled": value}, owner=name, key_of=lambda _: name).enabled
+
+
+def given_parameters(
+    name: str, config: Mapping[str, Any] | None, parameters: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The parameters that a modifier called ``name`` is made from: a mapping, and those given by name.
+
+    Raises:
+        TypeError: the config is no mapping, or a parameter is in both.
+    """
+    config = {} if config is None else config
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"{name}: config must be a mapping of parameters, such as {{'enabled': True}}, or parameters are "
+            f"given by name, enabled=True; got {config!r}"
+        )
+    twice = [given for given in parameters if given in config]
+    if twice:
+        raise TypeError(f"{name}: {twice[0]} is in the mapping and given by name; give it once")
+    return {**config, **parameters} if parameters else config
 
 
 class BaseLossModifier(nn.Module, ABC):
@@ -38,12 +78,17 @@ class BaseLossModifier(nn.Module, ABC):
 
     Args:
         config: ``enabled`` (default True) and the modifier's own parameters.
+        parameters: the same by name, ``EntropyModifier(threshold=0.1)``.
 
     Attributes:
         enabled: whether the pipeline applies it; may be changed at any time.
         config: the mapping that it was made from.
         name: what it is called in metrics and messages; its class's name.
+        idle_reason: why it cannot act on what it has been given so far; None where it can, or nobody knows.
         _metrics: numbers, or tensors of one element, to be shown by the last call.
+
+    Raises:
+        TypeError: the config is no mapping, a parameter is given twice, or ``enabled`` is no bool.
 
     Example:
         >>> import torch, lossmith
@@ -58,16 +103,37 @@ class BaseLossModifier(nn.Module, ABC):
         {'Doubled.before': 1.5}
     """
 
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+    idle_reason: str | None = None
+
+    def __init__(self, config: Mapping[str, Any] | None = None, **parameters: Any) -> None:
         super().__init__()
-        self.config = {} if config is None else config
         self.name = type(self).__name__
-        if not isinstance(self.config, Mapping):
-            raise TypeError(f"{self.name}: config must be a mapping; got {type(config).__name__}")
+        self.config = given_parameters(self.name, config, parameters)
         self.enabled = self.config.get("enabled", True)
-        if not isinstance(self.enabled, bool):
-            raise TypeError(f"{self.name}: enabled expects True or False; got {self.enabled!r}")
         self._metrics: Mapping[str, Any] = {}
+
+    @property
+    def enabled(self) -> bool:
+        return self._is_enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._is_enabled = read_switch(value, f"{self.name}: enabled")
+
+    @former("is_enabled")
+    def is_enabled(self) -> bool:
+        """A former name of :attr:`enabled`; a pipeline asks it where a subclass has one of its own."""
+        return self.enabled
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """
+        Raises:
+            TypeError: always; a modifier is applied by a pipeline.
+        """
+        raise TypeError(
+            f"{self.name} is not called itself; put it into a LossModifierPipeline and call that, or write "
+            "modifier.modify_loss(logits, targets)"
+        )
 
     def supports_mode(self, mode: ModelMode) -> bool:
         """Whether the modifier means something for such a model; the pipeline passes over it otherwise."""

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from lossmith.modifiers.base import ModelMode
+from lossmith.former_names import CONFIGURATION, OPTIONS
+from lossmith.modifiers.base import ModelMode, read_switch
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
 from lossmith.modifiers.entropy import EntropyModifier
 from lossmith.modifiers.judge import Judge, SequenceScoringJudgeWeightModifier
 from lossmith.modifiers.mask_ratio import MaskRatioWeightModifier
 from lossmith.modifiers.metrics_collector import MetricsCollectorModifier
+from lossmith.modifiers.option_names import settle
 from lossmith.modifiers.pipeline import AutoReduction, LossModifierPipeline
 from lossmith.modifiers.sequence_correlation import SequenceScorerCorrelationModifier
 from lossmith.modifiers.sequence_variance import SequenceScorerVarianceModifier
@@ -26,6 +28,7 @@ from lossmith.options import (
     strict_options,
     unknown_option,
 )
+from lossmith.warn_user import warn_user
 
 MASTER = "loss_modifiers_enabled"
 MODIFIERS: tuple[type[ConfiguredModifier], ...] = (
@@ -63,6 +66,7 @@ def _switch_key(name: str, meaning: str) -> Declared:
 
 # What a configuration may hold, by name.
 KEYS, ALIASES = _declare_keys()
+FORMERS = OPTIONS[CONFIGURATION]
 
 
 @strict_options
@@ -78,7 +82,9 @@ def create_loss_modifier_pipeline(
 
     Args:
         config: a mapping, a dataclass, a namespace or an OmegaConf config. It may hold other keys, of
-            which ``device`` and ``dtype`` are the judge's too. ``None`` stands for the default.
+            which ``device`` and ``dtype`` are the judge's too. ``None`` stands for the default. Of two names
+            of one option the value that is just the default gives way; former names work, with a
+            DeprecationWarning.
         base: the objective that is modified; plain cross-entropy if not given.
         model_mode, reduction: see :class:`lossmith.LossModifierPipeline`.
         judge: used in place of the checkpoint ``judge_weight_checkpoint``.
@@ -87,7 +93,8 @@ def create_loss_modifier_pipeline(
         A pipeline of the modifiers that are enabled; an empty one unless ``loss_modifiers_enabled``.
 
     Raises:
-        ValueError: an unknown key, a value out of range, or a judge that cannot be loaded.
+        ValueError: an unknown key, a value out of range, two names of one option with different values, or a
+            judge that cannot be loaded.
         TypeError: a value of another type, or a config that is none.
 
     Example:
@@ -98,14 +105,25 @@ def create_loss_modifier_pipeline(
         >>> [modifier.name for modifier in pipeline.modifiers]
         ['EntropyModifier']
     """
-    values = {name: value for name, value in _items(config).items() if value is not None}
+    settled = settle(
+        {name: value for name, value in _items(config).items() if value is not None},
+        owner="",
+        formers=FORMERS,
+        aliases=ALIASES,
+        defaults={name: spec.default for name, spec in KEYS.items()},
+    )
+    values, key_of = settled.values, settled.key_of
     _refuse_unknown(values)
     pipeline = LossModifierPipeline(base=base, model_mode=model_mode, reduction=reduction)
-    is_on = _switch(values, MASTER)
+    is_on = read_switch(values.get(MASTER, False), MASTER)
     for modifier in MODIFIERS:
         own = _own(modifier, values)
-        modifier.read_settings(own, lambda name, prefix=modifier.prefix: prefix + name)
-        if not (_switch(values, modifier.enabled_key) and is_on):
+        modifier.read_settings(own, lambda name, prefix=modifier.prefix: key_of(prefix + name))
+        key = modifier.enabled_key
+        is_wanted = read_switch(values.get(key, False), key_of(key))
+        if is_wanted and MASTER not in values:
+            warn_user(f"{key_of(key)} has no effect without {MASTER}=True")
+        if not (is_wanted and is_on):
             continue
         if modifier is SequenceScoringJudgeWeightModifier:
             own |= {"judge": judge, **{name: values.get(name) for name in JUDGE_KEYS}}
@@ -120,14 +138,14 @@ def _items(config: Any) -> dict[str, Any]:
     elif dataclasses.is_dataclass(config) and not isinstance(config, type):
         names, read = [spec.name for spec in dataclasses.fields(config)], config.__getattribute__
     elif hasattr(config, "__dict__") and not isinstance(config, type):
-        declared = [name for name in (*KEYS, *ALIASES, *JUDGE_KEYS) if hasattr(config, name)]
+        declared = [name for name in (*KEYS, *ALIASES, *FORMERS, *JUDGE_KEYS) if hasattr(config, name)]
         names, read = [*vars(config), *declared], config.__getattribute__  # also those of its class
     else:
         raise TypeError(
             "config must be a mapping, a dataclass, a namespace or an OmegaConf config; "
             f"got {type(config).__name__}"
         )
-    ours = {*KEYS, *ALIASES, *JUDGE_KEYS}
+    ours = {*KEYS, *ALIASES, *FORMERS, *JUDGE_KEYS}
     return {str(name): read(name) if name in ours else True for name in names}
 
 
@@ -152,13 +170,6 @@ def _looks_like_ours(name: str) -> bool:
     words = name.split("_")
     keys = [key.split("_") for key in (*KEYS, *ALIASES)]
     return any(words[0] == key[0] and (words[-1] == key[-1] or len(words) < 3) for key in keys)
-
-
-def _switch(values: Mapping[str, Any], key: str) -> bool:
-    value = values.get(key, False)
-    if not isinstance(value, bool):
-        raise TypeError(f"{key} expects True or False; got {value!r} ({type(value).__name__})")
-    return value
 
 
 def _own(modifier: type[ConfiguredModifier], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 
+from lossmith.former_names import OPTIONS
 from lossmith.metrics import Metrics, Source
 from lossmith.modifiers.base import BaseLossModifier
+from lossmith.modifiers.option_names import settle
 from lossmith.options import read_options
+from lossmith.warn_user import warn_user
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,10 @@ class ConfiguredModifier(BaseLossModifier):
 
     Args:
         config: ``enabled`` and the fields of ``Settings``, by name.
+        parameters: the same by name.
 
     Attributes:
-        settings: the checked parameters.
+        settings: the checked parameters; others may be put in their place, and are checked as well.
         Settings: their declaration, a frozen dataclass.
         aliases: other names of parameters.
         prefix: what their keys begin with in a flat configuration.
@@ -43,15 +47,76 @@ class ConfiguredModifier(BaseLossModifier):
 
     settings: Any
 
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: Mapping[str, Any] | None = None, **parameters: Any) -> None:
+        super().__init__(config, **parameters)
         own = {str(name): value for name, value in self.config.items() if name != "enabled"}
         self.settings = self.read_settings(own)
 
     @classmethod
     def read_settings(cls, values: Mapping[str, Any], key_of: Callable[[str], str] = str) -> Any:
         """The parameters of a mapping, checked; ``key_of`` is what the user calls one."""
-        return read_options(cls.Settings, values, owner=cls.__name__, aliases=cls.aliases, key_of=key_of)
+        own = settle(
+            values,
+            owner=f"{cls.__name__}'s ",
+            formers=OPTIONS.get(cls.__name__, {}),
+            aliases=cls.aliases,
+            defaults={spec.name: spec.default for spec in fields(cls.Settings)},
+            key_of=key_of,
+        )
+        return read_options(
+            cls.Settings, own.values, owner=cls.__name__, aliases=cls.aliases, key_of=own.key_of
+        )
+
+    # ── parameters are in settings, and checked there ─────────────────────────────────────────────
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "settings":
+            value = self._checked(value)
+        parameter = self._parameter(name)
+        if parameter is not None and "settings" in vars(self):
+            now = getattr(self.settings, parameter)
+            if value is not now and (isinstance(value, torch.Tensor) or value != now):
+                raise AttributeError(
+                    f"{self.name}.{name} would be without effect; write modifier.settings = "
+                    f"dataclasses.replace(modifier.settings, {parameter}={value!r})"
+                )
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        parameter = self._parameter(name)
+        if parameter is not None:
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}; it is settings.{parameter}"
+            )
+        return super().__getattr__(name)
+
+    @classmethod
+    def _parameter(cls, name: str) -> str | None:
+        """The parameter that is called so, or was."""
+        former = OPTIONS.get(cls.__name__, {}).get(name)
+        known = getattr(cls.Settings, "__dataclass_fields__", {})
+        return name if name in known else former.new if former else None
+
+    def _checked(self, settings: Any) -> Any:
+        if not isinstance(settings, self.Settings):
+            raise TypeError(
+                f"{self.name}.settings must be a {self.Settings.__qualname__}; got {settings!r}. "
+                "Write modifier.settings = dataclasses.replace(modifier.settings, ...)"
+            )
+        return self.read_settings({spec.name: getattr(settings, spec.name) for spec in fields(self.Settings)})
+
+    # ── what cannot act says so ───────────────────────────────────────────────────────────────────
+
+    def tell_if_idle(self, reason: str | None) -> None:
+        """Keep why the modifier cannot act on what it is given, and say it the first time."""
+        is_told = "idle_reason" in vars(self)
+        if reason is None and not is_told:
+            return
+        self.idle_reason = reason
+        if not is_told:
+            warn_user(f"{self.name} {reason}")
+
+    # ── metrics ───────────────────────────────────────────────────────────────────────────────────
 
     def keep_metrics(self, metrics: Mapping[str, Source]) -> None:
         """Keep a batch's metrics, uncomputed; a compiled graph computes them with the rest."""

@@ -50,6 +50,11 @@ class CustomModifiers:
     def _answer(self, position: int, modifier: BaseLossModifier, output: LossOutput) -> Tensor | PerPosition:
         arguments = _accepted(modifier, self.arguments(position, output))
         answer = modifier.modify_loss(self.logits, self.targets, output.total, **arguments)
+        if not isinstance(modifier._metrics, Mapping):
+            raise TypeError(
+                f"{modifier.name}._metrics must be a mapping of names to numbers; "
+                f"got {type(modifier._metrics).__name__}"
+            )
         modifier._metrics = {
             name: value.detach() if isinstance(value, Tensor) else value  # not the whole graph until the next
             for name, value in modifier._metrics.items()
@@ -86,6 +91,12 @@ def _accepted(modifier: BaseLossModifier, arguments: Mapping[str, Any]) -> dict[
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(arguments)
     taken = {parameter.name for parameter in parameters}
+    lacking = [p.name for p in list(parameters)[3:] if p.default is p.empty and p.name not in arguments]
+    if lacking:
+        raise TypeError(
+            f"{modifier.name}.modify_loss takes {lacking[0]!r}, which nobody gave; pass it to the pipeline's "
+            f"modify_loss, {lacking[0]}=..., or give it a default"
+        )
     return {name: value for name, value in arguments.items() if name in taken}
 
 

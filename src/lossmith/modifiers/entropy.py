@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lossmith.distributed import StatsScope, masked_mean
 from lossmith.engine.stats import TokenStats
 from lossmith.metrics import Source
 from lossmith.modifiers.entropy_report import EntropyReport
+from lossmith.modifiers.idle import ALONE, Singles
 from lossmith.modifiers.summary import Spread, loss_metrics
 from lossmith.modifiers.token_modifier import Measured, SampleLosses, TokenModifier
 from lossmith.options import option
@@ -60,8 +61,9 @@ class EntropyModifier(TokenModifier):
         s[b]      = max(0, 1 + weight * (w[b] / mean(w) - 1)), renormalised to average 1
 
     Args:
-        config: ``enabled`` and the parameters ``weight``, ``threshold``, ``max_weight``, ``direction``,
-            ``use_for_weighting``, ``eps``, ``stats_scope``, ``verbose``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``weight``,
+            ``threshold``, ``max_weight``, ``direction``, ``use_for_weighting``, ``eps``, ``stats_scope``,
+            ``verbose``.
 
     Example:
         >>> import torch, lossmith
@@ -80,6 +82,10 @@ class EntropyModifier(TokenModifier):
 
     settings: Settings
 
+    def __init__(self, config: Mapping[str, Any] | None = None, **parameters: Any) -> None:
+        super().__init__(config, **parameters)
+        self._singles = Singles()
+
     @property
     def weighs(self) -> bool:
         return self.settings.use_for_weighting and self.settings.weight != 0
@@ -87,6 +93,20 @@ class EntropyModifier(TokenModifier):
     @property
     def changes_loss(self) -> bool:
         return self.weighs
+
+    def idle_because(self, batch: TokenBatch) -> str | None:
+        if _has_no_entropy(batch):
+            return (
+                f"has no effect: with {batch.num_classes} classes a token has one wrong answer at most, and "
+                "one answer has no entropy; leave it out, or use it with 3 classes or more"
+            )
+        if (
+            self.settings.stats_scope == "local"
+            and self.weighs
+            and self._singles.are_all(len(batch.row_counts))
+        ):
+            return ALONE.format(what="a weight is relative to the other samples of the batch")
+        return None
 
     def measure(self, stats: TokenStats, batch: TokenBatch) -> Measured:
         plain = stats.unscaled  # a temperature of the loss is none of the model's
@@ -99,7 +119,7 @@ class EntropyModifier(TokenModifier):
         is_supervised = batch.row_counts > 0
         positions, samples = Spread(entropy, is_defined), Spread(sample_entropy, counts)
         weights = Spread(weight, is_supervised)
-        metrics: dict[str, Source] = {
+        entropies: dict[str, Source] = {
             "mean_entropy": positions.mean,
             "per_position_mean_entropy": positions.mean,
             "per_position_max_entropy": positions.max,
@@ -109,6 +129,9 @@ class EntropyModifier(TokenModifier):
             "sample_max_entropy": samples.max,
             "sample_min_entropy": samples.min,
             "sample_entropy_std": samples.std,
+        }
+        metrics: dict[str, Source] = {
+            **({} if _has_no_entropy(batch) else entropies),
             "weight_mean": weights.mean,
             "weight_max": weights.max,
             "weight_min": weights.min,
@@ -148,3 +171,8 @@ class EntropyModifier(TokenModifier):
         is_told = measured.report is not None and not torch.compiler.is_compiling()
         if is_told and measured.report is not None and measured.weights is not None:
             logger.info("%s", measured.report.with_outcome(measured.weights, self.get_metrics()))
+
+
+def _has_no_entropy(batch: TokenBatch) -> bool:
+    """Whether no token can have two wrong answers."""
+    return batch.num_classes is not None and batch.num_classes <= 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from numbers import Integral
 from typing import Annotated, Any
 
 import torch
@@ -12,13 +13,18 @@ from torch import Tensor, nn
 
 from lossmith.batch import TokenBatch
 from lossmith.metrics import Source
-from lossmith.modifiers.base import ModelMode
+from lossmith.modifiers.base import ModelMode, given_parameters
+from lossmith.modifiers.idle import one_limit
 from lossmith.modifiers.mask_ratio import mask_ratio
 from lossmith.modifiers.summary import Spread
 from lossmith.modifiers.token_modifier import Measure, Measured, TokenModifier
 from lossmith.options import check_order, option
 
 Judge = Callable[[Tensor], Tensor]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def expected_wrongness(ratio: Tensor) -> Tensor:
@@ -56,13 +62,14 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
     result, after its CLS token if it has one, up to the length that it can read.
 
     Args:
-        config: ``enabled`` and the parameters ``checkpoint``, ``exponent``, ``min_factor``,
-            ``max_factor``, ``eps``; ``device`` and ``dtype`` for the judge; or ``judge``, a callable
-            ids [B, L] -> wrongness [B] in [0, 1], instead of a checkpoint. It may have the attributes
-            ``cls_token_id``, ``block_size`` and ``vocab_size``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``checkpoint``,
+            ``exponent``, ``min_factor``, ``max_factor``, ``eps``; ``device`` and ``dtype`` for the judge;
+            or ``judge``, a callable ids [B, L] -> wrongness [B] in [0, 1], instead of a checkpoint. It may
+            have the attributes ``cls_token_id``, ``block_size`` and ``vocab_size``.
 
     Raises:
         ValueError: neither a checkpoint nor a judge, or one that cannot be used; the message names it.
+        TypeError: a judge that cannot be called.
 
     Example:
         >>> import torch, lossmith
@@ -82,10 +89,15 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
     settings: Settings
     judge: Judge | None
 
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        given = dict(config or {})
+    def __init__(self, config: Mapping[str, Any] | None = None, **parameters: Any) -> None:
+        given = dict(given_parameters(type(self).__name__, config, parameters))
         judge, device, dtype = given.pop("judge", None), given.pop("device", None), given.pop("dtype", None)
         super().__init__(given)
+        if judge is not None and not callable(judge):
+            raise TypeError(
+                f"judge must be a callable ids [B, L] -> wrongness [B]; got {judge!r}. A trained judge is "
+                "loaded from its folder: pass a path as checkpoint"
+            )
         self._place = {"device": device, "dtype": dtype}
         # Not a submodule: the judge is neither trained nor saved with the loss.
         object.__setattr__(self, "judge", judge)
@@ -108,7 +120,7 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
         object.__setattr__(self, "judge", judge)
 
     def supports_mode(self, mode: ModelMode) -> bool:
-        return mode is ModelMode.LANGUAGE_MODEL
+        return ModelMode(mode) is ModelMode.LANGUAGE_MODEL
 
     @property
     def weighs(self) -> bool:
@@ -124,8 +136,8 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
         s = self.settings
         if self.judge is None:  # it was disabled, or is a copy
             self._load()
-        self._check_vocabulary(batch)
-        wrongness = self._wrongness(self._sequences(batch, draw())).to(batch.scale.dtype)
+        self._check_judge(batch)
+        wrongness = self._wrongness(self._sequences(batch, draw())).to(batch.scale)
         expected = expected_wrongness(mask_ratio(batch)).clamp(min=s.eps)
         factor = (wrongness / expected).pow(s.exponent).clamp(s.min_factor, s.max_factor)
         counts = batch.row_counts > 0
@@ -142,8 +154,21 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
         }
         return lambda stats: Measured(factor, metrics)
 
-    def _check_vocabulary(self, batch: TokenBatch) -> None:
-        known = getattr(self.judge, "vocab_size", None)
+    def idle_because(self, batch: TokenBatch) -> str | None:
+        has_one = self.weighs and self.settings.min_factor == self.settings.max_factor
+        return one_limit("min_factor", "max_factor") if has_one else None
+
+    def _check_judge(self, batch: TokenBatch) -> None:
+        """Refuse a judge whose attributes cannot be, or that does not know the model's vocabulary."""
+        for name in ("vocab_size", "block_size"):
+            value = getattr(self.judge, name, None)
+            if value is not None and not (_is_whole(value) and value >= 1):
+                raise ValueError(f"the judge's {name} must be None or a whole number >= 1; got {value!r}")
+        known, cls = getattr(self.judge, "vocab_size", None), getattr(self.judge, "cls_token_id", None)
+        if cls is not None and not (_is_whole(cls) and cls >= 0):
+            raise ValueError(f"the judge's cls_token_id must be None or a token id, >= 0; got {cls!r}")
+        if cls is not None and known is not None and cls >= known:
+            raise ValueError(f"the judge's cls_token_id={cls} is outside its vocabulary of {known}")
         if known is not None and batch.num_classes is not None and batch.num_classes > known:
             raise ValueError(
                 f"the judge knows {known} tokens and the model writes {batch.num_classes}; "

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
 from lossmith.metrics import Source
+from lossmith.modifiers.idle import ALIKE, Shares, one_limit
 from lossmith.modifiers.summary import Spread
 from lossmith.modifiers.token_modifier import Measured, TokenModifier
 from lossmith.options import check_order, option
@@ -41,8 +42,8 @@ class MaskRatioWeightModifier(TokenModifier):
         s[b] = clamp((r[b] + eps)^-power, min_weight, max_weight)
 
     Args:
-        config: ``enabled`` and the parameters ``power``, ``min_weight`` (or ``min``), ``max_weight``
-            (or ``max``), ``eps``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``power``,
+            ``min_weight`` (or ``min``), ``max_weight`` (or ``max``), ``eps``.
 
     Example:
         >>> import torch, lossmith
@@ -61,6 +62,10 @@ class MaskRatioWeightModifier(TokenModifier):
 
     settings: Settings
 
+    def __init__(self, config: Mapping[str, Any] | None = None, **parameters: Any) -> None:
+        super().__init__(config, **parameters)
+        self._shares = Shares()
+
     @property
     def weighs(self) -> bool:
         return self.settings.power != 0
@@ -68,6 +73,18 @@ class MaskRatioWeightModifier(TokenModifier):
     @property
     def changes_loss(self) -> bool:
         return self.weighs
+
+    def idle_because(self, batch: TokenBatch) -> str | None:
+        if not self.weighs:
+            return None
+        if self.settings.min_weight == self.settings.max_weight:
+            return one_limit("min_weight", "max_weight")
+        if not self._shares.are_same(mask_ratio(batch), batch.row_counts > 0):
+            return None
+        return (
+            f"{ALIKE}: every sample has the same share of supervised positions, as in causal training on "
+            "full rows; leave it out, or ignore the targets that are not to be learned (-100, or mask=)"
+        )
 
     def measure(self, stats: TokenStats, batch: TokenBatch) -> Measured:
         s = self.settings

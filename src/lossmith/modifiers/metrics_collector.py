@@ -37,7 +37,7 @@ class MetricsCollectorModifier(TokenModifier):
                                                                   of a sequence scorer
 
     Args:
-        config: ``enabled`` and the parameters ``ema_decay``, ``eps``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``ema_decay``, ``eps``.
 
     Example:
         >>> import torch, lossmith
@@ -57,13 +57,13 @@ class MetricsCollectorModifier(TokenModifier):
     error_ema: Tensor
     num_batches: Tensor
 
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: Mapping[str, Any] | None = None, **parameters: Any) -> None:
+        super().__init__(config, **parameters)
         self.register_buffer("error_ema", torch.zeros(()))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
 
     def supports_mode(self, mode: ModelMode) -> bool:
-        return True
+        return bool(ModelMode(mode))
 
     @property
     def changes_loss(self) -> bool:

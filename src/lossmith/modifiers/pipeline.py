@@ -9,18 +9,20 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lossmith.batch import TokenBatch
+from lossmith.batch import TokenBatch, align
 from lossmith.engine.predictions import Logits
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, Term, with_parts
 from lossmith.evaluation import whole_batch_reason
+from lossmith.former_names import former
 from lossmith.inputs import OWN_INPUTS, both_masks, either, given_targets, take_predictions
-from lossmith.metrics import Metrics
-from lossmith.modifiers.base import BaseLossModifier, ModelMode
+from lossmith.modifiers import checks
+from lossmith.modifiers.all_metrics import metrics_of
+from lossmith.modifiers.base import BaseLossModifier, ModelMode, read_switch
 from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
 from lossmith.modifiers.scorer_modifier import ScorerModifier
-from lossmith.modifiers.token_modifier import TokenModifier
-from lossmith.modifiers.token_run import TokenRun
+from lossmith.modifiers.token_modifier import TokenModifier, kept
+from lossmith.modifiers.token_run import TokenRun, tell_of_idle
 from lossmith.objective import Objective, given_stats
 from lossmith.options import is_misspelt, option, strict_options
 from lossmith.reduction import Denominator, Reduction, check_reduction
@@ -40,7 +42,7 @@ class LossModifierPipeline(WrappedObjective):
     the objective itself.
 
     Args:
-        modifiers: the modifiers.
+        modifiers: the modifiers, a list or a single one.
         base: the objective that is modified; plain cross-entropy if not given.
         model_mode: what the model predicts; if not given, it shows from the batch: a prediction and a target
             a sequence are a SEQUENCE_SCORER's, anything else a LANGUAGE_MODEL's.
@@ -66,7 +68,9 @@ class LossModifierPipeline(WrappedObjective):
     @strict_options
     def __init__(
         self,
-        modifiers: Annotated[Iterable[BaseLossModifier], option("the modifiers")] = (),
+        modifiers: Annotated[
+            Iterable[BaseLossModifier] | BaseLossModifier | None, option("the modifiers, or one")
+        ] = (),
         *,
         base: Annotated[Objective | None, option("the objective that is modified")] = None,
         model_mode: Annotated[ModelMode | str | None, option("what the model predicts")] = None,
@@ -74,6 +78,7 @@ class LossModifierPipeline(WrappedObjective):
     ) -> None:
         if base is None:
             base = Objective([Term("cross_entropy", _cross_entropy, reads=("nll",), scope="token")])
+        checks.check_base(base)
         if isinstance(base, LossModifierPipeline):
             raise TypeError("a pipeline cannot be the base of another; give all modifiers to one pipeline")
         super().__init__(base)
@@ -81,7 +86,7 @@ class LossModifierPipeline(WrappedObjective):
         self.model_mode = None if model_mode is None else ModelMode(model_mode)
         self.auto_reduction: AutoReduction = reduction
         self._is_disabled = False
-        for modifier in modifiers:
+        for modifier in checks.listed(modifiers):
             self.add_modifier(modifier)
 
     # ── what is in it ─────────────────────────────────────────────────────────────────────────────
@@ -93,21 +98,44 @@ class LossModifierPipeline(WrappedObjective):
             TypeError: it is not a :class:`lossmith.BaseLossModifier`.
             ValueError: it is in the pipeline already.
         """
-        if not isinstance(modifier, BaseLossModifier):
-            raise TypeError(
-                f"a modifier must be an instance of a subclass of lossmith.BaseLossModifier; got {modifier!r}"
-            )
+        checks.check_modifier(modifier)
         if any(modifier is known for known in self.modifiers):
             raise ValueError(f"this {modifier.name} is in the pipeline already; make another one")
+        if checks.is_on(modifier):
+            checks.warn_of_modes(modifier, self.model_mode)
         self.modifiers.append(modifier)
 
     def get_enabled_modifier_names(self) -> list[str]:
-        """Class names of the enabled modifiers, in order."""
-        return [modifier.name for modifier in self._enabled()]
+        """Class names of the enabled modifiers, in order, less those that cannot act: they are not for the
+        pipeline's mode, or have said so of what they are given."""
+        return [m.name for m in self._enabled(self.model_mode) if m.idle_reason is None]
 
     def is_empty(self) -> bool:
-        """Whether no modifier is enabled."""
-        return not self._enabled()
+        """Whether no modifier is enabled for the pipeline's mode."""
+        return not self._enabled(self.model_mode)
+
+    def look_at(self, targets: Tensor, *, mask: Tensor | None = None, num_classes: int | None = None) -> None:
+        """Let the modifiers see targets of a batch before any is trained on: what cannot act on such says so,
+        in a UserWarning each, and is no longer among the enabled names.
+
+        Args:
+            targets, mask: as for :meth:`modify_loss`.
+            num_classes: V, if it is known.
+        """
+        mode = self._mode(None, None, targets)
+        if mode is ModelMode.SEQUENCE_SCORER:
+            return  # where it takes more than one batch to tell
+        active = self._enabled(mode)
+        batch = align(
+            kept(active, targets, self.ignore_index),
+            mask=mask,
+            num_classes=num_classes,
+            shift=self.shift,
+            ignore_index=self.ignore_index,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self.eos_token_id,
+        )
+        tell_of_idle(active, batch)
 
     @contextlib.contextmanager
     def temporarily_disabled(self) -> Iterator[LossModifierPipeline]:
@@ -118,9 +146,19 @@ class LossModifierPipeline(WrappedObjective):
         finally:
             self._is_disabled = before
 
+    @former("set_temporarily_disabled")
+    def set_temporarily_disabled(self, disabled: bool) -> None:
+        """A former way to leave the modifiers out until the next call."""
+        self._is_disabled = read_switch(disabled, "disabled")
+
+    @former("is_temporarily_disabled")
+    def is_temporarily_disabled(self) -> bool:
+        """A former way to ask whether the modifiers are left out for a while."""
+        return self._is_disabled
+
     def _enabled(self, mode: ModelMode | None = None) -> list[BaseLossModifier]:
-        enabled = [] if self._is_disabled else [m for m in self.modifiers if m.enabled]
-        return [m for m in enabled if mode is None or m.supports_mode(mode)]  # type: ignore[misc]
+        modifiers: Any = [] if self._is_disabled else self.modifiers
+        return [m for m in modifiers if checks.is_on(m) and (mode is None or m.supports_mode(mode))]
 
     # ── metrics ───────────────────────────────────────────────────────────────────────────────────
 
@@ -129,20 +167,7 @@ class LossModifierPipeline(WrappedObjective):
 
         Reading them is the only synchronisation with the device that a pipeline makes.
         """
-        everything = Metrics({})
-        names: list[str] = []
-        for modifier in self._enabled():
-            names.append(modifier.name)
-            number = names.count(modifier.name)
-            label = modifier.name if number == 1 else f"{modifier.name}_{number}"
-            found = modifier.get_metrics()
-            if not isinstance(found, Mapping):
-                raise TypeError(
-                    f"{modifier.name}.get_metrics must return a mapping; got {type(found).__name__}"
-                )
-            metrics = found if isinstance(found, Metrics) else Metrics(found)
-            everything |= metrics.prefixed(f"{label}.")
-        return everything.to_dict()
+        return metrics_of(self._enabled()).to_dict()
 
     def reset_all_metrics(self) -> None:
         """Forget all metrics."""
@@ -196,8 +221,7 @@ class LossModifierPipeline(WrappedObjective):
         self._check_inputs(inputs)
         targets = given_targets(targets)
         mode = self._mode(model_mode, logits, targets)
-        if loss is not None and not isinstance(loss, Tensor):
-            raise TypeError(f"loss must be a tensor; got {type(loss).__name__}")
+        checks.check_tensor("loss", loss)
         if loss is not None and not self._enabled(mode) and not inputs.get("scalars"):
             return loss
         mask = either("mask", mask, "attention_mask", attention_mask)
@@ -255,9 +279,10 @@ class LossModifierPipeline(WrappedObjective):
                 torch.full((), targets.numel(), device=targets.device) if mask is None else mask.bool().sum()
             )
         active = self._enabled(mode)
+        checks.refuse_flat(active, targets)
         ignored = self.ignore_index if ignore_index is None else ignore_index
         return self.base.count(
-            _kept(active, targets, ignored),
+            kept(active, targets, ignored),
             mask=mask,
             reduction=self._reduction(reduction, active),
             ignore_index=ignored,
@@ -286,6 +311,7 @@ class LossModifierPipeline(WrappedObjective):
                 vars(modifier)["_metrics"] = {}  # of a batch that is no longer the last
         resolved = self._reduction(reduction, active)
         ignored = self.ignore_index if ignore_index is None else ignore_index
+        checks.check_given(targets, ignored, per_position_loss, stats)
         of_batch = {name: inputs.get(name) for name in ("input_ids", "segment_ids")}
         of_batch |= {"mask": mask, "denominator": denominator}
         for_custom = {**inputs, **of_batch, "model_mode": mode, "reduction": resolved}
@@ -298,17 +324,13 @@ class LossModifierPipeline(WrappedObjective):
             scores = ScoreBatch(logits, targets, mask, denominator, resolved)
             output = evaluate_scores(active, scores, loss, per_position_loss, for_custom)
             return with_parts(output, {k: v * scores.share for k, v in (scalars or {}).items()})
-        if per_position_loss is not None and per_position_loss.shape != targets.shape:
-            raise ValueError(
-                f"per_position_loss must have the targets' shape {list(targets.shape)}; "
-                f"got {list(per_position_loss.shape)}"
-            )
+        checks.refuse_flat(active, targets)
         predictions, inputs = take_predictions(logits, inputs, self.base.input_names)
         if any(not isinstance(modifier, TokenModifier) for modifier in active):
             predictions = Logits(predictions.logits())  # custom modifiers look at them
         batch = self.base.bind(
             predictions,
-            _kept(active, targets, ignored),
+            kept(active, targets, ignored),
             inputs,
             reduction=resolved,
             ignore_index=ignored,
@@ -340,9 +362,11 @@ class LossModifierPipeline(WrappedObjective):
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 
     def _mode(self, asked: ModelMode | str | None, logits: Tensor | None, targets: Tensor) -> ModelMode:
+        checks.check_tensor("logits", logits)
+        checks.check_tensor("targets", targets)
         if asked is not None or self.model_mode is not None:
             return ModelMode(self.model_mode if asked is None else asked)
-        are_flat = targets.dim() <= 1 and (logits is None or logits.dim() == 1 or logits.shape[-1] == 1)
+        are_flat = targets.dim() <= 1 and (logits is None or logits.dim() <= 1 or logits.shape[-1] == 1)
         is_scored = targets.is_floating_point() or (logits is not None and logits.shape == targets.shape)
         return ModelMode.SEQUENCE_SCORER if are_flat and is_scored else ModelMode.LANGUAGE_MODEL
 
@@ -371,12 +395,3 @@ def _cross_entropy(stats: TokenStats, batch: TokenBatch) -> Tensor:
 
 
 PIPELINE_INPUTS = ("loss", "model_mode", "per_position_loss", "ignore_index", "reduction")
-
-
-def _kept(active: Sequence[BaseLossModifier], targets: Tensor, ignore_index: int) -> Tensor:
-    """The targets, less those that a modifier leaves out."""
-    for modifier in active:
-        if isinstance(modifier, TokenModifier) and modifier.changes_loss:
-            kept = modifier.keeps(targets)
-            targets = targets if kept is None else targets.masked_fill(~kept, ignore_index)
-    return targets

@@ -12,6 +12,7 @@ from torch import Tensor
 from lossmith.equation import LossOutput
 from lossmith.metrics import Metrics
 from lossmith.modifiers.base import BaseLossModifier
+from lossmith.modifiers.checks import check_tensor, checked_factor
 from lossmith.modifiers.custom import CustomModifiers
 from lossmith.modifiers.metrics_collector import MetricsCollectorModifier
 from lossmith.modifiers.scorer_modifier import ScorerModifier
@@ -23,7 +24,7 @@ class ScoreBatch:
     """Predictions [B] (or [B, 1]) and targets [B] of sequences, and how their errors are averaged.
 
     Raises:
-        TypeError: predictions that are not floating point.
+        TypeError: predictions that are not floating point, or a mask that is none.
         ValueError: shapes that do not match.
     """
 
@@ -44,6 +45,7 @@ class ScoreBatch:
                 "a sequence scorer has one prediction and one target a sequence, [B] and [B], at least one; "
                 f"got {list(self.predictions.shape)} and {list(self.targets.shape)}"
             )
+        check_tensor("mask", self.mask)
         if self.mask is not None and self.mask.shape != self.targets.shape:
             raise ValueError(f"mask must be [B] = {list(self.targets.shape)}; got {list(self.mask.shape)}")
         if self.mask is not None and self.mask.is_floating_point():
@@ -103,7 +105,9 @@ def evaluate_scores(
     product: Tensor | float = 1.0
     for modifier in modifiers:
         if isinstance(modifier, ScorerModifier):
-            factor, metrics = modifier.factor(predictions, targets, batch.valid)
+            if not torch.compiler.is_compiling():
+                modifier.tell_if_idle(modifier.idle_because(predictions.numel()))
+            factor, metrics = checked_factor(modifier, modifier.factor(predictions, targets, batch.valid))
             modifier.record(factor, metrics, unmodified.detach().mean())
             product = product * factor.detach()
         elif isinstance(modifier, MetricsCollectorModifier):

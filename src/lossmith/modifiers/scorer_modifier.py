@@ -11,14 +11,26 @@ from torch import Tensor
 from lossmith.metrics import Source
 from lossmith.modifiers.base import ModelMode
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
+from lossmith.modifiers.idle import ALONE, Singles
 from lossmith.modifiers.summary import loss_metrics
 
 
 class ScorerModifier(ConfiguredModifier):
     """The base of the modifiers of SEQUENCE_SCORER: they say by what to multiply the loss."""
 
+    def __init__(self, config: Mapping[str, Any] | None = None, **parameters: Any) -> None:
+        super().__init__(config, **parameters)
+        self._singles = Singles()
+
     def supports_mode(self, mode: ModelMode) -> bool:
-        return mode is ModelMode.SEQUENCE_SCORER
+        return ModelMode(mode) is ModelMode.SEQUENCE_SCORER
+
+    def idle_because(self, num_scores: int) -> str | None:
+        """Why it cannot act on a batch of so many scores and those before it, and what to do, to be said once
+        after the modifier's name; None where it can. It is asked once a batch, outside of compiled graphs."""
+        if getattr(self.settings, "stats_scope", None) == "local" and self._singles.are_all(num_scores):
+            return ALONE.format(what="its factor is a statistic of a batch")
+        return None
 
     @abstractmethod
     def factor(

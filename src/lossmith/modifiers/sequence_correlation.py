@@ -55,7 +55,8 @@ class SequenceScorerCorrelationModifier(ScorerModifier):
     predictions count as c = 0.
 
     Args:
-        config: ``enabled`` and the parameters ``alpha``, ``mapping``, ``eps``, ``stats_scope``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``alpha``, ``mapping``,
+            ``eps``, ``stats_scope``.
 
     Example:
         >>> import torch, lossmith

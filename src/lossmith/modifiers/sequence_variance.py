@@ -32,7 +32,8 @@ class SequenceScorerVarianceModifier(ScorerModifier):
         factor = 1 + (scale - 1) (1 - exp(-alpha relu(r - 1)))   detached; 1 for a batch of 1
 
     Args:
-        config: ``enabled`` and the parameters ``scale``, ``alpha``, ``eps``, ``stats_scope``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``scale``, ``alpha``,
+            ``eps``, ``stats_scope``.
 
     Example:
         >>> import torch, lossmith

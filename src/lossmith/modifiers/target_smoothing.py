@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from lossmith.engine.stats import TokenStats
 from lossmith.equation import Reads
 from lossmith.metrics import Source
 from lossmith.modifiers.summary import loss_metrics
-from lossmith.modifiers.token_modifier import Measured, SampleLosses, TokenModifier
+from lossmith.modifiers.token_modifier import Measure, Measured, SampleLosses, TokenModifier
 from lossmith.options import option
 from lossmith.options.shared import LabelSmoothing, SpecialTokens
 from lossmith.terms.cross_entropy import SmoothingMode, smooth
@@ -29,6 +29,14 @@ class Settings:
     exclude_padding: Annotated[bool, option("leave targets that are `padding_token` out of the loss")] = True
     padding_token: Annotated[int, option("id of padding among the targets")] = -100
 
+    def check(self, key_of: Callable[[str], str]) -> None:
+        negative = [token for token in self.special_tokens if token < 0]
+        if negative:
+            raise ValueError(
+                f"{key_of('special_tokens')} holds {negative[0]}; expected ids of the vocabulary, >= 0. "
+                "Ignored targets are never smoothed; leave it out"
+            )
+
 
 class TargetSmoothingModifier(TokenModifier):
     """Label smoothing: cross-entropy against targets that hold ``factor`` back for the other classes.
@@ -39,8 +47,8 @@ class TargetSmoothingModifier(TokenModifier):
     with ell the token's loss so far, -log p_y unless something else was given.
 
     Args:
-        config: ``enabled`` and the parameters ``factor``, ``mode``, ``special_tokens``,
-            ``exclude_padding``, ``padding_token``.
+        config, parameters: in a mapping or by name, ``enabled`` and the parameters ``factor``, ``mode``,
+            ``special_tokens``, ``exclude_padding``, ``padding_token``.
 
     Example:
         >>> import torch, lossmith
@@ -68,6 +76,15 @@ class TargetSmoothingModifier(TokenModifier):
 
     def keeps(self, targets: Tensor) -> Tensor | None:
         return targets != self.settings.padding_token if self.settings.exclude_padding else None
+
+    def on_batch(self, batch: TokenBatch, draw: Callable[[], Tensor]) -> Measure:
+        largest, num_classes = max(self.settings.special_tokens, default=0), batch.num_classes
+        if num_classes is not None and largest >= num_classes:
+            raise ValueError(
+                f"special_tokens ({self.prefix}special_tokens) holds {largest}, and these are logits of "
+                f"{num_classes} classes; expected ids below {num_classes}"
+            )
+        return super().on_batch(batch, draw)
 
     def token_loss(self, loss: Tensor, stats: TokenStats, batch: TokenBatch) -> Tensor:
         s = self.settings

@@ -7,7 +7,7 @@ another one does to the loss can change them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from lossmith.batch import TokenBatch
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import Reads
 from lossmith.metrics import Source
-from lossmith.modifiers.base import ModelMode
+from lossmith.modifiers.base import BaseLossModifier, ModelMode
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
 
 
@@ -63,7 +63,7 @@ class TokenModifier(ConfiguredModifier):
     reads: Reads = None
 
     def supports_mode(self, mode: ModelMode) -> bool:
-        return mode in (ModelMode.LANGUAGE_MODEL, ModelMode.TOKEN_CLASSIFIER)
+        return ModelMode(mode) is not ModelMode.SEQUENCE_SCORER
 
     @property
     def changes_loss(self) -> bool:
@@ -74,6 +74,11 @@ class TokenModifier(ConfiguredModifier):
     def weighs(self) -> bool:
         """Whether it weighs samples, as its parameters are set."""
         return False
+
+    def idle_because(self, batch: TokenBatch) -> str | None:
+        """Why it cannot act on this batch and those before it, and what to do, to be said once after the
+        modifier's name; None where it can. It is asked once a batch, outside of compiled graphs."""
+        return None
 
     def keeps(self, targets: Tensor) -> Tensor | None:
         """[..., T] bool, the targets that count; None for all."""
@@ -115,3 +120,12 @@ class TokenModifier(ConfiguredModifier):
         from lossmith.modifiers.pipeline import LossModifierPipeline  # which applies modifiers
 
         return LossModifierPipeline([self]).modify_loss(logits, targets, loss, **kwargs)
+
+
+def kept(modifiers: Sequence[BaseLossModifier], targets: Tensor, ignore_index: int) -> Tensor:
+    """The targets, less those that a modifier leaves out."""
+    for modifier in modifiers:
+        if isinstance(modifier, TokenModifier) and modifier.changes_loss:
+            keeps = modifier.keeps(targets)
+            targets = targets if keeps is None else targets.masked_fill(~keeps, ignore_index)
+    return targets

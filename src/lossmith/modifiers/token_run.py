@@ -15,6 +15,7 @@ from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, TokenLoss, joined, with_parts
 from lossmith.evaluation import evaluate
 from lossmith.modifiers.base import BaseLossModifier
+from lossmith.modifiers.checks import checked_measured
 from lossmith.modifiers.custom import CustomModifiers
 from lossmith.modifiers.token_modifier import Measure, Measured, SampleLosses, TokenModifier
 from lossmith.objective import Objective
@@ -49,9 +50,9 @@ class TokenRun:
     replaced: dict[int, Tensor] = field(default_factory=dict)  # by the custom modifier at this position
 
     def __post_init__(self) -> None:
-        self._measures: dict[TokenModifier, Measure] = {
-            m: m.on_batch(self.batch, self._draw) for m in self.modifiers if isinstance(m, TokenModifier)
-        }
+        own = [modifier for modifier in self.modifiers if isinstance(modifier, TokenModifier)]
+        tell_of_idle(own, self.batch)
+        self._measures: dict[TokenModifier, Measure] = {m: m.on_batch(self.batch, self._draw) for m in own}
         self._measured: dict[TokenModifier, Measured] = {}
         self._token_losses: tuple[Tensor, Tensor] | None = None
 
@@ -152,7 +153,10 @@ class TokenRun:
         """[N] the product of the samples' weights."""
         if not self._measures:
             return None
-        self._measured = {modifier: measure(stats) for modifier, measure in self._measures.items()}
+        rows = len(batch.row_counts)
+        self._measured = {
+            m: checked_measured(m, measure(stats), rows) for m, measure in self._measures.items()
+        }
         losses = (self._unmodified(stats, batch).detach(), self.token_loss()(stats, batch).detach())
         before, after = (torch.where(batch.scale == 0, 0.0, loss * batch.scale) for loss in losses)
         self._token_losses = (before, after)
@@ -174,3 +178,10 @@ class TokenRun:
         rows = [self.batch.rows(v).sum(-1) / divisor for v in (*self._token_losses, output.contributions)]
         for modifier, measured in self._measured.items():
             modifier.record(measured, SampleLosses(*rows))
+
+
+def tell_of_idle(modifiers: Sequence[BaseLossModifier], batch: TokenBatch) -> None:
+    """Let those that cannot act on batches like this one say so; a compiled graph has no say."""
+    for modifier in modifiers:
+        if isinstance(modifier, TokenModifier) and not torch.compiler.is_compiling():
+            modifier.tell_if_idle(modifier.idle_because(batch))

@@ -31,6 +31,7 @@ class Option:
     shape: str | None = None
     dtype: str | None = None
     advice: str | None = None
+    instead: Mapping[str, str] | None = None
 
     def over(self, other: Option) -> Option:
         """This declaration, and the other one's where this says nothing."""

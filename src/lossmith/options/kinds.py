@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Number
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -31,6 +31,7 @@ def option(
     shape: str | None = None,
     dtype: Literal["floating", "real"] | None = None,
     advice: str | None = None,
+    instead: Mapping[str, str] | None = None,
 ) -> Option:
     """Declare an option, beside its type: ``eps: Annotated[float, option("added to it", above=0)] = 1e-6``.
 
@@ -45,8 +46,9 @@ def option(
         shape: of a tensor, such as ``[V]``; ``[]`` is one number, whatever its dimensions.
         dtype: of a tensor, ``floating``, or ``real`` for anything but bool and complex.
         advice: what to do about a mistake, in a sentence.
+        instead: texts that are none of the choices, and what to write in place of each.
     """
-    return Option(meaning, low, above, high, below, choices, finite, shape, dtype, advice)
+    return Option(meaning, low, above, high, below, choices, finite, shape, dtype, advice, instead)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,11 @@ class Kind:
             ValueError: it is out of range.
         """
         whose = f"{owner}: {self.name}" if owner else self.name
-        advice = f". {self.declared.advice}" if self.declared.advice else ""
+        instead = self.declared.instead or {}
+        if isinstance(value, str) and value in instead:
+            advice = f"; write {instead[value]}"
+        else:
+            advice = f". {self.declared.advice}" if self.declared.advice else ""
         try:
             form, taken = self._taken(value)
         except WrongForm as wrong:

@@ -2,10 +2,12 @@
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -15,9 +17,11 @@ from lossmith.modifiers.configured_modifier import ConfiguredModifier
 from lossmith.training.errors import UserError
 from lossmith.training.keys import TrainConfig
 from lossmith.training.tasks.task import Task
+from lossmith.training.tasks.token_task import TokenTask
 from lossmith.training.terminal import say
 
 LOGGER = "lossmith.modifiers"
+NUM_EXAMPLES = 8  # held-out rows that modifiers look at before training
 
 
 def add_modifiers(task: Task, device: str, dtype: str) -> None:
@@ -90,14 +94,29 @@ def show_modifiers(console: Console, task: Task) -> None:
             "yellow",
         )
         return
-    act = [modifier.__name__ for modifier in wanted if acts(modifier, task)]
+    told = told_of(task)
+    act = task.pipeline.get_enabled_modifier_names()
     idle = [modifier.__name__ for modifier in wanted if not acts(modifier, task)]
     if act:
         say(console, f"Enabled loss modifiers: {', '.join(act)}", "bold")
     if idle:
         say(console, f"Not for mode={task.config.mode}, so without effect: {', '.join(idle)}", "yellow")
-    if act or idle:
+    for text in told:
+        say(console, f"warning: {with_full_stop(text)}", "yellow")
+    if act or idle or told:
         say(console)
+
+
+def told_of(task: Task) -> list[str]:
+    """What the modifiers have to say of the data, told before training instead of in the midst of it."""
+    if not isinstance(task, TokenTask):
+        return []
+    some = range(min(NUM_EXAMPLES, len(task.held_out)))  # pyright: ignore[reportArgumentType]
+    labels = torch.stack([task.held_out[i]["labels"] for i in some])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        task.pipeline.look_at(labels, num_classes=task.num_classes)
+    return [str(warning.message) for warning in caught]
 
 
 class ConsoleHandler(logging.Handler):

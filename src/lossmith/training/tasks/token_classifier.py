@@ -32,6 +32,7 @@ class TokenClassifier(CorruptedTask, TokenTask):
 
     mode = lossmith.ModelMode.TOKEN_CLASSIFIER
     model_class = ModernBertForTokenClassification
+    num_classes = 2
     loss_of = " of replaced or not"
     training_measure = "accuracy"
     step_figures = (Figure("loss", "loss {:.3f}"), Figure("accuracy", "accuracy {:.1%}"))

@@ -15,6 +15,7 @@ class TokenTask(Task):
     """A task whose labels are a class at every position, or none there."""
 
     shift: ClassVar[bool] = False  # whether logits[t] predict labels[t + 1]
+    num_classes: ClassVar[int | None] = None  # where they are not the vocabulary's
 
     def make_objective(self) -> lossmith.Objective:
         return make_objective(self.config, shift=self.shift)

@@ -1,0 +1,97 @@
+"""FundamentaLLM's loss and function: former names of cross-entropy."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from lossmith.former_names import former
+from lossmith.objectives.cross_entropy import CrossEntropyLoss
+from lossmith.terms.cross_entropy import check_smoothing
+
+FormerReduction = Literal["none", "mean", "sum", "batch", "batchmean"]
+ALSO_IGNORED = -1
+
+
+class LanguageModelingLoss(nn.Module):
+    """A former name: :class:`lossmith.CrossEntropyLoss`, with -1 ignored as well.
+
+    Args:
+        label_smoothing: share of the target that all classes get, in [0, 1).
+        ignore_index: the id of targets that do not count; -1 does not either.
+        reduction: ``mean``, ``sum``, ``none``, or ``batch`` (= ``batchmean``), the mean loss of each sample.
+
+    Raises:
+        ValueError: an unknown reduction, or smoothing out of range.
+    """
+
+    @former("LanguageModelingLoss")
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: FormerReduction = "mean",
+    ) -> None:
+        super().__init__()
+        check_smoothing(label_smoothing, "uniform", ())
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction: FormerReduction = _known(reduction)
+
+    def forward(self, logits: Tensor, targets: Tensor, reduction: FormerReduction | None = None) -> Tensor:
+        """The loss of logits [B, T, V] at targets [B, T]; this call's ``reduction`` goes first."""
+        return _loss(logits, targets, reduction or self.reduction, self.label_smoothing, self.ignore_index)
+
+
+@former("compute_loss")
+def compute_loss(
+    logits: Tensor,
+    targets: Tensor,
+    reduction: FormerReduction = "mean",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """A former name: :func:`lossmith.cross_entropy`, with -1 ignored as well.
+
+    Args:
+        logits: [B, T, V].
+        targets: [B, T] ids.
+        reduction, label_smoothing, ignore_index: see :class:`lossmith.LanguageModelingLoss`.
+
+    Example:
+        >>> import torch, warnings, lossmith
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", DeprecationWarning)
+        ...     loss = lossmith.compute_loss(torch.zeros(1, 2, 4), torch.tensor([[3, -1]]))
+        >>> round(loss.item(), 4)
+        1.3863
+    """
+    return _loss(logits, targets, reduction, label_smoothing, ignore_index)
+
+
+def _known(reduction: FormerReduction) -> FormerReduction:
+    if reduction not in get_args(FormerReduction):
+        known = ", ".join(map(repr, get_args(FormerReduction)))
+        raise ValueError(f"reduction must be one of {known}; got {reduction!r}")
+    return reduction
+
+
+def _loss(
+    logits: Tensor, targets: Tensor, reduction: FormerReduction, label_smoothing: float, ignore_index: int
+) -> Tensor:
+    if logits.dim() != 3 or targets.dim() != 2:
+        raise ValueError(
+            f"logits must be [B, T, V] and targets [B, T]; got {list(logits.shape)} and {list(targets.shape)}"
+        )
+    targets = targets.masked_fill(targets == ALSO_IGNORED, ignore_index)
+    of_samples = _known(reduction) in ("batch", "batchmean")
+    criterion = CrossEntropyLoss(
+        reduction="none" if of_samples else reduction,  # type: ignore[arg-type]
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+    )
+    losses = criterion(logits, targets)
+    if not of_samples:
+        return losses
+    return losses.sum(-1) / (targets != ignore_index).sum(-1).clamp(min=1)
