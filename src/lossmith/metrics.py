@@ -49,6 +49,10 @@ class Metrics(Mapping[str, float]):
         """The same numbers, still unread, under names that begin with ``prefix``."""
         return Metrics({prefix + name: source for name, source in self._sources.items()})
 
+    def only(self, wanted: Callable[[str], bool]) -> Metrics:
+        """Those with a name that is wanted, still unread; what the others would be made of is let go."""
+        return Metrics({name: source for name, source in self._sources.items() if wanted(name)})
+
     def __or__(self, other: Metrics) -> Metrics:
         """These and those, still unread."""
         return Metrics(self._sources | other._sources)

@@ -124,6 +124,7 @@ class TaskTrainer(ObjectiveTrainer):
             total, number = self._add_over_ranks(self.observed.tolist())
             self.observed = 0.0
             logs.update(self.task.training_measures(total / max(number, 1)))
+            logs.update(self.task.part_metrics())
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise self._no_number(f"loss became {logs['loss']}")

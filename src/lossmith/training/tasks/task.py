@@ -189,6 +189,11 @@ class Task(ABC):
         """What is logged beside the loss, from the mean of what was observed."""
         return {self.training_measure: mean}
 
+    def part_metrics(self) -> dict[str, float]:
+        """What the objective measures of its parts in a batch, `moe_balance_loss/max_violation` say: of the
+        last one, every metric with a slash in its name."""
+        return {}
+
     def describe_loss(self) -> str:
         """The loss and those of its options that are on."""
         config = self.config

@@ -14,6 +14,7 @@ from lossmith.training.tasks.task import Task, detached
 class TokenTask(Task):
     """A task whose labels are a class at every position, or none there."""
 
+    measured: lossmith.Metrics | None = None
     shift: ClassVar[bool] = False  # whether logits[t] predict labels[t + 1]
     num_classes: ClassVar[int | None] = None  # where they are not the vocabulary's
 
@@ -33,9 +34,14 @@ class TokenTask(Task):
         return {"loss": output.total, "parts": detached(output.parts), "observed": self.observed(output)}
 
     def observed(self, output: lossmith.LossOutput) -> Tensor:
-        """[2] the sum of what is observed of every token, and how many they are."""
+        """[2] the sum of what is observed of every token, and how many they are. What the objective measures
+        of its parts is kept until the next batch, unread."""
         assert output.stats is not None
+        self.measured = output.metrics.only(lambda name: "/" in name and name not in output.parts)
         return torch.stack([self.observe(output.stats).detach().sum(), output.num_tokens])
+
+    def part_metrics(self) -> dict[str, float]:
+        return {} if self.measured is None else self.measured.to_dict()
 
     def observe(self, stats: lossmith.TokenStats) -> Tensor:
         """[N] what `training_measure` is made of: the plain negative log-likelihood of each token."""
