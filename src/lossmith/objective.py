@@ -162,7 +162,7 @@ class Objective(nn.Module):
             assert output.stats is not None
             assert output.batch is not None
             nll = torch.where(output.batch.valid, output.stats.unscaled.nll.detach(), 0.0)
-            self.temperature.observe(nll.sum(), output.num_tokens)
+            self.temperature.observe(nll.sum(), output.num_tokens, output.total)
         return output
 
     def reads(self, stats: TokenStats) -> None:

@@ -125,7 +125,7 @@ class MoEBalance(Component, Stepped):
         found = [count_experts(i, k, self.num_experts) for i, k in zip(chosen, kept, strict=True)]
         counts = torch.stack([c.to(layers[0].device) for c in found])
         if self.mode == "bias":
-            self._collect(counts)
+            self._collect(counts, output.total)
             return None
         counts = sum_over_ranks(counts, self.stats_scope).to(accumulation_dtype(layers[0].dtype))
         usage = counts / counts.sum(-1, keepdim=True).clamp(min=1)
@@ -223,8 +223,8 @@ class MoEBalance(Component, Stepped):
             raise ValueError(f"layer must be {known} with num_layers={self.num_layers}; got {layer}")
         return self.expert_bias[layer].to(device)
 
-    def _collect(self, counts: Tensor) -> None:
-        """Take in the counts [L, E] of a micro-batch."""
+    def _collect(self, counts: Tensor, loss: Tensor) -> None:
+        """Take in the counts [L, E] of a micro-batch with this loss."""
         assert self.expert_bias is not None
         if self.expert_bias.device != counts.device:
             raise ValueError(
@@ -233,7 +233,7 @@ class MoEBalance(Component, Stepped):
             )
         counts = counts.reshape(self.expert_bias.shape)
         self._counts = counts if self._counts is None else self._counts + counts
-        self.has_news = True
+        self.take_note(loss)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MoEBalance:
         """As ever, but what is fp32 stays it: in bf16 a bias of 0.5 would not feel a step of 0.001."""
