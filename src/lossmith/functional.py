@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from lossmith.batch import check_mask
 from lossmith.engine.checks import check_candidates
 from lossmith.engine.predictions import Logits, Predictions
 from lossmith.engine.raw import Needs
@@ -253,6 +254,8 @@ def ranking_loss(
             "positive and negative must be scores of the same pairs, up to broadcasting; got shapes "
             f"{list(positive.shape)} and {list(negative.shape)}"
         ) from None
+    if mask is not None:
+        check_mask("mask", mask)
     values = ranking(positive, negative, margin=margin)
     valid = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool().expand_as(values)
     scale = token_scale(valid, reduction, denominator=denominator, dtype=values.dtype)

@@ -36,7 +36,7 @@ class MoEBalance(Component, Stepped):
     Inputs:
         gate_logits: [B, T, E] or [N, E] what the router says, or a list of them, one a layer.
         expert_indices: [..., k] which experts a token chose, or a list; default: the ``top_k`` of the scores.
-        attention_mask: [B, T] bool or integers, 0 at padding, which does not count; default: the mask of the
+        attention_mask: [B, T], 0 at padding, which does not count, and 1 elsewhere; default: the mask of the
             objective, or all tokens.
 
     Args:
@@ -255,7 +255,7 @@ class RouterZLoss(Component):
 
     Inputs:
         gate_logits: [B, T, E] or [N, E], or a list of them, one a layer.
-        attention_mask: [B, T] bool or integers, 0 at padding, which does not count; default: the mask of the
+        attention_mask: [B, T], 0 at padding, which does not count, and 1 elsewhere; default: the mask of the
             objective, or all tokens.
 
     Example:

@@ -185,7 +185,7 @@ class UnifiedLoss(ComposedLoss):
         Args:
             logits: [..., T, V], or None with ``hidden_states`` and ``lm_head_weight``.
             targets: [..., T] ids, ``ignore_index`` where there is none.
-            attention_mask: [..., T] bool or integers, 0 where a target does not count.
+            attention_mask: [..., T] bool, integers, or floats of 0 and 1; 0 where a target does not count.
             hidden_states: [B, T, D], for multi-token prediction, the contrastive loss and in place of logits.
             lm_head_weight: [V, D], the unembedding that heads with ``shared_projection`` share, likewise.
             input_ids: [..., T], the context of the repetition penalties; without it the targets before.
