@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, Term
+from lossmith.metrics import Source
 
 
 class Component(nn.Module):
-    """One part of a :class:`lossmith.ComposedLoss`: override one of the three methods.
+    """One part of a :class:`lossmith.ComposedLoss`: override ``term``, ``scalar`` or ``token_sum``.
 
     Attributes:
         required: names of the inputs without which it raises.
@@ -66,6 +67,11 @@ class Component(nn.Module):
             inputs, output: as for :meth:`scalar`.
         """
         return None
+
+    def metrics(self) -> Mapping[str, Source]:
+        """Numbers of the last batch to look at, by name; tensors, or functions that make them when somebody
+        looks. ``output.metrics`` has them as ``component/name``."""
+        return {}
 
 
 class Weighted(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lossmith.components.component import Component, Weighted
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, PerToken, Term, with_parts
+from lossmith.metrics import Metrics, Source
 from lossmith.objective import Objective
 from lossmith.wrapped_objective import WrappedObjective
 
@@ -95,7 +96,16 @@ class ComposedLoss(WrappedObjective):
             token_sum = component.token_sum(inputs, output)
             if token_sum is not None:
                 parts[name] = parts.get(name, 0.0) + weight * token_sum
-        return with_parts(output, parts)
+        output = with_parts(output, parts)
+        return replace(output, metrics=output.metrics | Metrics(self.measures()))
+
+    def measures(self) -> dict[str, Source]:
+        """What the components say of the last batch besides its loss, as ``component/name``."""
+        return {
+            f"{name}/{measure}": source
+            for name, component, _ in self._active()
+            for measure, source in component.metrics().items()
+        }
 
 
 # Inputs that every objective aligns with its targets; a component finds them in the batch.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lossmith.equation import LossOutput
-from lossmith.metrics import Metrics
+from lossmith.metrics import Metrics, Source
 from lossmith.objectives.composed import ComposedLoss
 from lossmith.objectives.unified_parts import (
     BalanceMode,
@@ -39,6 +39,9 @@ INPUTS = (
     SCORES,
     "contrastive_pairs",
 )
+
+
+NUM_BATCHES, NUM_NONFINITE = "num_batches", "num_nonfinite"
 
 
 class UnifiedLoss(ComposedLoss):
@@ -160,7 +163,6 @@ class UnifiedLoss(ComposedLoss):
         self.track_statistics = track_statistics
         self.input_names = tuple(dict.fromkeys((*self.input_names, *INPUTS)))
         self._sums: dict[str, Tensor] = {}
-        self._num_batches = 0
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the documented order of arguments)
         self,
@@ -232,24 +234,37 @@ class UnifiedLoss(ComposedLoss):
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         output = super().complete(output, inputs)
         if self.track_statistics and not torch.compiler.is_compiling():
-            for name, part in self.detailed(output).items():
-                value = part.detach().sum()
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._num_batches += 1
+            self._track(self.detailed(output), self.measures())
         return output
 
+    def _track(self, parts: Mapping[str, Tensor], measures: Mapping[str, Source]) -> None:
+        """Add a batch to the sums, or, where something is not finite, to the number of such batches."""
+        values = {name: part.detach().sum() for name, part in parts.items()}
+        total = values["total_loss"]
+        is_finite = total.isfinite()
+        for name, source in measures.items():
+            values[name] = torch.as_tensor(source() if callable(source) else source, device=total.device)
+            is_finite = is_finite & values[name].isfinite()
+        found = {name: torch.where(is_finite, value, 0.0) for name, value in values.items()}
+        found |= {NUM_BATCHES: is_finite.long(), NUM_NONFINITE: (~is_finite).long()}
+        for name, value in found.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
     def get_loss_statistics(self) -> dict[str, float]:
-        """Means of the parts over the batches since the last reset, ``num_batches`` and the temperature; one
-        synchronisation."""
-        means: dict[str, Any] = {name: total / self._num_batches for name, total in self._sums.items()}
+        """Means over the batches since the last reset: of the parts, and of what components measure besides.
+        With ``num_batches``, how many these are; ``num_nonfinite``, how many there were whose loss was NaN or
+        infinite, which are in no mean; and the temperature. One synchronisation."""
+        sums: dict[str, Any] = dict(self._sums)
+        counts = {name: sums.pop(name) for name in (NUM_BATCHES, NUM_NONFINITE) if name in sums}
+        means = {name: total / counts[NUM_BATCHES] for name, total in sums.items()}
         temperature = self.base.temperature
         if isinstance(temperature, AdaptiveTemperature):
             temperature = temperature.value
-        return Metrics({**means, "num_batches": self._num_batches, "temperature": temperature}).to_dict()
+        return Metrics({**means, NUM_BATCHES: 0, **counts, "temperature": temperature}).to_dict()
 
     def reset_statistics(self) -> None:
         """Begin the means anew."""
-        self._sums, self._num_batches = {}, 0
+        self._sums = {}
 
 
 def create_unified_loss(config: Any) -> UnifiedLoss:
