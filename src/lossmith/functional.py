@@ -117,6 +117,9 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (the overload
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Cross-entropy with everything people add to it, in one pass over the logits each way.
 
+    ``logits[t]`` predict ``targets[t]``. Unshifted labels, as Hugging Face has them, want ``shift=True``:
+    without it the model learns to copy its input.
+
         (1 - p_y)^focal_gamma * smoothed cross-entropy  +  z_loss * logsumexp^2  -  confidence_penalty * H(p)
 
     averaged over the supervised tokens. With defaults it equals

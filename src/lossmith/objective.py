@@ -189,7 +189,7 @@ class Objective(nn.Module):
         """
         for name in inputs:
             if name not in (*self.input_names, *HEAD_INPUTS, *more):
-                known = {*OWN_INPUTS, *self.input_names, *more}
+                known = {"logits", "targets", *OWN_INPUTS, *self.input_names, *more}
                 raise TypeError(unknown_option(type(self).__name__, name, known))
 
     def features(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -321,6 +321,10 @@ of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides t
         of :meth:`evaluate`."""
         output = self.evaluate(logits, targets, **inputs)
         return output.as_dict() if return_detailed else output.total
+
+    def extra_repr(self) -> str:
+        has_own = type(self).terms is not Objective.terms
+        return "" if has_own or not all(term.is_off for term in self._terms) else "no terms: the loss is 0"
 
 
 def _sweep_options(

@@ -85,7 +85,10 @@ class Weighted(nn.Module):
     def __init__(self, component: Component, weight: float = 1.0) -> None:
         super().__init__()
         if not isinstance(component, Component):
-            raise TypeError(f"Weighted takes a lossmith.Component; got {type(component).__name__}")
+            hint = ""
+            if isinstance(component, Term):
+                hint = ". A term belongs into Objective([...]), or into a Component whose term() returns it"
+            raise TypeError(f"Weighted takes a lossmith.Component; got {type(component).__name__}{hint}")
         if not isinstance(weight, Tensor) and not abs(weight) < math.inf:
             raise ValueError(f"the weight of {type(component).__name__} must be finite; got {weight}")
         self.component = component

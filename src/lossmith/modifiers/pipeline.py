@@ -194,9 +194,9 @@ class LossModifierPipeline(WrappedObjective):
         Raises:
             TypeError: an input that neither the pipeline, nor its base, nor a custom modifier can take.
         """
+        self._check_inputs(inputs)
         targets = given_targets(targets)
         mode = self._mode(model_mode, logits, targets)
-        self._check_inputs(inputs)
         if loss is not None and not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor; got {type(loss).__name__}")
         if loss is not None and not self._enabled(mode) and not inputs.get("scalars"):
@@ -230,8 +230,8 @@ class LossModifierPipeline(WrappedObjective):
         **inputs: Any,
     ) -> LossOutput:
         """The loss with its parts and metrics; the arguments are those of :meth:`modify_loss`."""
-        targets = given_targets(targets)
         self._check_inputs(inputs)
+        targets = given_targets(targets)
         inputs["mask"], inputs["attention_mask"] = both_masks(mask, attention_mask)
         inputs["denominator"] = either("denominator", denominator, "num_items_in_batch", num_items_in_batch)
         return self._evaluate(logits, targets, mode=self._mode(model_mode, logits, targets), **inputs)

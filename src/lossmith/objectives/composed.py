@@ -26,6 +26,9 @@ class ComposedLoss(WrappedObjective):
         components: by name, each a :class:`lossmith.Weighted` or a bare component (weight 1). Terms share
             the primary's pass and its denominator.
 
+    Raises:
+        TypeError: the primary is no objective, or a component no component.
+
     Attributes:
         base: the primary.
         components: the weighted components, by name.
@@ -44,9 +47,17 @@ class ComposedLoss(WrappedObjective):
     def __init__(
         self, primary: Objective, components: Mapping[str, Weighted | Component] | None = None
     ) -> None:
+        if not isinstance(primary, Objective):
+            hint = ". Put terms into Objective([...])" if isinstance(primary, Term) else ""
+            raise TypeError(f"primary must be a lossmith.Objective; got {type(primary).__name__}{hint}")
+        components = {} if components is None else components
+        if not isinstance(components, Mapping):
+            raise TypeError(
+                f"components must be a mapping of names to components; got {type(components).__name__}"
+            )
         super().__init__(primary)
         self.components = nn.ModuleDict()
-        for name, given in (components or {}).items():
+        for name, given in components.items():
             self.components[name] = given if isinstance(given, Weighted) else Weighted(given)
         for _, component, _ in self._active():
             names = (*component.required, *component.optional)

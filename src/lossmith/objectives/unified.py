@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.equation import LossOutput
+from lossmith.batch import TokenBatch
+from lossmith.engine.predictions import Predictions
+from lossmith.equation import LossOutput, StatsOf
 from lossmith.metrics import Metrics, Source
 from lossmith.objectives.composed import ComposedLoss
 from lossmith.objectives.unified_parts import (
@@ -21,6 +24,7 @@ from lossmith.objectives.unified_parts import (
     MTPType,
     PrimaryLossType,
     check_options,
+    describe_without_effect,
     make_components,
     make_primary,
 )
@@ -41,11 +45,19 @@ INPUTS = (
 )
 
 
+def _switch(name: str) -> property:
+    """Whether the loss was made with this switch on; its weight, in ``components``, may change."""
+    return property(lambda self: self._switches[name])
+
+
 NUM_BATCHES, NUM_NONFINITE = "num_batches", "num_nonfinite"
 
 
 class UnifiedLoss(ComposedLoss):
     """Cross-entropy and, as far as they are switched on, components, in one pass over the vocabulary.
+
+    ``logits[t]`` predict ``targets[t]``. Unshifted labels, as Hugging Face has them, want ``shift=True``:
+    without it the model learns to copy its input.
 
         L = main + mtp_weight MTP + ngram_penalty_weight n-gram + immediate_repetition_weight immediate
             + eos_penalty_weight early EOS + gradient_balance_weight MoE balance + focal_weight focal
@@ -81,9 +93,19 @@ class UnifiedLoss(ComposedLoss):
         z_loss: coefficient of the squared log-sum-exp.
         track_statistics: keep running means of the parts for :meth:`get_loss_statistics`.
 
+    Attributes:
+        use_mtp, use_ngram_penalty, use_immediate_repetition_penalty, use_moe_balancing, use_focal_loss,
+            use_diversity_loss, use_contrastive_loss, use_auxiliary_loss: the switches as they were given.
+        base: the main loss.
+        components: what is on, weighted, by the name of its part.
+
     Raises:
         TypeError: an unknown option; the message names the nearest.
-        ValueError: an option out of range, or a component switched on without what it needs.
+        ValueError: an option out of range, or a component switched on without what it needs; predictions over
+            another vocabulary.
+
+    Warns:
+        UserWarning: options of what is off, which have no effect; the message names the switch.
 
     Example:
         >>> import torch, lossmith
@@ -157,12 +179,27 @@ class UnifiedLoss(ComposedLoss):
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         chosen = SimpleNamespace(**options)
         check_options(chosen)
+        parameters = inspect.signature(UnifiedLoss).parameters
+        said = describe_without_effect(chosen, {name: p.default for name, p in parameters.items()})
+        if said is not None:
+            warnings.warn(said, stacklevel=3)
         super().__init__(make_primary(chosen), make_components(chosen))
+        self._switches = {name: bool(value) for name, value in options.items() if name.startswith("use_")}
+        self._said_what_is_not_read = False
         self.vocab_size = vocab_size
         self.primary_loss_type: PrimaryLossType = primary_loss_type
         self.track_statistics = track_statistics
         self.input_names = tuple(dict.fromkeys((*self.input_names, *INPUTS)))
         self._sums: dict[str, Tensor] = {}
+
+    use_mtp = _switch("use_mtp")
+    use_ngram_penalty = _switch("use_ngram_penalty")
+    use_immediate_repetition_penalty = _switch("use_immediate_repetition_penalty")
+    use_moe_balancing = _switch("use_moe_balancing")
+    use_focal_loss = _switch("use_focal_loss")
+    use_diversity_loss = _switch("use_diversity_loss")
+    use_contrastive_loss = _switch("use_contrastive_loss")
+    use_auxiliary_loss = _switch("use_auxiliary_loss")
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the documented order of arguments)
         self,
@@ -186,7 +223,8 @@ class UnifiedLoss(ComposedLoss):
 
         Args:
             logits: [..., T, V], or None with ``hidden_states`` and ``lm_head_weight``.
-            targets: [..., T] ids, ``ignore_index`` where there is none.
+            targets: [..., T] ids that ``logits[t]`` predict, ``ignore_index`` where there is none; with
+                ``shift``, unshifted labels.
             attention_mask: [..., T] bool, integers, or floats of 0 and 1; 0 where a target does not count.
             hidden_states: [B, T, D], for multi-token prediction, the contrastive loss and in place of logits.
             lm_head_weight: [V, D], the unembedding that heads with ``shared_projection`` share, likewise.
@@ -230,6 +268,39 @@ class UnifiedLoss(ComposedLoss):
         main = reduce(operator.add, own)
         parts = {name: part for name, part in output.parts.items() if name in self.components}
         return {"main_loss": main, **parts, "total_loss": output.total}
+
+    def bind(self, predictions: Predictions, targets: Tensor, **inputs: Any) -> tuple[TokenBatch, StatsOf]:
+        predictions.check(targets)
+        num_classes = predictions.num_classes
+        if num_classes != self.vocab_size:
+            raise ValueError(
+                f"expected logits of V = vocab_size = {self.vocab_size} classes; got {num_classes}. Make the "
+                f"loss with vocab_size={num_classes}, what the model predicts, padding included"
+            )
+        return super().bind(predictions, targets, **inputs)
+
+    def features(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        self._say_what_is_not_read(inputs)
+        return super().features(inputs)
+
+    def _say_what_is_not_read(self, inputs: Mapping[str, Any]) -> None:
+        """Once: the name of this type of loss promises heads, which are another switch."""
+        if self.primary_loss_type != "adaptive_mtp" or self._said_what_is_not_read:
+            return
+        read = {name for _, component, _ in self._active() for name in component.optional}
+        if inputs.get("lm_head_weight") is not None:
+            read.add("hidden_states")  # together they are the logits
+        names = [
+            n for n in ("hidden_states", "additional_logits") if inputs.get(n) is not None and n not in read
+        ]
+        if names and not torch.compiler.is_compiling():
+            self._said_what_is_not_read = True
+            warnings.warn(
+                f"primary_loss_type='adaptive_mtp' weighs the main loss by confidence and does not read "
+                f"{' nor '.join(names)}; for heads that predict tokens further ahead make the loss with "
+                "use_mtp=True",
+                stacklevel=4,
+            )
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         output = super().complete(output, inputs)

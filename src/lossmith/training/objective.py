@@ -1,11 +1,13 @@
 """The training objective that the keys describe, and whether they can describe one."""
 
 import re
+import warnings
 from typing import Any
 
 import torch
 
 import lossmith
+from lossmith.objectives import unified_parts
 from lossmith.training.errors import UserError
 from lossmith.training.keys import LOSS_KEYS, SPECS, TrainConfig
 from lossmith.training.loss_keys import CONSTRUCTORS, OPTIONS
@@ -15,22 +17,6 @@ LEFT_TO_RIGHT = ("use_ngram_penalty", "use_immediate_repetition_penalty", "eos_t
 OF_HIDDEN_STATES = ("use_mtp", "use_contrastive_loss")
 OF_ROUTERS = ("use_moe_balancing", "router_z_loss_weight")
 OF_EXPERTS = ("num_experts", "moe_top_k", "moe_num_layers")
-# What has an effect only beside something else.
-SWITCHES = {
-    "adaptive_temperature": ("temperature_bounds",),
-    "use_mtp": ("num_future_tokens", "mtp_weight", "mtp_type", "shared_projection"),
-    "use_ngram_penalty": ("ngram_size", "ngram_penalty_weight", "ngram_window_size"),
-    "use_immediate_repetition_penalty": (
-        "immediate_repetition_weight",
-        "immediate_repetition_threshold",
-    ),
-    "eos_token_id": ("min_sequence_length", "eos_penalty_weight"),
-    "use_moe_balancing": ("gradient_balance_weight", "target_expert_usage", "moe_balance_mode"),
-    "use_focal_loss": ("focal_gamma", "focal_alpha", "focal_weight", "focal_mode"),
-    "use_diversity_loss": ("diversity_weight",),
-    "use_contrastive_loss": ("contrastive_weight", "contrastive_temperature", "contrastive_margin"),
-    "use_auxiliary_loss": ("auxiliary_weight",),
-}
 
 
 def make_objective(config: TrainConfig, *, shift: bool) -> lossmith.Objective:
@@ -46,7 +32,8 @@ def make_objective(config: TrainConfig, *, shift: bool) -> lossmith.Objective:
         if not config.focal_gamma:
             del options["focal_gamma"]  # the loss has a default of its own
     # The seed gives every loss the same model, whether it draws heads of its own or not.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* no effect without ")  # the run says so in its own words
         torch.manual_seed(config.seed)
         return CONSTRUCTORS[config.loss](shift=shift, **options)
 
@@ -149,9 +136,7 @@ def _refuse_what_is_not_there(config: TrainConfig) -> None:
 
 def without_effect(config: TrainConfig) -> list[tuple[str, str]]:
     """Keys that are set and change nothing, each with the switch that is off."""
-    return [
-        (name, switch)
-        for switch, names in SWITCHES.items()
-        if config.loss == "unified" and not config.changed([switch])
-        for name in config.changed(names)
-    ]
+    if config.loss != "unified":
+        return []
+    found = unified_parts.without_effect(config, config.changed)
+    return [(name, switch) for switch, names in found for name in names]
