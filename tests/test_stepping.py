@@ -1,5 +1,6 @@
 """State that steps: at whose step it advances, and how often."""
 
+import copy
 import warnings
 
 import pytest
@@ -165,6 +166,18 @@ def test_a_compiled_model_and_a_compiled_optimizer(compiled):
         step()
         assert steps_of(criterion) == number
     torch._dynamo.reset()
+
+
+def test_a_copy_follows_the_copy_of_its_model():
+    criterion, net = adaptive(), model()
+    backward(criterion, net)
+    twin, twin_net = copy.deepcopy((criterion, net))
+    backward(twin, twin_net)
+    optimizer_of(twin_net).step()
+    assert (steps_of(criterion), steps_of(twin)) == (0, 1)
+    backward(twin, twin_net)
+    optimizer_of(net).step()
+    assert (steps_of(criterion), steps_of(twin)) == (1, 1)
 
 
 def test_what_sets_has_news_alone_advances_at_any_step():

@@ -47,7 +47,8 @@ class Stepped(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._join()  # a copy has not been through __init__
+        self._trained = None if self.has_news else set()  # a copy's are of the parameters copied from
+        self._join()  # it has not been through __init__
 
     def _join(self) -> None:
         self._number = next(_numbers)
