@@ -287,7 +287,7 @@ class UnifiedLoss(ComposedLoss):
         """Once: the name of this type of loss promises heads, which are another switch."""
         if self.primary_loss_type != "adaptive_mtp" or self._said_what_is_not_read:
             return
-        read = {name for _, component, _ in self._active() for name in component.optional}
+        read = {name for _, part, _ in self._active() for name in (*part.required, *part.optional)}
         if inputs.get("lm_head_weight") is not None:
             read.add("hidden_states")  # together they are the logits
         names = [
