@@ -193,11 +193,13 @@ def test_masks_and_weights_of_another_shape(name, dtype):
         lossmith.cross_entropy(LOGITS, TARGETS, **{name: torch.ones(3, 2, dtype=dtype)})
 
 
-def test_a_floating_point_mask():
-    with pytest.raises(
-        TypeError, match=r"mask must be bool or integer.*got torch\.float32.*mask\.bool\(\), or token_weight"
-    ):
-        lossmith.cross_entropy(LOGITS, TARGETS, mask=torch.ones(2, 3))
+@pytest.mark.parametrize("value", [0.5, -1.0, 2.0, float("nan")])
+def test_a_floating_point_mask_of_something_else_than_0_and_1(value):
+    mask = torch.ones(2, 3)
+    mask[1, 2] = value
+    message = rf"mask must be 0 or 1 .*; got {value} at position \(1, 2\).*[Pp]ass weights as token_weight"
+    with pytest.raises(ValueError, match=message):
+        lossmith.cross_entropy(LOGITS, TARGETS, mask=mask)
 
 
 def test_masks_and_weights_that_are_not_tensors():

@@ -186,6 +186,45 @@ def test_a_mask_is_the_same_as_ignoring():
     assert torch.equal(by_mask, lossmith.cross_entropy(logits, targets, mask=mask.int(), label_smoothing=0.1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_mask_of_floats_that_are_0_and_1_is_a_mask(dtype):
+    logits, targets = random_batch()
+    mask = random_weight() < 1.2
+    expected = lossmith.cross_entropy(logits, targets, mask=mask)
+    assert torch.equal(lossmith.cross_entropy(logits, targets, mask=mask.to(dtype)), expected)
+    criterion = lossmith.CrossEntropyLoss(shift=True)
+    for name in ("mask", "attention_mask"):
+        assert torch.equal(
+            criterion(logits, targets, **{name: mask.to(dtype)}), criterion(logits, targets, mask=mask)
+        )
+    assert criterion.count(targets, mask=mask.to(dtype)) == criterion.count(targets, mask=mask)
+
+
+def test_masks_of_sequences_and_pairs_may_be_floats():
+    predictions, scores, mask = torch.rand(4), torch.rand(4), torch.tensor([1, 0, 1, 1])
+    pipeline = lossmith.LossModifierPipeline(model_mode="sequence_scorer")
+    expected = pipeline(predictions, scores, mask=mask)
+    assert torch.equal(pipeline(predictions, scores, mask=mask.float()), expected)
+    expected = lossmith.ranking_loss(predictions, scores, mask=mask)
+    assert torch.equal(lossmith.ranking_loss(predictions, scores, mask=mask.float()), expected)
+    for call in (pipeline, lossmith.ranking_loss):
+        with pytest.raises(ValueError, match=r"mask must be 0 or 1 .*; got 0\.5 at position \(0,\)"):
+            call(predictions, scores, mask=mask / 2)
+
+
+def test_a_mask_of_floats_is_looked_at_without_waiting_where_the_loss_is_compiled():
+    logits, targets = random_batch()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda mask: lossmith.cross_entropy(logits, targets, mask=mask), fullgraph=True, backend="aot_eager"
+    )
+    mask = (random_weight() < 1.2).float()
+    assert torch.equal(compiled(mask), lossmith.cross_entropy(logits, targets, mask=mask))
+    with pytest.raises(RuntimeError, match="mask must be 0 or 1"):
+        compiled(mask / 2)
+    torch._dynamo.reset()
+
+
 def test_ids_under_the_mask_may_be_anything():
     logits, targets = random_batch()
     mask = targets != IGNORE

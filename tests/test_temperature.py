@@ -19,9 +19,9 @@ def fed(losses, **options) -> AdaptiveTemperature:
 def by_hand(losses, initial=1.0, bounds=(0.5, 2.0), rate=0.01, window=100, low=0.05, high=0.1) -> float:
     value = initial
     for step in range(1, len(losses) + 1):
-        if step < window:
+        if step < 2:
             continue
-        recent = torch.tensor(losses[step - window : step], dtype=torch.float64)
+        recent = torch.tensor(losses[max(step - window, 0) : step], dtype=torch.float64)
         variation = (recent.std(unbiased=False) / recent.mean()).item()
         value *= 1 - rate if variation < low else 1 + rate if variation > high else 1
         value = min(max(value, bounds[0]), bounds[1])
@@ -37,9 +37,17 @@ def test_it_is_its_rule(swing):
     assert direction == {0.0: -1, 0.07: 0, 0.5: 1}[swing]
 
 
-def test_it_stays_within_its_bounds_and_waits_for_its_window():
-    assert fed([2.0] * 99).value == 1
-    assert fed([2.0] * 100).value == pytest.approx(0.99)
+def test_the_window_fills_as_it_goes():
+    """It moves from the second step on, by the steps that there are."""
+    assert fed([2.0]).value == 1
+    for num_steps in (2, 3, 99, 100, 150):
+        losses = [3.0 + 0.3 * torch.tensor(0.7 * step).sin().item() for step in range(num_steps)]
+        assert fed(losses).value.item() == pytest.approx(by_hand(losses), rel=1e-5)
+    assert fed([2.0] * 2).value == pytest.approx(0.99)
+    assert fed([1.0, 3.0]).value == pytest.approx(1.01)
+
+
+def test_it_stays_within_its_bounds():
     assert fed([2.0] * 60, window=5, bounds=(0.9, 1.1)).value == pytest.approx(0.9)
     assert fed([1.0, 3.0] * 30, window=5, bounds=(0.9, 1.1)).value == pytest.approx(1.1)
 
@@ -58,7 +66,7 @@ def test_it_advances_by_itself_once_an_optimizer_step():
     criterion = CrossEntropyLoss(temperature=AdaptiveTemperature(window=3))
     train(criterion, 5)
     assert criterion.temperature.num_steps == 5
-    assert criterion.temperature.value == pytest.approx(0.99**3)
+    assert criterion.temperature.value == pytest.approx(0.99**4)
     criterion.temperature.on_optimizer_step()  # said again, it is not done again
     assert criterion.temperature.num_steps == 5
     with torch.no_grad():
@@ -90,6 +98,33 @@ def test_a_step_without_tokens_says_nothing():
     assert torch.equal(temperature.num_steps, steps)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_loss_that_is_no_number_is_left_out(bad):
+    expected = fed([2.0, 3.0, 4.0], window=5)
+    temperature = AdaptiveTemperature(window=5)
+    for loss in (2.0, bad, 3.0, 4.0):
+        temperature.observe(torch.tensor(4 * loss), torch.tensor(4))
+        temperature.on_optimizer_step()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(temperature.state_dict()[name], value), name
+    # and of a step, only the micro-batch
+    for loss in (bad, 5.0):
+        temperature.observe(torch.tensor(4 * loss), torch.tensor(4))
+    temperature.on_optimizer_step()
+    assert temperature.history.tolist() == [2.0, 3.0, 4.0, 5.0, 0.0]
+
+
+def test_a_bad_batch_does_not_reach_it_through_the_loss():
+    criterion = CrossEntropyLoss(temperature=AdaptiveTemperature(window=3))
+    logits = torch.zeros(1, 2, 5, requires_grad=True)
+    targets = torch.ones(1, 2, dtype=torch.long)
+    assert criterion(logits * torch.nan, targets).isnan()
+    criterion.on_optimizer_step()
+    assert criterion.temperature.num_steps == 0
+    train(criterion, 3)
+    assert criterion.temperature.value == pytest.approx(0.99**2)
+
+
 def test_its_state_is_saved_and_copied():
     criterion = CrossEntropyLoss(temperature=AdaptiveTemperature(window=3))
     train(criterion, 4)
@@ -99,7 +134,7 @@ def test_its_state_is_saved_and_copied():
     for other in (criterion, fresh, twin):
         train(other, 2)
     values = [c.temperature.value.item() for c in (criterion, fresh, twin)]
-    assert values == pytest.approx([0.99**4] * 3)
+    assert values == pytest.approx([0.99**5] * 3)
 
 
 def test_it_stays_precise_when_the_model_is_cast():

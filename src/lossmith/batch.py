@@ -140,8 +140,8 @@ def align(
         targets: [..., T] ids. With ``shift`` they are labels, unshifted as Hugging Face has
             them: logits[t] predict targets[t + 1], and the last position has no target.
         ignore_index: the id of positions without a target.
-        mask: [..., T] bool or integers, 0 where a target does not count; it belongs to the
-            targets and is shifted with them.
+        mask: [..., T] bool or integers, or floats that are 0 or 1, 0 where a target does not count; it
+            belongs to the targets and is shifted with them.
         token_weight: [..., T] weights of the targets, shifted with them; detached.
         input_ids: [..., T] what the logits were computed from; never shifted.
         segment_ids: [..., T] which document of a packed row a token of ``input_ids`` belongs to.
@@ -155,8 +155,9 @@ def align(
         class_weight: [V] what a target counts for in the denominator.
 
     Raises:
-        TypeError: targets, input_ids or segment_ids are not integers, or the mask is floating point.
-        ValueError: a shape differs from the targets', a target is out of range, or an option unknown.
+        TypeError: targets, input_ids or segment_ids are not integers.
+        ValueError: a shape differs from the targets', a target is out of range, a mask of floats is not of 0
+            and 1, or an option is unknown.
     """
     check_targets(targets)
     check_reduction(reduction, empty)
@@ -177,11 +178,7 @@ def align(
     targets = targets.long()
     valid = targets != ignore_index
     if mask is not None:
-        if mask.is_floating_point():
-            raise TypeError(
-                f"mask must be bool or integer, 0 where a target does not count; got {mask.dtype}. "
-                "Pass mask.bool(), or token_weight for weights"
-            )
+        check_mask("mask", mask)
         valid = valid & (mask != 0)
     if pad_token_id is not None and pad_token_id != eos_token_id:
         valid = valid & (targets != pad_token_id)
@@ -225,6 +222,29 @@ def align(
         pad_token_id=None if pad_token_id == eos_token_id else pad_token_id,
         shift=shift,
     )
+
+
+def check_mask(name: str, mask: Tensor) -> None:
+    """A mask of floats is of 0 and 1; others would be weights. An accelerator answers later, so that the host
+    need not wait, and so does a compiled loss.
+
+    Raises:
+        ValueError: another float; the message has the first one and its position.
+    """
+    if not mask.is_floating_point():
+        return
+    outside = (mask != 0) & (mask != 1)
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        message = f"{name} must be 0 or 1"
+        torch._assert_async(~outside.any(), message)  # pyright: ignore[reportPrivateImportUsage]
+        return
+    where = outside.nonzero()
+    if where.shape[0]:
+        position = tuple(int(i) for i in where[0])
+        raise ValueError(
+            f"{name} must be 0 or 1 everywhere, 0 for what does not count; got {float(mask[position])} at "
+            f"position {position}. Pass weights as token_weight"
+        )
 
 
 def as_rows(shape: torch.Size) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from lossmith.batch import check_mask
 from lossmith.engine.predictions import Logits, Predictions
 from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
@@ -127,6 +128,9 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (the overload
     return_stats: Annotated[bool, option("also return the statistics")] = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Cross-entropy with everything people add to it, in one pass over the logits each way.
+
+    ``logits[t]`` predict ``targets[t]``. Unshifted labels, as Hugging Face has them, want ``shift=True``:
+    without it the model learns to copy its input.
 
         (1 - p_y)^focal_gamma * smoothed cross-entropy  +  z_loss * logsumexp^2  -  confidence_penalty * H(p)
 
@@ -264,6 +268,8 @@ def ranking_loss(
             "positive and negative must be scores of the same pairs, up to broadcasting; got shapes "
             f"{list(positive.shape)} and {list(negative.shape)}"
         ) from None
+    if mask is not None:
+        check_mask("mask", mask)
     values = ranking(positive, negative, margin=margin)
     valid = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool().expand_as(values)
     scale = token_scale(valid, reduction, denominator=denominator, dtype=values.dtype)

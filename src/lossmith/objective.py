@@ -185,7 +185,7 @@ class Objective(nn.Module):
             assert output.stats is not None
             assert output.batch is not None
             nll = torch.where(output.batch.valid, output.stats.unscaled.nll.detach(), 0.0)
-            self.temperature.observe(nll.sum(), output.num_tokens)
+            self.temperature.observe(nll.sum(), output.num_tokens, output.total)
         return output
 
     @property
@@ -333,6 +333,10 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         of :meth:`evaluate`."""
         output = self.evaluate(logits, targets, **inputs)
         return output.as_dict() if return_detailed else output.total
+
+    def extra_repr(self) -> str:
+        has_own = type(self).terms is not Objective.terms
+        return "" if has_own or not all(term.is_off for term in self._terms) else "no terms: the loss is 0"
 
 
 def _sweep_options(

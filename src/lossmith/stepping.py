@@ -1,14 +1,24 @@
-"""``Stepped``: modules whose state advances once per optimizer step, however many batches it takes."""
+"""``Stepped``: modules whose state advances once per optimizer step, however many batches it takes.
+
+PyTorch leads from a loss to its parameters, but not from a parameter to its optimizer. So one hook hears of
+every ``optimizer.step()`` in the process, from the moment the first ``Stepped`` is made, and each module
+advances at those steps alone that are its own: see :class:`Stepped`.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import warnings
 import weakref
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+# How many times a batch is followed by another optimizer's step alone before a module says that it waits.
+PATIENCE = 1000
 
 _everyone: weakref.WeakSet[Stepped] = weakref.WeakSet()
 _numbers = itertools.count()
@@ -17,7 +27,12 @@ _numbers = itertools.count()
 class Stepped(nn.Module):
     """State that advances after ``optimizer.step()``, by itself, if there was a batch since the last time.
 
-    Subclasses set ``has_news`` when they take something in, and advance in :meth:`advance`.
+    The step counts if the optimizer has a parameter in which the loss of one of those batches has a gradient.
+    Where the parameters do not show, the step of any optimizer counts: the loss is compiled itself or has no
+    gradient, a reentrant checkpoint hides them, or the optimizer has DTensors, as FSDP2 makes them, in their
+    place.
+
+    Subclasses call :meth:`take_note` when they take something in, and advance in :meth:`advance`.
     """
 
     has_news: bool
@@ -25,20 +40,33 @@ class Stepped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.has_news = False
+        self._trained: set[int] | None = set()  # ids of parameters; None where they do not show
+        self._is_fresh = False  # a batch has come since the last step, whoever's it was
+        self._passed_by = 0
         self._join()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._join()  # a copy has not been through __init__
+        self._trained = None if self.has_news else set()  # a copy's are of the parameters copied from
+        self._join()  # it has not been through __init__
 
     def _join(self) -> None:
         self._number = next(_numbers)
         _everyone.add(self)
+        _listen()
+
+    def take_note(self, loss: Tensor | None = None) -> None:
+        """There is something to advance by, of a batch with this loss."""
+        self.has_news = self._is_fresh = True
+        found = None if loss is None else trained_by(loss)
+        self._trained = None if found is None or self._trained is None else self._trained | found
 
     def on_optimizer_step(self) -> None:
-        """Advance, unless nothing has come since the last time. Called after every ``optimizer.step()``."""
+        """Advance, unless nothing has come since the last time. Called after each ``optimizer.step()`` that
+        is this module's; call it yourself where the optimizer is not of PyTorch."""
         if self.has_news:
             self.has_news = False
+            self._trained, self._passed_by = set(), 0
             with torch.no_grad():
                 self.advance()
 
@@ -46,11 +74,51 @@ class Stepped(nn.Module):
         """Move the state on by what was taken in."""
         raise NotImplementedError
 
+    def after_step(self, parameters: list[Tensor]) -> None:
+        """Advance if these are the parameters of an optimizer whose step counts."""
+        if not self.has_news:
+            return
+        if not self._trained or any(id(p) in self._trained or hasattr(p, "full_tensor") for p in parameters):
+            self.on_optimizer_step()
+            return
+        self._passed_by += self._is_fresh
+        if self._passed_by == PATIENCE and self._is_fresh:
+            warnings.warn(
+                f"{type(self).__name__} waits for the step of an optimizer that has a parameter of the "
+                f"loss's graph, and after {PATIENCE} batches only others have stepped; call the objective's "
+                "on_optimizer_step() after each step, as DeepSpeed needs it",
+                stacklevel=2,
+            )
+        self._is_fresh = False
 
-def _after_step(*_: Any) -> None:
+
+def trained_by(loss: Tensor) -> set[int] | None:
+    """Ids of the leaves in which ``loss`` has a gradient; None where they do not all show."""
+    if torch.compiler.is_compiling() or loss.grad_fn is None:
+        return None
+    found: set[int] = set()
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
+            found.add(id(node.variable))
+        elif kind == "CheckpointFunctionBackward":
+            return None
+        waiting.extend(following for following, _ in node.next_functions if following is not None)
+    return found
+
+
+@functools.cache
+def _listen() -> None:
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # in the order in which they were made: over ranks their sums have to meet
     for module in sorted(_everyone, key=lambda module: module._number):
-        module.on_optimizer_step()
-
-
-register_optimizer_step_post_hook(_after_step)
+        module.after_step(parameters)

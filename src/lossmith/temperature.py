@@ -20,15 +20,16 @@ class AdaptiveTemperature(Stepped):
         cv = std / mean of the last ``window`` steps' negative log-likelihoods (unsmoothed, temperature 1)
         T <- T (1 - rate) where cv < low,  T (1 + rate) where cv > high,  within the bounds
 
-    It moves once per optimizer step, after ``optimizer.step()``, when ``window`` steps have been seen;
-    over ranks all take the same. Its state is in buffers. A model trained at T < 1 is flatter than
-    it looks in training.
+    It moves once per optimizer step, after the ``step()`` of an optimizer of what the loss trains, from the
+    second step on: until ``window`` steps have been seen, it looks at those that there are. Over ranks all
+    take the same. A batch whose loss is not finite is left out. Its state is in buffers. A model trained at
+    T < 1 is flatter than it looks in training.
 
     Args:
         initial: where it begins.
         bounds: the lowest and the highest temperature.
         rate: how far it moves in a step.
-        window: how many steps are looked at.
+        window: how many steps are looked at, at most.
         low, high: coefficients of variation below and above which it moves.
 
     Attributes:
@@ -69,11 +70,18 @@ class AdaptiveTemperature(Stepped):
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("pending", torch.zeros(2))  # sum of the nll, and of tokens
 
-    def observe(self, nll_sum: Tensor, num_tokens: Tensor) -> None:
-        """Take in a batch: the summed negative log-likelihood of its tokens, and how many they are."""
+    def observe(self, nll_sum: Tensor, num_tokens: Tensor, loss: Tensor | None = None) -> None:
+        """Take in a batch.
+
+        Args:
+            nll_sum: the summed negative log-likelihood of its tokens.
+            num_tokens: how many they are.
+            loss: the batch's loss, whose graph shows whose optimizer's step to wait for; default: anybody's.
+        """
         seen = torch.stack([nll_sum.detach(), num_tokens.to(nll_sum.dtype)])
-        self.pending = self.pending.to(seen.device) + seen
-        self.has_news = True
+        # One bad batch would stay in the mean of every step of the window.
+        self.pending = self.pending.to(seen.device) + torch.where(seen[0].isfinite(), seen, 0.0)
+        self.take_note(loss)
 
     def advance(self) -> None:
         nll_sum, num_tokens = sum_over_ranks(self.pending, "global").unbind()
@@ -85,11 +93,18 @@ class AdaptiveTemperature(Stepped):
         counts = num_tokens > 0
         self.history = torch.where(slot & counts, mean_nll, self.history.float())
         self.num_steps = self.num_steps + counts
-        variation = self.history.std(correction=0) / self.history.mean().clamp(min=1e-12)
+        variation = self._variation(self.num_steps.clamp(max=window))
         change = torch.where(variation < self.low, 1 - self.rate, 1.0)
         change = torch.where(variation > self.high, 1 + self.rate, change)
         moved = (self.value * change).clamp(*self.bounds)
-        self.value = torch.where(counts & (self.num_steps >= window), moved, self.value)
+        self.value = torch.where(counts & (self.num_steps > 1), moved, self.value)
+
+    def _variation(self, num_seen: Tensor) -> Tensor:
+        """The coefficient of variation of the steps that have been seen, the first ``num_seen`` slots."""
+        is_seen = torch.arange(len(self.history), device=self.history.device) < num_seen
+        mean = torch.where(is_seen, self.history, 0.0).sum() / num_seen
+        deviation = torch.where(is_seen, self.history - mean, 0.0).square().sum() / num_seen
+        return deviation.sqrt() / mean.clamp(min=1e-12)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveTemperature:
         """Move with the model, but stay in fp32 where it is cast: a step of one percent is lost in bf16."""

@@ -270,8 +270,12 @@ def test_bad_options(options, message):
             "as many layers",
         ),
         (
-            {"gate_logits": torch.zeros(3, E), "attention_mask": torch.ones(3)},
-            r"got torch.float32. Pass mask.bool",
+            {"gate_logits": torch.zeros(3, E), "attention_mask": torch.full((3,), 0.5)},
+            r"attention_mask must be 0 or 1 .*; got 0\.5 at position \(0,\)",
+        ),
+        (
+            {"gate_logits": torch.zeros(3, E), "attention_mask": [1, 1, 1]},
+            r"attention_mask must be a tensor.*got list",
         ),
         ({"gate_logits": torch.zeros(3, E), "attention_mask": torch.ones(4).bool()}, r"\[3\]; got \[4\]"),
         ({"gate_logits": torch.zeros(2, 3, E), "attention_mask": torch.ones(3, 2).bool()}, r"got \[3, 2\]"),
@@ -280,6 +284,12 @@ def test_bad_options(options, message):
 def test_bad_inputs(inputs, message):
     with pytest.raises((TypeError, ValueError), match=message):
         part_of(MoEBalance(E), **inputs)
+
+
+def test_a_mask_of_floats_masks_padding(rng):
+    z = gates(rng, B, T, E)
+    expected = part_of(MoEBalance(E), z, MASK)
+    assert torch.equal(part_of(MoEBalance(E), z, MASK.float()), expected)
 
 
 def test_the_number_of_layers_and_k_are_checked():

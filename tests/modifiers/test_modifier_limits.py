@@ -224,7 +224,7 @@ def test_bad_input(batch):
             ValueError,
             "per_position_loss must have",
         ),
-        ({"mask": torch.ones(4, 6)}, TypeError, "mask must be bool or integer"),
+        ({"mask": torch.full((4, 6), 0.5)}, ValueError, "mask must be 0 or 1"),
         ({"mask": torch.ones(4, 5, dtype=torch.bool)}, ValueError, "mask must have the targets' shape"),
         ({"modelmode": 1}, TypeError, "no option 'modelmode'"),
         ({"denominators": 1}, TypeError, "Did you mean 'denominator'"),

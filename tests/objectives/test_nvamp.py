@@ -11,7 +11,7 @@ from ranks import on_two_ranks
 IGNORE = -100
 
 
-def naive(logits, targets, alpha=1.0, beta=0.02, gamma=0.001, eps=1e-6, top_k=1, legacy=False):
+def naive(logits, targets, alpha=1.0, beta=0.02, gamma=0.001, eps=1e-6, top_k=1):
     keep = targets.reshape(-1) != IGNORE
     ell = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1])[keep], targets.reshape(-1)[keep], reduction="none"
@@ -20,7 +20,7 @@ def naive(logits, targets, alpha=1.0, beta=0.02, gamma=0.001, eps=1e-6, top_k=1,
         return logits.sum() * 0
     fixed = ell.detach()
     d = (fixed - fixed.mean()).abs() / (fixed.var(unbiased=False) + eps).sqrt()
-    weight = d.mean() if legacy else (1 + d) / (1 + d.mean())
+    weight = (1 + d) / (1 + d.mean())
     largest = ell.topk(min(top_k, len(ell))).values.mean()
     return alpha * (weight * ell).mean() + beta * ell.mean() + gamma * largest
 
@@ -38,7 +38,6 @@ OPTIONS = [
     {"alpha": 0.5, "beta": 2.0, "gamma": 0.7},
     {"gamma": 1.0, "top_k": 4},
     {"gamma": 1.0, "top_k": 1000},
-    {"legacy": True, "gamma": 0.5},
     {"eps": 0.5},
 ]
 

@@ -9,7 +9,11 @@ from lossmith import (
     CrossEntropyLoss,
     ImmediateRepetition,
     LossModifierPipeline,
+    NVAMPLoss,
+    Objective,
+    Term,
     UnifiedLoss,
+    Weighted,
 )
 
 
@@ -160,3 +164,42 @@ def test_an_unknown_input():
     given = inputs()
     with pytest.raises(TypeError, match="Did you mean 'hidden_states'"):
         UnifiedLoss(V)(given["logits"], given["targets"], hidden_state=given["hidden_states"])
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [UnifiedLoss(V), CrossEntropyLoss(), NVAMPLoss(), LossModifierPipeline()],
+    ids=lambda criterion: type(criterion).__name__,
+)
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("labels", "targets"), ("target", "targets"), ("input", "logits")]
+)
+def test_the_names_that_others_have_are_understood(criterion, theirs, ours):
+    given = inputs()
+    call = {"logits": given["logits"], "targets": given["targets"]}
+    call[theirs] = call.pop(ours)
+    with pytest.raises(TypeError, match=f"'{theirs}'.*'{ours}'"):
+        criterion(**call)
+
+
+def test_a_bare_term_has_its_place_named():
+    term = Term("margin", lambda stats, batch: stats.nll)
+    message = (
+        r"takes a lossmith\.Component; got Term.*Objective\(\[\.\.\.\]\).*Component whose term\(\) returns it"
+    )
+    with pytest.raises(TypeError, match=message):
+        ComposedLoss(CrossEntropyLoss(), {"margin": term})
+    with pytest.raises(TypeError, match=message):
+        Weighted(term, 0.5)
+    with pytest.raises(
+        TypeError, match=r"primary must be a lossmith\.Objective; got Term.*Objective\(\[\.\.\.\]\)"
+    ):
+        ComposedLoss(term)
+
+
+def test_components_have_names():
+    with pytest.raises(TypeError, match="components must be a mapping of names to components; got list"):
+        ComposedLoss(CrossEntropyLoss(), [ImmediateRepetition()])
+    with pytest.raises(TypeError, match=r"primary must be a lossmith\.Objective; got ImmediateRepetition"):
+        ComposedLoss(ImmediateRepetition())
+    assert ComposedLoss(Objective([]), {}).components is not None

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from lossmith.batch import TokenBatch
 from lossmith.equation import LossOutput, Reads, Term
+from lossmith.metrics import Source
 from lossmith.options import option, strict_options
 
 
 class Component(nn.Module):
-    """One part of a :class:`lossmith.ComposedLoss`: override one of the three methods.
+    """One part of a :class:`lossmith.ComposedLoss`: override ``term``, ``scalar`` or ``token_sum``.
 
     Attributes:
         required: names of the inputs without which it raises.
@@ -76,6 +77,11 @@ class Component(nn.Module):
         """
         return None
 
+    def metrics(self) -> Mapping[str, Source]:
+        """Numbers of the last batch to look at, by name; tensors, or functions that make them when somebody
+        looks. ``output.metrics`` has them as ``component/name``."""
+        return {}
+
 
 class Weighted(nn.Module):
     """A component and what it is multiplied by; 0 is as good as absent.
@@ -92,7 +98,13 @@ class Weighted(nn.Module):
     @strict_options
     def __init__(
         self,
-        component: Annotated[Component, option("what is weighted")],
+        component: Annotated[
+            Component,
+            option(
+                "what is weighted",
+                advice="A term belongs into Objective([...]), or into a Component whose term() returns it",
+            ),
+        ],
         weight: Annotated[float | Tensor, option("its coefficient")] = 1.0,
     ) -> None:
         super().__init__()

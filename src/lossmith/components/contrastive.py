@@ -30,7 +30,7 @@ class Contrastive(Component):
     Inputs:
         contrastive_pairs: (view_a, view_b), [B, D] each; row i of both is the same sample.
         hidden_states: [B, T, D] of one layer, used where there are no pairs.
-        attention_mask: [B, T] bool or integers, 0 at padding, which does not count; default: the mask of the
+        attention_mask: [B, T], 0 at padding, which does not count, and 1 elsewhere; default: the mask of the
             objective, or all tokens.
 
     Args:

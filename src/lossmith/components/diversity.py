@@ -25,7 +25,7 @@ class ExpertDiversity(Component):
     Inputs:
         expert_outputs: [B, T, E, D] or [N, E, D] what each expert made of each token, before it is
             weighted; or a list of E tensors [..., D], one an expert. E may be the k experts of a token.
-        attention_mask: [B, T] bool or integers, 0 at padding, which does not count; default: the mask of the
+        attention_mask: [B, T], 0 at padding, which does not count, and 1 elsewhere; default: the mask of the
             objective, or all tokens.
 
     Example:

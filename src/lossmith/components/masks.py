@@ -7,31 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmith.batch import check_mask
+
 
 def token_mask(attention_mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
     """[N] bool, which tokens count: all of them where there is no mask.
 
     Args:
-        attention_mask: [B, T] bool or integers, 0 at padding; or None.
+        attention_mask: [B, T] bool or integers, or floats that are 0 or 1, 0 at padding; or None.
         shape: [B, T] or [N] of the tokens.
         device: where they are.
 
     Raises:
-        TypeError: not a tensor of bools or integers.
-        ValueError: another number of tokens.
+        TypeError: not a tensor.
+        ValueError: another number of tokens, or a float that is neither 0 nor 1.
     """
     if attention_mask is None:
         return torch.ones(shape.numel(), dtype=torch.bool, device=device)
-    if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point():
-        got = attention_mask.dtype if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise TypeError(
-            f"attention_mask must be a bool or integer tensor, 0 at padding; got {got}. Pass mask.bool()"
-        )
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, 0 at padding; got {type(attention_mask).__name__}")
     if attention_mask.numel() != shape.numel() or (len(shape) == 2 and attention_mask.shape != shape):
         raise ValueError(
             f"attention_mask must be that of the tokens, {list(shape)}; got {list(attention_mask.shape)}. "
             "Pass the [B, T] mask that the model had"
         )
+    check_mask("attention_mask", attention_mask)
     return (attention_mask != 0).reshape(-1).to(device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,9 +11,18 @@ from torch import Tensor
 
 from lossmith.components.component import Component
 from lossmith.components.masks import masked, mean_of_kept, token_mask
+from lossmith.components.routers import (
+    are_numbers,
+    check_gate,
+    checked_indices,
+    count_experts,
+    router_layers,
+    shares_of,
+)
 from lossmith.distributed import StatsScope, sum_over_ranks
 from lossmith.engine.blocks import accumulation_dtype
 from lossmith.equation import LossOutput
+from lossmith.metrics import Source
 from lossmith.options import option, strict_options
 from lossmith.options.shared import BalanceMode, ExpertsPerToken, ExpertUsage, NumExperts, NumRouters
 from lossmith.stepping import Stepped
@@ -36,7 +46,7 @@ class MoEBalance(Component, Stepped):
     Inputs:
         gate_logits: [B, T, E] or [N, E] what the router says, or a list of them, one a layer.
         expert_indices: [..., k] which experts a token chose, or a list; default: the ``top_k`` of the scores.
-        attention_mask: [B, T] bool or integers, 0 at padding, which does not count; default: the mask of the
+        attention_mask: [B, T], 0 at padding, which does not count, and 1 elsewhere; default: the mask of the
             objective, or all tokens.
 
     Args:
@@ -51,6 +61,13 @@ class MoEBalance(Component, Stepped):
 
     Attributes:
         expert_bias: [E], or [num_layers, E] if that is given; None in mode ``loss``. Stays fp32.
+        expert_counts: [E] or, of several layers, [L, E] how often each expert was chosen in the last batch,
+            also in evaluation: on this rank, or on all with stats_scope ``global`` in mode ``loss``; None
+            before the first.
+        expert_usage: the same as shares, which sum to 1.
+
+    Metrics:
+        max_violation: max_e f_e / pi_e - 1 of the last batch, 0 at balance; of several layers, the worst.
 
     Raises:
         TypeError: an option of a wrong type.
@@ -103,23 +120,29 @@ class MoEBalance(Component, Stepped):
         self.num_layers = num_layers
         shape = (num_experts,) if num_layers is None else (num_layers, num_experts)
         self.register_buffer("expert_bias", torch.zeros(shape) if mode == "bias" else None)
-        self._counts: Tensor | None = None  # no buffer, which DDP would overwrite with the first rank's
+        # No buffers, which DDP would overwrite with the first rank's.
+        self._counts: Tensor | None = None  # since the last step
+        self.expert_counts: Tensor | None = None
         self.register_buffer("target_usage", None if usage is None else torch.tensor(usage), persistent=False)
 
     def scalar(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor | None:
-        if self.mode == "bias" and not torch.is_grad_enabled():
-            return None
         layers = router_layers(inputs["gate_logits"], self.num_experts)
         self._check_layers(len(layers))
         kept = [token_mask(inputs.get("attention_mask"), z.shape[:-1], z.device) for z in layers]
         chosen = self._chosen(layers, inputs.get("expert_indices"))
-        found = [count_experts(i, k, self.num_experts) for i, k in zip(chosen, kept, strict=True)]
+        found = [
+            count_experts(i, k & are_numbers(z), self.num_experts)
+            for i, k, z in zip(chosen, kept, layers, strict=True)
+        ]
         counts = torch.stack([c.to(layers[0].device) for c in found])
+        if self.mode == "loss":
+            counts = sum_over_ranks(counts, self.stats_scope)
+        self.expert_counts = counts[0] if self.num_layers is None and len(counts) == 1 else counts
         if self.mode == "bias":
-            self._collect(counts)
+            if torch.is_grad_enabled():
+                self._collect(counts, output.total)
             return None
-        counts = sum_over_ranks(counts, self.stats_scope).to(accumulation_dtype(layers[0].dtype))
-        usage = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        usage = shares_of(counts.to(accumulation_dtype(layers[0].dtype)))
         probabilities = [
             mean_of_kept(self._probabilities(masked(z.reshape(-1, self.num_experts), k)), k)
             for z, k in zip(layers, kept, strict=True)
@@ -128,6 +151,15 @@ class MoEBalance(Component, Stepped):
             torch.stack([p.to(usage.device) for p in probabilities]), usage, self.target_usage
         )
         return per_layer.mean().to(output.total.device)
+
+    @property
+    def expert_usage(self) -> Tensor | None:
+        return None if self.expert_counts is None else shares_of(self.expert_counts)
+
+    def metrics(self) -> Mapping[str, Source]:
+        if self.expert_counts is None:
+            return {}
+        return {"max_violation": partial(max_violation, self.expert_counts, self.target_usage)}
 
     def select(
         self, gate_logits: Tensor, k: int | None = None, *, layer: int | None = None
@@ -147,7 +179,7 @@ class MoEBalance(Component, Stepped):
         Raises:
             ValueError: k is not in 1..E, or there is no such layer.
         """
-        _check_gate(gate_logits, self.num_experts)
+        check_gate(gate_logits, self.num_experts)
         k = self.top_k if k is None else k
         _check_count("k", k, most=self.num_experts)
         scores = self._scores(gate_logits)
@@ -191,7 +223,7 @@ class MoEBalance(Component, Stepped):
                 f"expert_indices must be of as many layers as gate_logits, {len(layers)}; got {len(given)}. "
                 "Pass lists of the same length, one tensor a layer"
             )
-        return [_checked_indices(i, z) for i, z in zip(given, layers, strict=True)]
+        return [checked_indices(i, z) for i, z in zip(given, layers, strict=True)]
 
     def _scores(self, gate_logits: Tensor) -> Tensor:
         z = gate_logits.to(accumulation_dtype(gate_logits.dtype))
@@ -214,8 +246,8 @@ class MoEBalance(Component, Stepped):
             raise ValueError(f"layer must be {known} with num_layers={self.num_layers}; got {layer}")
         return self.expert_bias[layer].to(device)
 
-    def _collect(self, counts: Tensor) -> None:
-        """Take in the counts [L, E] of a micro-batch."""
+    def _collect(self, counts: Tensor, loss: Tensor) -> None:
+        """Take in the counts [L, E] of a micro-batch with this loss."""
         assert self.expert_bias is not None
         if self.expert_bias.device != counts.device:
             raise ValueError(
@@ -224,7 +256,7 @@ class MoEBalance(Component, Stepped):
             )
         counts = counts.reshape(self.expert_bias.shape)
         self._counts = counts if self._counts is None else self._counts + counts
-        self.has_news = True
+        self.take_note(loss)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MoEBalance:
         """As ever, but what is fp32 stays it: in bf16 a bias of 0.5 would not feel a step of 0.001."""
@@ -246,7 +278,7 @@ class RouterZLoss(Component):
 
     Inputs:
         gate_logits: [B, T, E] or [N, E], or a list of them, one a layer.
-        attention_mask: [B, T] bool or integers, 0 at padding, which does not count; default: the mask of the
+        attention_mask: [B, T], 0 at padding, which does not count, and 1 elsewhere; default: the mask of the
             objective, or all tokens.
 
     Example:
@@ -288,6 +320,18 @@ def load_balance(probability: Tensor, usage: Tensor, target_usage: Tensor | None
     return (products / target_usage.to(probability)).sum(-1)
 
 
+def max_violation(counts: Tensor, target_usage: Tensor | None = None) -> Tensor:
+    """max_e f_e / pi_e - 1, over all layers: 0 at balance. Where nothing was counted, 0.
+
+    Args:
+        counts: [..., E] how often each expert was chosen.
+        target_usage: [E] pi; default 1/E.
+    """
+    usage = shares_of(counts)
+    load = usage * usage.shape[-1] if target_usage is None else usage / target_usage.to(usage)
+    return (load.amax(-1) - 1).clamp(min=0).max()
+
+
 def router_z(gate_logits: Tensor) -> Tensor:
     """logsumexp(z)^2, [...], in fp32 at least.
 
@@ -295,74 +339,6 @@ def router_z(gate_logits: Tensor) -> Tensor:
         gate_logits: [..., E].
     """
     return gate_logits.to(accumulation_dtype(gate_logits.dtype)).logsumexp(-1).square()
-
-
-def count_experts(indices: Tensor, kept: Tensor, num_experts: int) -> Tensor:
-    """[E] how many of the kept tokens chose each expert.
-
-    Args:
-        indices: [N, k] which experts each token chose.
-        kept: [N] bool.
-        num_experts: E.
-    """
-    ones = kept.long().unsqueeze(-1).expand_as(indices).reshape(-1)
-    counts = torch.zeros(num_experts, dtype=torch.long, device=indices.device)
-    return counts.scatter_add_(0, indices.reshape(-1), ones)  # bincount and one_hot wait for the device
-
-
-def router_layers(gate_logits: Any, num_experts: int | None = None) -> list[Tensor]:
-    """One tensor a layer, checked.
-
-    Raises:
-        TypeError: not a floating-point tensor nor a list of them.
-        ValueError: no layer, or another shape than [B, T, E] or [N, E].
-    """
-    layers = list(gate_logits) if isinstance(gate_logits, list | tuple) else [gate_logits]
-    if not layers:
-        raise ValueError(
-            "gate_logits must hold at least one layer; got an empty list. Have the model return its router's "
-            "logits (output_router_logits=True in Hugging Face)"
-        )
-    for z in layers:
-        _check_gate(z, num_experts)
-        if z.dim() not in (2, 3):
-            raise ValueError(
-                f"gate_logits must be [B, T, E] or [N, E]; got {list(z.shape)}. Pass several layers as a list"
-            )
-    return layers
-
-
-def _check_gate(gate_logits: Any, num_experts: int | None) -> None:
-    if not isinstance(gate_logits, Tensor) or not gate_logits.is_floating_point():
-        got = gate_logits.dtype if isinstance(gate_logits, Tensor) else type(gate_logits).__name__
-        raise TypeError(f"gate_logits must be floating-point tensors [B, T, E] or [N, E]; got {got}")
-    size = gate_logits.shape[-1] if gate_logits.dim() else 0
-    if size == 0 or num_experts not in (None, size):
-        wanted = ">= 1" if num_experts is None else f"= num_experts={num_experts}"
-        raise ValueError(f"gate_logits must be [..., E] with E {wanted}; got {list(gate_logits.shape)}")
-
-
-def _checked_indices(indices: Any, gate_logits: Tensor) -> Tensor:
-    """[N, k] int64 ids of experts; [B, T] and [N] are k = 1."""
-    if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.dtype == torch.bool:
-        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"expert_indices must be integer tensors [..., k]; got {got}")
-    num_tokens, num_experts = gate_logits.shape[:-1].numel(), gate_logits.shape[-1]
-    k = indices.shape[-1] if indices.dim() and indices.numel() != num_tokens else 1
-    if indices.numel() != num_tokens * k:
-        raise ValueError(
-            f"expert_indices must be [..., k] for the {num_tokens} tokens of gate_logits "
-            f"{list(gate_logits.shape)}; got {list(indices.shape)}"
-        )
-    indices = indices.reshape(num_tokens, k).long()
-    # an accelerator says so itself, later
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = indices[(indices < 0) | (indices >= num_experts)]
-        if len(outside):
-            raise ValueError(
-                f"expert_indices must be in [0, {num_experts}), E of the gate_logits; got {int(outside[0])}"
-            )
-    return indices
 
 
 def _check_count(name: str, value: int, most: int | None = None) -> None:

@@ -73,7 +73,7 @@ def _load(build: _Build, folders: _Folders) -> ctypes.CDLL:
     except OSError as error:
         if made.parent != folders.cache:
             raise
-        loaded = ctypes.CDLL(shutil.copy(made, folders.private))
+        loaded = ctypes.CDLL(str(shutil.copy(made, folders.private)))
         _log.info(
             "%s can be kept but not loaded there (%s); loaded a copy of this process's own", made, error
         )

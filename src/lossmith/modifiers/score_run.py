@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmith.batch import check_mask
 from lossmith.equation import LossOutput
 from lossmith.metrics import Metrics
 from lossmith.modifiers.base import BaseLossModifier
@@ -48,10 +49,8 @@ class ScoreBatch:
         check_tensor("mask", self.mask)
         if self.mask is not None and self.mask.shape != self.targets.shape:
             raise ValueError(f"mask must be [B] = {list(self.targets.shape)}; got {list(self.mask.shape)}")
-        if self.mask is not None and self.mask.is_floating_point():
-            raise TypeError(
-                f"mask must be bool or integer, 0 where a sequence does not count; got {self.mask.dtype}"
-            )
+        if self.mask is not None:
+            check_mask("mask", self.mask)
 
     @property
     def valid(self) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lossmith.batch import TokenBatch
 from lossmith.components.component import Component, Weighted
 from lossmith.equation import LossOutput, Reads, Term, TokenLoss, joined, with_parts
+from lossmith.metrics import Metrics, Source
 from lossmith.objective import Objective
 from lossmith.options import option, strict_options
 from lossmith.wrapped_objective import WrappedObjective
@@ -27,6 +28,9 @@ class ComposedLoss(WrappedObjective):
         primary: the main objective.
         components: by name, each a :class:`lossmith.Weighted` or a bare component (weight 1). Terms share
             the primary's pass and its denominator.
+
+    Raises:
+        TypeError: the primary is no objective, or a component no component.
 
     Attributes:
         base: the primary.
@@ -46,7 +50,7 @@ class ComposedLoss(WrappedObjective):
     @strict_options
     def __init__(
         self,
-        primary: Annotated[Objective, option("the main objective")],
+        primary: Annotated[Objective, option("the main objective", advice="Put terms into Objective([...])")],
         components: Annotated[
             Mapping[str, Weighted | Component] | None, option("weighted components, by name")
         ] = None,
@@ -107,7 +111,16 @@ class ComposedLoss(WrappedObjective):
             token_sum = component.token_sum(inputs, output)
             if token_sum is not None:
                 parts[name] = parts.get(name, 0.0) + weight * token_sum
-        return with_parts(output, parts)
+        output = with_parts(output, parts)
+        return replace(output, metrics=output.metrics | Metrics(self.measures()))
+
+    def measures(self) -> dict[str, Source]:
+        """What the components say of the last batch besides its loss, as ``component/name``."""
+        return {
+            f"{name}/{measure}": source
+            for name, component, _ in self._active()
+            for measure, source in component.metrics().items()
+        }
 
 
 # Inputs that every objective aligns with its targets; a component finds them in the batch.

@@ -32,6 +32,9 @@ from lossmith.terms.z_loss import z_loss as squared_logsumexp
 class CrossEntropyLoss(Objective):
     """Cross-entropy with everything people add to it; the module of :func:`lossmith.cross_entropy`.
 
+    ``logits[t]`` predict ``targets[t]``. Unshifted labels, as Hugging Face has them, want ``shift=True``:
+    without it the model learns to copy its input.
+
         (1 - p_y)^focal_gamma * smoothed cross-entropy  +  z_loss * logsumexp^2  -  confidence_penalty * H(p)
 
     Args:

@@ -11,7 +11,8 @@ from torch import Tensor
 from lossmith.batch import TokenBatch
 from lossmith.distributed import StatsScope, gather_over_ranks, masked_mean, num_ranks, sum_over_ranks
 from lossmith.engine.stats import TokenStats
-from lossmith.equation import Term, TokenLoss
+from lossmith.equation import LossOutput, Term, TokenLoss
+from lossmith.inputs import either
 from lossmith.objective import Objective
 from lossmith.options import option, strict_options
 from lossmith.options.shared import ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
@@ -36,8 +37,10 @@ class NVAMPLoss(Objective):
         ignore_index: the target id of tokens without one.
         top_k: how many of the largest losses are averaged.
         legacy: the value of the published package, alpha (mean d) CE + beta CE + gamma max, with the
-            gradients that this formula has.
-        shift, reduction, empty, temperature, softcap, class_weight: see :class:`lossmith.Objective`.
+            gradients that this formula has. As there, the targets are unshifted ``labels``, ignored positions
+            count as tokens whose loss is 0, and the largest loss is added in full to each micro-batch.
+        shift: whether targets are unshifted labels; default: what ``legacy`` is.
+        reduction, empty, temperature, softcap, class_weight: see :class:`lossmith.Objective`.
         stats_scope: mean, variance and largest losses of this rank's batch (``local``) or of all ranks'
             (``global``).
 
@@ -64,7 +67,7 @@ class NVAMPLoss(Objective):
         *,
         top_k: Annotated[int, option("how many of the largest losses are averaged", low=1)] = 1,
         legacy: Annotated[bool, option("the value of the published package")] = False,
-        shift: Shift = False,
+        shift: Annotated[Shift | None, option("None is True with legacy, and False without")] = None,
         stats_scope: Annotated[
             StatsScope, option("whether mean, variance and largest losses are those of this rank or of all")
         ] = "local",
@@ -77,7 +80,7 @@ class NVAMPLoss(Objective):
         super().__init__(
             reduction=reduction,
             ignore_index=ignore_index,
-            shift=shift,
+            shift=legacy if shift is None else shift,
             empty=empty,
             temperature=temperature,
             softcap=softcap,
@@ -97,19 +100,55 @@ class NVAMPLoss(Objective):
         def largest(stats: TokenStats, batch: TokenBatch) -> Tensor:
             return self._largest(own(stats, batch), batch)
 
+        share = self._share_of_positions if self.legacy else None
         return [
             Term("variance", own, self.alpha, unusual, own.reads, scope="batch"),
-            Term("cross_entropy", own, self.beta, reads=own.reads, scope="token"),
+            Term(
+                "cross_entropy",
+                own,
+                self.beta,
+                share,
+                reads=own.reads,
+                scope="token" if share is None else "batch",
+            ),
             Term("max", own, self.gamma, largest, own.reads, scope="batch"),
         ]
 
+    def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes one more)
+        self,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> LossOutput:
+        """As of :class:`lossmith.Objective`; with ``legacy``, ``labels`` are another name of the targets."""
+        if labels is not None and not self.legacy:
+            raise TypeError(
+                "NVAMPLoss takes targets, which logits[t] predict, and no labels. Of unshifted labels pass "
+                "targets=labels to NVAMPLoss(shift=True); the published package's value, which is of labels, "
+                "is that of NVAMPLoss(legacy=True)"
+            )
+        return super().evaluate(logits, either("targets", targets, "labels", labels), **inputs)
+
     def _unusual(self, loss: Tensor, batch: TokenBatch) -> Tensor:
         """[N] omega, or the one number that the published formula multiplies by."""
-        mean = masked_mean(loss, batch.valid, self.stats_scope)
-        variance = masked_mean((loss - mean).square(), batch.valid, self.stats_scope)
+        counted = _positions(batch) if self.legacy else batch.valid
+        loss = torch.where(batch.valid, loss, 0.0)
+        mean = masked_mean(loss, counted, self.stats_scope)
+        variance = masked_mean((loss - mean).square(), counted, self.stats_scope)
         distance = (loss - mean).abs() / (variance + self.eps).sqrt()
-        mean_distance = masked_mean(distance, batch.valid, self.stats_scope)
-        return mean_distance.expand_as(loss) if self.legacy else (1 + distance) / (1 + mean_distance)
+        mean_distance = masked_mean(distance, counted, self.stats_scope)
+        if self.legacy:
+            return (mean_distance * self._share_of_positions(None, batch)).expand_as(loss)
+        return (1 + distance) / (1 + mean_distance)
+
+    def _share_of_positions(self, _: TokenStats | None, batch: TokenBatch) -> Tensor:
+        """[N] what makes a mean over supervised tokens one over all positions; 1 where it is no such mean."""
+        share = batch.scale.new_ones(())
+        if self.reduction in ("mean", "token_mean") and not isinstance(batch.share, Tensor):
+            share = batch.valid.to(share.dtype).sum() / _positions(batch).sum().clamp(min=1)
+        return share.expand_as(batch.scale)
 
     def _largest(self, loss: Tensor, batch: TokenBatch) -> Tensor:
         """[N] the subgradient of the mean of the largest losses. It is no sum over tokens, so what every
@@ -124,9 +163,16 @@ class NVAMPLoss(Objective):
             # without a denominator each rank's loss is a mean of its own, and those are averaged
             share = chosen / count * (1 if isinstance(batch.share, Tensor) else num_ranks())
         else:
-            share = chosen / chosen.sum().clamp(min=1) * batch.share
+            share = chosen / chosen.sum().clamp(min=1) * (1 if self.legacy else batch.share)
         return share / torch.where(batch.scale == 0, 1.0, batch.scale)
 
     def extra_repr(self) -> str:
         shown: dict[str, Any] = {name: getattr(self, name) for name in ("alpha", "beta", "gamma", "top_k")}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _positions(batch: TokenBatch) -> Tensor:
+    """[N] bool, the positions that could have a target, ignored or not."""
+    num_columns = batch.rows(batch.valid).shape[-1]
+    of_row = torch.arange(num_columns, device=batch.valid.device) < batch.num_positions
+    return of_row.expand_as(batch.rows(batch.valid)).reshape(-1)

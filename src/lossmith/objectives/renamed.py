@@ -1,11 +1,20 @@
-"""Names that UnifiedLoss had before it was one; each is a UnifiedLoss with its options set."""
+"""Classes that there were before UnifiedLoss: each is one, called and answering as it used to."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from lossmith.components.component import Weighted
+from lossmith.components.mtp import MTP
+from lossmith.equation import LossOutput
+from lossmith.inputs import either
 from lossmith.objectives.unified import UnifiedLoss
+from lossmith.temperature import AdaptiveTemperature
 
 
 def _say(old: str, new: str) -> None:
@@ -13,27 +22,163 @@ def _say(old: str, new: str) -> None:
 
 
 class DeepSeekLoss(UnifiedLoss):
-    """``UnifiedLoss(primary_loss_type="deepseek")``.
+    """``UnifiedLoss(primary_loss_type="deepseek")``, by default with an adaptive temperature and smoothing,
+    and with heads and a balance of experts where it is told their sizes.
 
     Args:
-        vocab_size, hidden_size, options: of :class:`lossmith.UnifiedLoss`.
+        vocab_size: V.
+        hidden_size: D; with it ``use_mtp`` is on unless it is given.
+        num_experts: E; with it ``use_moe_balancing`` is on unless it is given.
+        adaptive_temperature, label_smoothing, options: of :class:`lossmith.UnifiedLoss`.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int | None = None, **options: Any) -> None:
-        _say("DeepSeekLoss", "vocab_size, hidden_size, primary_loss_type='deepseek'")
-        super().__init__(vocab_size, hidden_size, "deepseek", **options)
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int | None = None,
+        num_experts: int | None = None,
+        *,
+        adaptive_temperature: bool = True,
+        label_smoothing: float = 0.1,
+        **options: Any,
+    ) -> None:
+        _say("DeepSeekLoss", "vocab_size, hidden_size, primary_loss_type='deepseek', use_mtp=True, ...")
+        on = {"use_mtp": hidden_size is not None, "use_moe_balancing": num_experts is not None}
+        options = {**on, **options, "num_experts": num_experts, "label_smoothing": label_smoothing}
+        super().__init__(
+            vocab_size, hidden_size, "deepseek", adaptive_temperature=adaptive_temperature, **options
+        )
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the order of before)
+        self,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        gate_logits: Any = None,
+        expert_indices: Any = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        """The parts, by the names of before: ``main_loss``, ``mtp_mtp_loss``, ``moe_balancing_term``,
+        ``total_loss`` and what else is on; and ``main_temperature`` and ``moe_expert_counts``.
+
+        Args:
+            logits, targets, hidden_states, attention_mask, gate_logits, expert_indices, inputs: of
+                :class:`lossmith.UnifiedLoss`.
+        """
+        if hidden_states is not None and targets is not None and hidden_states.shape == targets.shape:
+            raise TypeError(
+                "DeepSeekLoss takes (logits, targets, hidden_states, attention_mask), and the third seems to "
+                "be a mask; pass attention_mask by name"
+            )
+        given = {"hidden_states": hidden_states, "gate_logits": gate_logits, "expert_indices": expert_indices}
+        output = self.evaluate(logits, targets, attention_mask=attention_mask, **given, **inputs)
+        names = {"mtp_loss": "mtp_mtp_loss", "moe_balance_loss": "moe_balancing_term"}
+        parts = {names.get(name, name): part for name, part in self.detailed(output).items()}
+        temperature = self.base.temperature
+        if isinstance(temperature, AdaptiveTemperature):
+            temperature = temperature.value
+        parts["main_temperature"] = torch.as_tensor(temperature)
+        if "moe_balance_loss" in self.components:
+            balance: Any = self.components["moe_balance_loss"]
+            parts["moe_expert_counts"] = balance.component.expert_counts
+        return parts
 
 
 class AdaptiveMTPLoss(UnifiedLoss):
-    """``UnifiedLoss(primary_loss_type="adaptive_mtp")``.
+    """``UnifiedLoss(primary_loss_type="adaptive_mtp")`` with as many heads of the model as there are.
 
     Args:
         vocab_size, hidden_size, options: of :class:`lossmith.UnifiedLoss`.
+        primary_loss_weight: 1.
+        additional_loss_base_weight: weight of the heads' loss.
+        confidence_reg_strength: weight of the calibration of the confidence scores.
+        use_confidence_weighting: weigh the heads' tokens by confidence.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int | None = None, **options: Any) -> None:
-        _say("AdaptiveMTPLoss", "vocab_size, hidden_size, primary_loss_type='adaptive_mtp'")
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int | None = None,
+        *,
+        primary_loss_weight: float = 1.0,
+        additional_loss_base_weight: float = 0.1,
+        confidence_reg_strength: float = 0.01,
+        use_confidence_weighting: bool = True,
+        **options: Any,
+    ) -> None:
+        _say(
+            "AdaptiveMTPLoss", "vocab_size, hidden_size, primary_loss_type='adaptive_mtp', use_mtp=True, ..."
+        )
+        if primary_loss_weight != 1:
+            raise ValueError(
+                f"the main loss has the weight 1; got primary_loss_weight={primary_loss_weight}. Divide "
+                "additional_loss_base_weight, and multiply the loss"
+            )
         super().__init__(vocab_size, hidden_size, "adaptive_mtp", **options)
+        calibration: Any = self.components["confidence_loss"]
+        calibration.weight = confidence_reg_strength
+        if not self.use_mtp:
+            base: Any = self.base
+            heads = _HeadsOfTheModel(
+                vocab_size,
+                adaptive=use_confidence_weighting,
+                threshold=base.threshold,
+                weight_range=base.weight_range,
+            )
+            self.components["mtp_loss"] = Weighted(heads, additional_loss_base_weight)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the arguments of before)
+        self,
+        primary_logits: Tensor | None = None,
+        targets: Tensor | None = None,
+        additional_logits: Sequence[Tensor] | None = None,
+        confidence_scores: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        mtp_active: bool = False,
+        *,
+        logits: Tensor | None = None,
+        **inputs: Any,
+    ) -> dict[str, Any]:
+        """``loss`` and what it is made of, by the names of before.
+
+        Args:
+            primary_logits: the main prediction's, or ``logits``.
+            additional_logits: of the model's heads; read if ``mtp_active``.
+            targets, confidence_scores, attention_mask, inputs: of :class:`lossmith.UnifiedLoss`.
+        """
+        output = self.evaluate(
+            either("primary_logits", primary_logits, "logits", logits),
+            targets,
+            attention_mask=attention_mask,
+            additional_logits=additional_logits if mtp_active else None,
+            confidence_scores=confidence_scores,
+            **inputs,
+        )
+        parts, zero = self.detailed(output), torch.zeros_like(output.total)
+        is_there = "mtp_loss" in parts
+        return {
+            "loss": output.total,
+            "primary_loss": parts["main_loss"],
+            "additional_loss": parts.get("mtp_loss", zero),
+            "confidence_reg": parts.get("confidence_loss", zero),
+            "avg_confidence": zero if confidence_scores is None else confidence_scores.detach().mean(),
+            "effective_mtp_weight": self.components["mtp_loss"].weight if is_there else 0.0,
+            "mtp_active": mtp_active,
+        }
+
+
+class _HeadsOfTheModel(MTP):
+    """As many heads as the model gives logits of, and no loss where it gives none."""
+
+    def token_sum(  # pyright: ignore[reportIncompatibleMethodOverride]  (or none)
+        self, inputs: Mapping[str, Any], output: LossOutput
+    ) -> Tensor | None:
+        given = inputs.get("additional_logits")
+        if given is None or not len(given):
+            return None
+        self.num_future_tokens = len(given)
+        return super().token_sum(inputs, output)
 
 
 class AntiRepetitionLoss(UnifiedLoss):
@@ -41,6 +186,8 @@ class AntiRepetitionLoss(UnifiedLoss):
 
     Args:
         vocab_size, eos_token_id, pad_token_id, options: of :class:`lossmith.UnifiedLoss`.
+        repetition_penalty_weight: ``ngram_penalty_weight``.
+        diversity_bonus_weight: 0; the bonus was a number of the labels, without a gradient.
     """
 
     def __init__(
@@ -48,8 +195,42 @@ class AntiRepetitionLoss(UnifiedLoss):
         vocab_size: int,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
+        repetition_penalty_weight: float | None = None,
+        *,
+        diversity_bonus_weight: float = 0.0,
         **options: Any,
     ) -> None:
         _say("AntiRepetitionLoss", "use_ngram_penalty=True, use_immediate_repetition_penalty=True, ...")
+        if diversity_bonus_weight:
+            raise ValueError(
+                f"diversity_bonus_weight={diversity_bonus_weight} weighs a number of the labels, which has "
+                "no gradient; leave it out"
+            )
         options = {"use_ngram_penalty": True, "use_immediate_repetition_penalty": True, **options}
+        if repetition_penalty_weight is not None:
+            options["ngram_penalty_weight"] = repetition_penalty_weight
         super().__init__(vocab_size, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **options)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the arguments of before)
+        self,
+        logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_components: bool = False,
+        *,
+        targets: Tensor | None = None,
+        **inputs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """The loss, and with ``return_components`` its weighted parts by the names of before, detached.
+
+        Args:
+            logits, attention_mask, inputs: of :class:`lossmith.UnifiedLoss`.
+            labels: what ``logits[t]`` predict, or ``targets``.
+        """
+        targets = either("targets", targets, "labels", labels)
+        output = self.evaluate(logits, targets, attention_mask=attention_mask, **inputs)
+        if not return_components:
+            return output.total, None
+        names = {"main_loss": "base_loss", "ngram_penalty": "repetition_penalty"}
+        parts = {names.get(name, name): part.detach() for name, part in self.detailed(output).items()}
+        return output.total, {"diversity_bonus": torch.zeros_like(parts["base_loss"]), **parts}

@@ -11,14 +11,17 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from lossmith.batch import TokenBatch
+from lossmith.engine.predictions import Predictions
 from lossmith.equation import LossOutput
-from lossmith.metrics import Metrics
+from lossmith.metrics import Metrics, Source
 from lossmith.objectives.composed import ComposedLoss
 from lossmith.objectives.unified_parts import (
     FocalMode,
     MTPType,
     PrimaryLossType,
     check_options,
+    describe_without_effect,
     make_components,
     make_primary,
 )
@@ -54,6 +57,7 @@ from lossmith.options.shared import (
 from lossmith.reduction import Denominator, Empty, Reduction
 from lossmith.temperature import AdaptiveTemperature
 from lossmith.terms.confidence_weight import SCORES
+from lossmith.warn_user import warn_user
 
 INPUTS = (
     "hidden_states",
@@ -70,8 +74,19 @@ InitialTemperature = Annotated[
 ]
 
 
+def _switch(name: str) -> property:
+    """Whether the loss was made with this switch on; its weight, in ``components``, may change."""
+    return property(lambda self: self._switches[name])
+
+
+NUM_BATCHES, NUM_NONFINITE = "num_batches", "num_nonfinite"
+
+
 class UnifiedLoss(ComposedLoss):
     """Cross-entropy and, as far as they are switched on, components, in one pass over the vocabulary.
+
+    ``logits[t]`` predict ``targets[t]``. Unshifted labels, as Hugging Face has them, want ``shift=True``:
+    without it the model learns to copy its input.
 
         L = main + mtp_weight MTP + ngram_penalty_weight n-gram + immediate_repetition_weight immediate
             + eos_penalty_weight early EOS + gradient_balance_weight MoE balance + focal_weight focal
@@ -107,9 +122,19 @@ class UnifiedLoss(ComposedLoss):
         z_loss: coefficient of the squared log-sum-exp.
         track_statistics: keep running means of the parts for :meth:`get_loss_statistics`.
 
+    Attributes:
+        use_mtp, use_ngram_penalty, use_immediate_repetition_penalty, use_moe_balancing, use_focal_loss,
+            use_diversity_loss, use_contrastive_loss, use_auxiliary_loss: the switches as they were given.
+        base: the main loss.
+        components: what is on, weighted, by the name of its part.
+
     Raises:
         TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
-        ValueError: an option out of range, or a component switched on without what it needs.
+        ValueError: an option out of range, or a component switched on without what it needs; predictions over
+            another vocabulary.
+
+    Warns:
+        UserWarning: options of what is off, which have no effect; the message names the switch.
 
     Example:
         >>> import torch, lossmith
@@ -195,13 +220,27 @@ class UnifiedLoss(ComposedLoss):
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         chosen = SimpleNamespace(**options)
         check_options(chosen)
+        defaults = {name: declared.default for name, declared in options_of(UnifiedLoss).items()}
+        said = describe_without_effect(chosen, defaults)
+        if said is not None:
+            warn_user(said)
         super().__init__(make_primary(chosen), make_components(chosen))
+        self._switches = {name: bool(value) for name, value in options.items() if name.startswith("use_")}
+        self._said_what_is_not_read = False
         self.vocab_size = vocab_size
         self.primary_loss_type: PrimaryLossType = primary_loss_type
         self.track_statistics = track_statistics
         self.input_names = tuple(dict.fromkeys((*self.input_names, *INPUTS)))
         self._sums: dict[str, Tensor] = {}
-        self._num_batches = 0
+
+    use_mtp = _switch("use_mtp")
+    use_ngram_penalty = _switch("use_ngram_penalty")
+    use_immediate_repetition_penalty = _switch("use_immediate_repetition_penalty")
+    use_moe_balancing = _switch("use_moe_balancing")
+    use_focal_loss = _switch("use_focal_loss")
+    use_diversity_loss = _switch("use_diversity_loss")
+    use_contrastive_loss = _switch("use_contrastive_loss")
+    use_auxiliary_loss = _switch("use_auxiliary_loss")
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the documented order of arguments)
         self,
@@ -225,8 +264,9 @@ class UnifiedLoss(ComposedLoss):
 
         Args:
             logits: [..., T, V], or None with ``hidden_states`` and ``lm_head_weight``.
-            targets: [..., T] ids, ``ignore_index`` where there is none.
-            attention_mask: [..., T] bool or integers, 0 where a target does not count.
+            targets: [..., T] ids that ``logits[t]`` predict, ``ignore_index`` where there is none; with
+                ``shift``, unshifted labels.
+            attention_mask: [..., T] bool, integers, or floats of 0 and 1; 0 where a target does not count.
             hidden_states: [B, T, D], for multi-token prediction, the contrastive loss and in place of logits.
             lm_head_weight: [V, D], the unembedding that heads with ``shared_projection`` share, likewise.
             input_ids: [..., T], the context of the repetition penalties; without it the targets before.
@@ -270,27 +310,70 @@ class UnifiedLoss(ComposedLoss):
         parts = {name: part for name, part in output.parts.items() if name in self.components}
         return {"main_loss": main, **parts, "total_loss": output.total}
 
+    def bind(self, predictions: Predictions, targets: Tensor, *args: Any, **given: Any) -> TokenBatch:
+        predictions.check(targets)
+        num_classes = predictions.num_classes
+        if num_classes != self.vocab_size:
+            raise ValueError(
+                f"expected logits of V = vocab_size = {self.vocab_size} classes; got {num_classes}. Make the "
+                f"loss with vocab_size={num_classes}, what the model predicts, padding included"
+            )
+        return super().bind(predictions, targets, *args, **given)
+
+    def features(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        self._say_what_is_not_read(inputs)
+        return super().features(inputs)
+
+    def _say_what_is_not_read(self, inputs: Mapping[str, Any]) -> None:
+        """Once: the name of this type of loss promises heads, which are another switch."""
+        if self.primary_loss_type != "adaptive_mtp" or self._said_what_is_not_read:
+            return
+        read = {name for _, part, _ in self._active() for name in (*part.required, *part.optional)}
+        if inputs.get("lm_head_weight") is not None:
+            read.add("hidden_states")  # together they are the logits
+        given = [n for n in ("hidden_states", "additional_logits") if inputs.get(n) is not None]
+        names = [name for name in given if name not in read]
+        if names and not torch.compiler.is_compiling():
+            self._said_what_is_not_read = True
+            warn_user(
+                f"primary_loss_type='adaptive_mtp' weighs the main loss by confidence and does not read "
+                f"{' nor '.join(names)}; for heads that look further ahead make the loss with use_mtp=True"
+            )
+
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         output = super().complete(output, inputs)
         if self.track_statistics and not torch.compiler.is_compiling():
-            for name, part in self.detailed(output).items():
-                value = part.detach().sum()
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._num_batches += 1
+            self._track(self.detailed(output), self.measures())
         return output
 
+    def _track(self, parts: Mapping[str, Tensor], measures: Mapping[str, Source]) -> None:
+        """Add a batch to the sums, or, where something is not finite, to the number of such batches."""
+        values = {name: part.detach().sum() for name, part in parts.items()}
+        total = values["total_loss"]
+        is_finite = total.isfinite()
+        for name, source in measures.items():
+            values[name] = torch.as_tensor(source() if callable(source) else source, device=total.device)
+            is_finite = is_finite & values[name].isfinite()
+        found = {name: torch.where(is_finite, value, 0.0) for name, value in values.items()}
+        found |= {NUM_BATCHES: is_finite.long(), NUM_NONFINITE: (~is_finite).long()}
+        for name, value in found.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
     def get_loss_statistics(self) -> dict[str, float]:
-        """Means of the parts over the batches since the last reset, ``num_batches`` and the temperature; one
-        synchronisation."""
-        means: dict[str, Any] = {name: total / self._num_batches for name, total in self._sums.items()}
+        """Means over the batches since the last reset: of the parts, and of what components measure besides.
+        With ``num_batches``, how many these are; ``num_nonfinite``, how many there were whose loss was NaN or
+        infinite, which are in no mean; and the temperature. One synchronisation."""
+        sums: dict[str, Any] = dict(self._sums)
+        counts = {name: sums.pop(name) for name in (NUM_BATCHES, NUM_NONFINITE) if name in sums}
+        means = {name: total / counts[NUM_BATCHES] for name, total in sums.items()}
         temperature = self.base.temperature
         if isinstance(temperature, AdaptiveTemperature):
             temperature = temperature.value
-        return Metrics({**means, "num_batches": self._num_batches, "temperature": temperature}).to_dict()
+        return Metrics({**means, NUM_BATCHES: 0, **counts, "temperature": temperature}).to_dict()
 
     def reset_statistics(self) -> None:
         """Begin the means anew."""
-        self._sums, self._num_batches = {}, 0
+        self._sums = {}
 
 
 def create_unified_loss(config: Any) -> UnifiedLoss:

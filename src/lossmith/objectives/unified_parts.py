@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -103,12 +103,12 @@ PARTS = {
             o.hidden_size,
             num_future_tokens=o.num_future_tokens,
             shared_projection=o.shared_projection,
-            adaptive=_is_adaptive(o),
+            adaptive=_weighs_by_confidence(o),
             **_confidence(o),
         ),
     ),
     "confidence_loss": Part(
-        lambda o: o.primary_loss_type == "adaptive_mtp" or (o.use_mtp and o.mtp_type == "adaptive"),
+        lambda o: _weighs_by_confidence(o),
         lambda o: CALIBRATION_WEIGHT,
         lambda o: ConfidenceCalibration(),
     ),
@@ -158,6 +158,117 @@ PARTS = {
 }
 
 
+@dataclass(frozen=True)
+class Switch:
+    """What has to be on for some options to have an effect.
+
+    Attributes:
+        name: what the user has to say.
+        is_on: of the options, whether it is on.
+        options: what has no effect where it is off.
+    """
+
+    name: str
+    is_on: Callable[[Any], bool]
+    options: tuple[str, ...]
+
+
+# Not here is what a model has whether its loss looks at it or not: hidden_size, num_experts, moe_top_k,
+# moe_num_layers.
+SWITCHES = (
+    Switch("adaptive_temperature", lambda o: o.adaptive_temperature, ("temperature_bounds",)),
+    Switch(
+        "use_mtp",
+        lambda o: o.use_mtp,
+        ("num_future_tokens", "mtp_weight", "mtp_type", "shared_projection"),
+    ),
+    Switch(
+        "primary_loss_type='adaptive_mtp' or mtp_type='adaptive'",
+        lambda o: _weighs_by_confidence(o),
+        ("adaptive_threshold", "adaptive_weight_range"),
+    ),
+    Switch(
+        "use_ngram_penalty",
+        lambda o: o.use_ngram_penalty,
+        ("ngram_size", "ngram_penalty_weight", "ngram_window_size"),
+    ),
+    Switch(
+        "use_immediate_repetition_penalty",
+        lambda o: o.use_immediate_repetition_penalty,
+        ("immediate_repetition_weight", "immediate_repetition_threshold"),
+    ),
+    Switch(
+        "eos_token_id",
+        lambda o: o.eos_token_id is not None,
+        ("min_sequence_length", "eos_penalty_weight"),
+    ),
+    Switch(
+        "use_moe_balancing",
+        lambda o: o.use_moe_balancing,
+        ("gradient_balance_weight", "target_expert_usage", "moe_balance_mode"),
+    ),
+    Switch(
+        "moe_balance_mode='loss'",
+        lambda o: not o.use_moe_balancing or o.moe_balance_mode == "loss" or not o.gradient_balance_weight,
+        ("gradient_balance_weight",),
+    ),
+    Switch(
+        "use_focal_loss",
+        lambda o: o.use_focal_loss,
+        ("focal_gamma", "focal_alpha", "focal_weight", "focal_mode"),
+    ),
+    Switch(
+        "focal_mode='add'",
+        lambda o: not o.use_focal_loss or o.focal_mode == "add",
+        ("focal_weight",),
+    ),
+    Switch("use_diversity_loss", lambda o: o.use_diversity_loss, ("diversity_weight",)),
+    Switch(
+        "use_contrastive_loss",
+        lambda o: o.use_contrastive_loss,
+        ("contrastive_weight", "contrastive_temperature", "contrastive_margin"),
+    ),
+    Switch("use_auxiliary_loss", lambda o: o.use_auxiliary_loss, ("auxiliary_weight",)),
+)
+
+
+def without_effect(
+    o: Any, changed: Callable[[Sequence[str]], Sequence[str]]
+) -> list[tuple[str, Sequence[str]]]:
+    """What is off, with its options that are set all the same and change nothing.
+
+    Args:
+        o: the options.
+        changed: names of options -> those of them that are not at their defaults.
+    """
+    found = [(switch.name, changed(switch.options)) for switch in SWITCHES if not switch.is_on(o)]
+    return [(name, options) for name, options in found if options]
+
+
+def describe_without_effect(o: Any, defaults: Mapping[str, Any]) -> str | None:
+    """What :func:`without_effect` finds, in one sentence; None where it finds nothing.
+
+    Args:
+        o: the options.
+        defaults: by name.
+    """
+
+    def changed(names: Sequence[str]) -> list[str]:
+        return [name for name in names if _differs(getattr(o, name), defaults[name])]
+
+    said = [
+        f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} no effect without {switch}"
+        for switch, names in without_effect(o, changed)
+    ]
+    return "; ".join(said) or None
+
+
+def _differs(value: Any, default: Any) -> bool:
+    if default is None:  # the value may be a tensor
+        return value is not None
+    return (tuple(value) if isinstance(value, list) else value) != default
+
+
 def make_components(o: Any) -> dict[str, Weighted]:
     """The components that are switched on, weighted; a weight of 0 switches off."""
     return {
@@ -167,8 +278,8 @@ def make_components(o: Any) -> dict[str, Weighted]:
     }
 
 
-def _is_adaptive(o: Any) -> bool:
-    return o.primary_loss_type == "adaptive_mtp" or o.mtp_type == "adaptive"
+def _weighs_by_confidence(o: Any) -> bool:
+    return o.primary_loss_type == "adaptive_mtp" or (o.use_mtp and o.mtp_type == "adaptive")
 
 
 def _confidence(o: Any) -> dict[str, Any]:

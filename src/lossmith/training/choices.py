@@ -59,10 +59,11 @@ def choose_judge(config: TrainConfig) -> tuple[TrainConfig, str | None]:
         The configuration, in which `judge_weight_checkpoint` is a checkpoint, so that a resumed run has the
         same one; what to say of it, or None.
     """
-    folder = Path(config.judge_weight_checkpoint).expanduser()
+    checkpoint = getattr(config, f"{SequenceScoringJudgeWeightModifier.prefix}checkpoint")
+    folder = Path(checkpoint).expanduser()
     switches = (MASTER, SequenceScoringJudgeWeightModifier.enabled_key)
     is_wanted = config.mode == SPECS["mode"].default and all(getattr(config, name) for name in switches)
-    if not (is_wanted and config.judge_weight_checkpoint) or (folder / "config.json").exists():
+    if not (is_wanted and checkpoint) or (folder / "config.json").exists():
         return config, None
     found = checkpoints(folder)
     if not found:

@@ -5,27 +5,12 @@ from dataclasses import fields
 from typing import Any
 
 from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
+from lossmith.objectives import unified_parts
 from lossmith.training.keys import LOSS_KEYS, OptimizerKeys, TaskKeys, TrainConfig
 
 Condition = Callable[[Any], bool]  # of a configuration
 
-# Of loss=unified: what has an effect only beside a switch.
-SWITCHES = {
-    "adaptive_temperature": ("temperature_bounds",),
-    "use_mtp": ("num_future_tokens", "mtp_weight", "mtp_type", "shared_projection"),
-    "use_ngram_penalty": ("ngram_size", "ngram_penalty_weight", "ngram_window_size"),
-    "use_immediate_repetition_penalty": (
-        "immediate_repetition_weight",
-        "immediate_repetition_threshold",
-    ),
-    "eos_token_id": ("min_sequence_length", "eos_penalty_weight"),
-    "use_moe_balancing": ("gradient_balance_weight", "target_expert_usage", "moe_balance_mode"),
-    "use_focal_loss": ("focal_gamma", "focal_alpha", "focal_weight", "focal_mode"),
-    "use_diversity_loss": ("diversity_weight",),
-    "use_contrastive_loss": ("contrastive_weight", "contrastive_temperature", "contrastive_margin"),
-    "use_auxiliary_loss": ("auxiliary_weight",),
-}
-# And what is switched on and weighs nothing.
+# What is switched on with loss=unified and weighs nothing.
 WEIGHTS = {
     "use_mtp": "mtp_weight",
     "use_ngram_penalty": "ngram_penalty_weight",
@@ -45,16 +30,7 @@ NEEDS: dict[str | None, tuple[tuple[tuple[str, ...], str, Condition], ...]] = {
             lambda c: c.target_smoothing_exclude_padding,
         ),
     ),
-    "unified": (
-        (
-            ("adaptive_threshold", "adaptive_weight_range"),
-            "primary_loss_type=adaptive_mtp or mtp_type=adaptive",
-            lambda c: c.primary_loss_type == "adaptive_mtp" or (c.use_mtp and c.mtp_type == "adaptive"),
-        ),
-        (("focal_weight",), "focal_mode=add", lambda c: c.focal_mode == "add"),
-        (("gradient_balance_weight",), "moe_balance_mode=loss", lambda c: c.moe_balance_mode == "loss"),
-        (("contrastive_temperature",), "pairs of samples, which no text here has", lambda c: False),
-    ),
+    "unified": ((("contrastive_temperature",), "pairs of samples, which no text here has", lambda c: False),),
     "nvamp": (
         (("nvamp_top_k",), "nvamp_gamma", lambda c: c.nvamp_gamma != 0),
         (("nvamp_eps", "nvamp_legacy"), "nvamp_alpha", lambda c: c.nvamp_alpha != 0),
@@ -81,9 +57,8 @@ def without_effect(config: TrainConfig) -> list[tuple[str, str]]:
 
 def _candidates(config: TrainConfig) -> Iterator[tuple[str, str]]:
     if config.loss == "unified":
-        for switch, names in SWITCHES.items():
-            if not config.changed([switch]):
-                yield from ((name, switch) for name in config.changed(names))
+        for switch, names in unified_parts.without_effect(config, config.changed):
+            yield from ((name, switch) for name in names)
         for switch, weight in WEIGHTS.items():
             if config.changed([switch]) and getattr(config, weight) == 0:
                 yield switch, weight

@@ -33,7 +33,7 @@ def make_objective(config: TrainConfig, *, shift: bool) -> lossmith.Objective:
     # The seed gives every loss the same model, whether it draws heads of its own or not. What the constructor
     # has to say of options without effect the run says of its keys.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+        warnings.filterwarnings("ignore", ".* no effect without ")
         torch.manual_seed(config.seed)
         return CONSTRUCTORS[config.loss](shift=shift, **options)
 

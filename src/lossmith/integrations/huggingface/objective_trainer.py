@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from lossmith.integrations.huggingface.saved_weights import load_renamed
 from lossmith.modifiers.pipeline import LossModifierPipeline
@@ -39,6 +39,7 @@ class ObjectiveTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._summed_since = 0
         super().__init__(*args, **options)
+        self.add_callback(_TellTheLoss(self))
 
     # ── the loss ──────────────────────────────────────────────────────────────────────────────────
 
@@ -133,6 +134,22 @@ class ObjectiveTrainer(Trainer):
             )
         state = torch.load(path, map_location="cpu", weights_only=True)
         _load_whole(self.loss, state)
+
+
+class _TellTheLoss(TrainerCallback):
+    """Says of each optimizer step that it was made, which does not show where the optimizer has something
+    else in the place of the parameters, as DeepSpeed's has.
+
+    Args:
+        trainer: whose loss it is.
+    """
+
+    def __init__(self, trainer: ObjectiveTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.loss.on_optimizer_step()
 
 
 def _whole(value: Any) -> Any:
