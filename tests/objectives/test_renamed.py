@@ -27,33 +27,34 @@ def test_deepseek_loss_takes_its_arguments_in_their_order_and_returns_a_dict():
     assert losses["main_temperature"] == 1.0
     parts = losses["main_loss"] + losses["mtp_mtp_loss"] + losses["moe_balancing_term"]
     torch.testing.assert_close(losses["total_loss"], parts)
-    main = CrossEntropyLoss(label_smoothing=0.1)(given["logits"], given["targets"], mask=mask)
+    main = CrossEntropyLoss()(given["logits"], given["targets"], mask=mask)
     torch.testing.assert_close(losses["main_loss"], main)
     losses["total_loss"].backward()
     assert all(parameter.grad.any() for parameter in loss_fn.parameters())
 
 
-def test_deepseek_loss_has_its_defaults():
-    loss_fn = lossmith.DeepSeekLoss(V, D)
+def test_deepseek_loss_reads_what_a_batch_comes_with():
+    given = inputs()
+    logits, targets = given["logits"], given["targets"]
+    loss_fn = lossmith.DeepSeekLoss(V, D, E).double()
     assert loss_fn.use_mtp
-    assert not loss_fn.use_moe_balancing
-    assert isinstance(loss_fn.base.temperature, lossmith.AdaptiveTemperature)
-    assert loss_fn.base.label_smoothing == 0.1
-    plain = lossmith.DeepSeekLoss(V, D, use_mtp=False, adaptive_temperature=False, label_smoothing=0.0)
-    given = inputs()
-    losses = plain(given["logits"], given["targets"])
-    assert torch.equal(losses["total_loss"], CrossEntropyLoss()(given["logits"], given["targets"]))
+    assert loss_fn.use_moe_balancing
+    losses = loss_fn(logits, targets)
     assert set(losses) == {"main_loss", "main_temperature", "total_loss"}
+    assert torch.equal(losses["total_loss"], UnifiedLoss(V, D)(logits, targets))
+    assert "mtp_mtp_loss" in loss_fn(logits, targets, given["hidden_states"])
+    losses = loss_fn(logits, targets, gate_logits=given["gate_logits"])
+    assert "mtp_mtp_loss" not in losses
+    assert losses["moe_balancing_term"] > 0
+    assert loss_fn.get_loss_statistics()["moe_balance_loss/max_violation"] > 0
+    plain = lossmith.DeepSeekLoss(V, D, use_mtp=False)
+    assert not list(plain.parameters())
 
 
-def test_deepseek_loss_refuses_what_it_cannot_mean():
+def test_deepseek_loss_refuses_a_mask_where_it_takes_hidden_states():
     given = inputs()
-    loss_fn = lossmith.DeepSeekLoss(V, D)
-    with pytest.raises(ValueError, match="needs hidden_states"):
-        loss_fn(given["logits"], given["targets"])
-    mask = torch.ones(B, T)
     with pytest.raises(TypeError, match=r"\(logits, targets, hidden_states, attention_mask\).*by name"):
-        loss_fn(given["logits"], given["targets"], mask)
+        lossmith.DeepSeekLoss(V, D)(given["logits"], given["targets"], torch.ones(B, T))
 
 
 def test_adaptive_mtp_loss_takes_primary_logits_and_as_many_heads_as_there_are():
@@ -116,7 +117,7 @@ def test_adaptive_mtp_loss_options():
         mtp_active=True,
     )
     assert found["confidence_reg"] == 0
-    assert not quiet.components["mtp_loss"].component.adaptive
+    assert not quiet.components["mtp_loss"].component.component.adaptive
     with pytest.raises(ValueError, match=r"primary_loss_weight=2.*additional_loss_base_weight"):
         lossmith.AdaptiveMTPLoss(V, primary_loss_weight=2.0)
 

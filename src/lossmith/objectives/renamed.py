@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.components.component import Weighted
+from lossmith.components.component import Component, Weighted
 from lossmith.components.mtp import MTP
+from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput
 from lossmith.inputs import either
+from lossmith.metrics import Source
 from lossmith.objectives.unified import UnifiedLoss
 from lossmith.temperature import AdaptiveTemperature
 
@@ -21,33 +23,62 @@ def _say(old: str, new: str) -> None:
     warnings.warn(f"{old} is UnifiedLoss({new}); use that", DeprecationWarning, stacklevel=3)
 
 
+class _WhereGiven(Component):
+    """A component that has no part in the loss of a batch without its inputs.
+
+    Args:
+        component: the component.
+        inputs: it takes part where one of these is given.
+    """
+
+    def __init__(self, component: Component, inputs: Sequence[str]) -> None:
+        super().__init__()
+        self.component = component
+        self.inputs = tuple(inputs)
+        self.optional = (*component.required, *component.optional)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def reads(self, stats: TokenStats) -> None:
+        self.component.reads(stats)
+
+    def scalar(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor | None:
+        return self.component.scalar(inputs, output) if self._are_given(inputs) else None
+
+    def token_sum(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor | None:
+        return self.component.token_sum(inputs, output) if self._are_given(inputs) else None
+
+    def metrics(self) -> Mapping[str, Source]:
+        return self.component.metrics()
+
+    def _are_given(self, inputs: Mapping[str, Any]) -> bool:
+        return any(inputs.get(name) is not None for name in self.inputs)
+
+
+def _use_where_given(loss: UnifiedLoss, name: str, *inputs: str) -> None:
+    if name in loss.components:
+        weighted: Any = loss.components[name]
+        loss.components[name] = Weighted(_WhereGiven(weighted.component, inputs), weighted.weight)
+
+
 class DeepSeekLoss(UnifiedLoss):
-    """``UnifiedLoss(primary_loss_type="deepseek")``, by default with an adaptive temperature and smoothing,
-    and with heads and a balance of experts where it is told their sizes.
+    """``UnifiedLoss(primary_loss_type="deepseek")``, whose heads and balance of experts take part where a
+    batch comes with what they read.
 
     Args:
         vocab_size: V.
         hidden_size: D; with it ``use_mtp`` is on unless it is given.
         num_experts: E; with it ``use_moe_balancing`` is on unless it is given.
-        adaptive_temperature, label_smoothing, options: of :class:`lossmith.UnifiedLoss`.
+        options: of :class:`lossmith.UnifiedLoss`.
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int | None = None,
-        num_experts: int | None = None,
-        *,
-        adaptive_temperature: bool = True,
-        label_smoothing: float = 0.1,
-        **options: Any,
+        self, vocab_size: int, hidden_size: int | None = None, num_experts: int | None = None, **options: Any
     ) -> None:
         _say("DeepSeekLoss", "vocab_size, hidden_size, primary_loss_type='deepseek', use_mtp=True, ...")
         on = {"use_mtp": hidden_size is not None, "use_moe_balancing": num_experts is not None}
-        options = {**on, **options, "num_experts": num_experts, "label_smoothing": label_smoothing}
-        super().__init__(
-            vocab_size, hidden_size, "deepseek", adaptive_temperature=adaptive_temperature, **options
-        )
+        options = {**on, **options, "num_experts": num_experts}
+        super().__init__(vocab_size, hidden_size, "deepseek", **options)
+        _use_where_given(self, "mtp_loss", "hidden_states", "additional_logits")
+        _use_where_given(self, "moe_balance_loss", "gate_logits")
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the order of before)
         self,
@@ -81,8 +112,8 @@ class DeepSeekLoss(UnifiedLoss):
         parts["main_temperature"] = torch.as_tensor(temperature)
         if "moe_balance_loss" in self.components:
             balance: Any = self.components["moe_balance_loss"]
-            parts["moe_expert_counts"] = balance.component.expert_counts
-        return parts
+            parts["moe_expert_counts"] = balance.component.component.expert_counts
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 class AdaptiveMTPLoss(UnifiedLoss):
@@ -120,13 +151,14 @@ class AdaptiveMTPLoss(UnifiedLoss):
         calibration.weight = confidence_reg_strength
         if not self.use_mtp:
             base: Any = self.base
-            heads = _HeadsOfTheModel(
+            heads = _AsManyHeads(
                 vocab_size,
                 adaptive=use_confidence_weighting,
                 threshold=base.threshold,
                 weight_range=base.weight_range,
             )
             self.components["mtp_loss"] = Weighted(heads, additional_loss_base_weight)
+            _use_where_given(self, "mtp_loss", "additional_logits")
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the arguments of before)
         self,
@@ -147,11 +179,12 @@ class AdaptiveMTPLoss(UnifiedLoss):
             additional_logits: of the model's heads; read if ``mtp_active``.
             targets, confidence_scores, attention_mask, inputs: of :class:`lossmith.UnifiedLoss`.
         """
+        has_heads = mtp_active and additional_logits is not None and len(additional_logits)
         output = self.evaluate(
             either("primary_logits", primary_logits, "logits", logits),
             targets,
             attention_mask=attention_mask,
-            additional_logits=additional_logits if mtp_active else None,
+            additional_logits=additional_logits if has_heads else None,
             confidence_scores=confidence_scores,
             **inputs,
         )
@@ -168,16 +201,11 @@ class AdaptiveMTPLoss(UnifiedLoss):
         }
 
 
-class _HeadsOfTheModel(MTP):
-    """As many heads as the model gives logits of, and no loss where it gives none."""
+class _AsManyHeads(MTP):
+    """As many heads as the model gives logits of."""
 
-    def token_sum(  # pyright: ignore[reportIncompatibleMethodOverride]  (or none)
-        self, inputs: Mapping[str, Any], output: LossOutput
-    ) -> Tensor | None:
-        given = inputs.get("additional_logits")
-        if given is None or not len(given):
-            return None
-        self.num_future_tokens = len(given)
+    def token_sum(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor:
+        self.num_future_tokens = len(inputs["additional_logits"])
         return super().token_sum(inputs, output)
 
 
