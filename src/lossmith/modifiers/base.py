@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class ModelMode(Enum):
 class Switch:
     """A switch, to be read like any other option."""
 
-    enabled: bool = option(True, "whether the pipeline applies the modifier")
+    enabled: Annotated[bool, option("whether the pipeline applies the modifier")] = True
 
 
 def read_switch(value: Any, name: str) -> bool:

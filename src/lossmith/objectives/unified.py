@@ -275,12 +275,10 @@ class UnifiedLoss(ComposedLoss):
             additional_logits: of the model's own heads; see :class:`lossmith.MTP`.
             confidence_scores: [..., T] of a confidence head, in [0, 1].
             contrastive_pairs: two views of the samples; see :class:`lossmith.Contrastive`.
-            denominator: supervised tokens over all micro-batches and ranks (``num_items_in_batch`` is another
-                name of it).
+            denominator: supervised tokens over all micro-batches and ranks, or ``num_items_in_batch``.
             return_detailed: return the parts.
-            inputs: ``segment_ids``, ``token_weight``, ``mask``, ``num_items_in_batch``, ``lm_head_bias``,
-                ``strategy``, ``memory_budget``: see
-                :meth:`lossmith.Objective.evaluate`.
+            inputs: ``segment_ids``, ``token_weight``, ``mask``, ``lm_head_bias``, ``strategy``,
+                ``memory_budget``: see :meth:`lossmith.Objective.evaluate`.
 
         Raises:
             ValueError: a component is on and its input is missing; the message names both.
@@ -305,8 +303,7 @@ class UnifiedLoss(ComposedLoss):
 
     def detailed(self, output: LossOutput) -> dict[str, Tensor]:
         """The parts by their documented names: ``main_loss``, one of each component, ``total_loss``."""
-        own = [part for name, part in output.parts.items() if name not in self.components]
-        main = reduce(operator.add, own)
+        main = reduce(operator.add, [p for name, p in output.parts.items() if name not in self.components])
         parts = {name: part for name, part in output.parts.items() if name in self.components}
         return {"main_loss": main, **parts, "total_loss": output.total}
 
@@ -316,7 +313,7 @@ class UnifiedLoss(ComposedLoss):
         if num_classes != self.vocab_size:
             raise ValueError(
                 f"expected logits of V = vocab_size = {self.vocab_size} classes; got {num_classes}. Make the "
-                f"loss with vocab_size={num_classes}, what the model predicts, padding included"
+                f"loss with vocab_size={num_classes}, which counts padding too"
             )
         return super().bind(predictions, targets, *args, **given)
 
