@@ -32,7 +32,7 @@ class Perplexity:
     """
 
     def __init__(
-        self, *, ignore_index: int = -100, softcap: float | None = None, shift: bool = False
+        self, *, ignore_index: int = -100, softcap: float | None = None, shift: bool | int = False
     ) -> None:
         self.ignore_index = ignore_index
         self.softcap = softcap

@@ -110,7 +110,7 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (the overload
     z_loss: float = 0.0,
     focal_gamma: float = 0.0,
     confidence_penalty: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     empty: Empty = "zero",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
@@ -143,7 +143,8 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (the overload
         z_loss: coefficient of logsumexp^2.
         focal_gamma: >= 0; tokens count (1 - p_y)^gamma.
         confidence_penalty: coefficient of the negative entropy.
-        shift: targets are labels as Hugging Face has them: logits[t] predict targets[t + 1].
+        shift: True: targets are labels as Hugging Face has them, logits[t] predict targets[t + 1]; a number:
+            targets[t + shift].
         empty: a batch without a supervised token gives ``zero`` (with zero gradients) or ``nan``.
         return_stats: also return the statistics, in the targets' shape.
 
@@ -193,7 +194,7 @@ def perplexity(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     softcap: float | None = None,
-    shift: bool = False,
+    shift: bool | int = False,
 ) -> Tensor:
     """exp of the mean NLL over the supervised tokens: unsmoothed, at temperature 1.
 

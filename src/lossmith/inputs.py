@@ -29,6 +29,7 @@ OWN_INPUTS = (
     "denominator",
     "num_items_in_batch",
     "scalars",
+    "shift",
     "stats",
     *HEAD_INPUTS,
 )

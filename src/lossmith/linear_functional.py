@@ -93,7 +93,7 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they 
     z_loss: float = 0.0,
     focal_gamma: float = 0.0,
     confidence_penalty: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     empty: Empty = "zero",
     return_stats: bool = False,
     strategy: Strategy = "auto",

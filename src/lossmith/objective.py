@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossmith.batch import TokenBatch, align
+from lossmith.batch import TokenBatch, align, num_steps
 from lossmith.engine.linear import LinearHead
 from lossmith.engine.plan import Plan
 from lossmith.engine.predictions import Predictions
@@ -33,7 +33,9 @@ class Objective(nn.Module):
         terms: the per-token terms.
         reduction: ``mean`` (= ``token_mean``), ``sequence_mean``, ``sum`` or ``none``.
         ignore_index: the target id of tokens without one.
-        shift: whether targets are unshifted labels, as Hugging Face has them.
+        shift: how many steps ahead logits[t] predict: True (1) takes targets for unshifted labels, as
+            Hugging Face has them, False (0) for aligned ones. None is False, or what fits the model where
+            :mod:`lossmith.integrations.huggingface` knows it.
         empty: what a batch without a supervised token gives: ``zero`` (with zero gradients) or ``nan``.
         temperature, softcap: how the logits are read; see :func:`lossmith.token_stats`.
 
@@ -61,7 +63,7 @@ class Objective(nn.Module):
         *,
         reduction: Reduction = "mean",
         ignore_index: int = -100,
-        shift: bool = False,
+        shift: bool | int | None = None,
         empty: Empty = "zero",
         temperature: float | Tensor | AdaptiveTemperature = 1.0,
         softcap: float | None = None,
@@ -69,6 +71,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         check_reduction(reduction, empty)
+        num_steps(False if shift is None else shift)  # which refuses what is none
         self.reduction: Reduction = reduction
         self.ignore_index = ignore_index
         self.shift = shift
@@ -106,6 +109,7 @@ class Objective(nn.Module):
         denominator: Denominator | None = None,
         num_items_in_batch: Denominator | None = None,
         scalars: Mapping[str, Tensor] | None = None,
+        shift: bool | int | None = None,
         **inputs: Any,
     ) -> LossOutput:
         """The loss of ``logits`` [..., V] at ``targets`` [...], with its parts and metrics.
@@ -124,6 +128,7 @@ class Objective(nn.Module):
             segment_ids: [..., T] which document of a packed row a token of ``input_ids`` belongs to.
             denominator, num_items_in_batch: supervised tokens (or samples) over all micro-batches and ranks.
             scalars: weighted scalars of other tensors to add, by name.
+            shift: in place of the objective's own.
             inputs: what else the objective takes (``input_names``); and, without logits, ``hidden_states``
                 [..., T, D], ``lm_head_weight`` [V, D], ``lm_head_bias`` [V], a model's own ``lm_head_scale``
                 and ``lm_head_softcap``, and the ``strategy`` and ``memory_budget`` of
@@ -143,6 +148,7 @@ class Objective(nn.Module):
             input_ids=input_ids,
             segment_ids=segment_ids,
             features=self.features(inputs),
+            shift=shift,
             denominator=either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
         )
         output = evaluate(
@@ -270,6 +276,7 @@ of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides t
         mask: Tensor | None = None,
         reduction: Reduction | None = None,
         ignore_index: int | None = None,
+        shift: bool | int | None = None,
     ) -> Tensor:
         """What this objective divides by: the supervised tokens, or samples under ``sequence_mean``.
 
@@ -277,20 +284,22 @@ of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides t
 
         Args:
             targets, mask: [..., T], as for :meth:`evaluate`.
-            reduction, ignore_index: instead of the objective's own.
+            reduction, ignore_index, shift: instead of the objective's own.
         """
         return self._align(
             targets,
             mask=mask,
+            shift=shift,
             reduction=reduction or self.reduction,
             ignore_index=self.ignore_index if ignore_index is None else ignore_index,
             class_weight=self.class_weight,
         ).count
 
-    def _align(self, targets: Tensor, **given: Any) -> TokenBatch:
+    def _align(self, targets: Tensor, *, shift: bool | int | None = None, **given: Any) -> TokenBatch:
+        own = False if self.shift is None else self.shift
         return align(
             targets,
-            shift=self.shift,
+            shift=own if shift is None else shift,
             empty=self.empty,
             pad_token_id=self.pad_token_id,
             eos_token_id=self.eos_token_id,
@@ -298,8 +307,9 @@ of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 MiB besides t
         )
 
     def _warn_if_unshifted(self, batch: TokenBatch) -> None:
-        """Once, on the first batch: it is a mistake in the wiring, and looking waits for the device."""
-        if self._shift_was_checked or batch.input_ids is None or torch.compiler.is_compiling():
+        """Once, on the first batch: it is a mistake in the wiring, and looking waits for the device. What is
+        shifted cannot be it."""
+        if self._shift_was_checked or batch.shift or batch.input_ids is None or torch.compiler.is_compiling():
             return
         self._shift_was_checked = True
         if batch.is_unshifted:

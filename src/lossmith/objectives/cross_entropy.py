@@ -57,7 +57,7 @@ class CrossEntropyLoss(Objective):
         z_loss: float = 0.0,
         focal_gamma: float = 0.0,
         confidence_penalty: float = 0.0,
-        shift: bool = False,
+        shift: bool | int | None = None,
         empty: Empty = "zero",
     ) -> None:
         super().__init__(

@@ -70,7 +70,7 @@ class NVAMPLoss(Objective):
         *,
         top_k: int = 1,
         legacy: bool = False,
-        shift: bool = False,
+        shift: bool | int | None = None,
         stats_scope: StatsScope = "local",
         reduction: Reduction = "mean",
         empty: Empty = "zero",

@@ -147,7 +147,7 @@ class UnifiedLoss(ComposedLoss):
         auxiliary_weight: float = 0.1,
         z_loss: float = 0.0,
         reduction: Reduction = "mean",
-        shift: bool = False,
+        shift: bool | int | None = None,
         empty: Empty = "zero",
         track_statistics: bool = True,
     ) -> None:
