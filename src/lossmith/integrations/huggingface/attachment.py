@@ -275,7 +275,7 @@ def _steps_of(base: Any, loss: Objective, trial: Trial) -> int:
     """How many steps ahead the model's logits predict its labels. Says what was not found out."""
     own = steps_of_loss_function(base) if trial.shift is None else trial.shift
     name = type(base).__name__
-    shift = steps_read(loss, own, name)
+    shift = steps_read(loss, own)
     assumed = "" if own is not None else f" Its logits[t] are taken to predict labels[t + {shift}]."
     if trial.why_not is not None:
         warnings.warn(

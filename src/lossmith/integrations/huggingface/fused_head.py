@@ -109,7 +109,7 @@ class HeadInput:
             return None
         torch.set_grad_enabled(True)  # the graph shows whether anything else goes into the model's logits
         self._given = made_up_logits(logits)
-        return self._given
+        return self._given.clone()  # which may be changed in place
 
     def during(
         self, forward: Callable[[], Any], *, keeps: bool, skips: bool

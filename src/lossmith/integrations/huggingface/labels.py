@@ -45,7 +45,7 @@ def check_objective(loss: Any, modes: Collection[ModelMode] = (ModelMode.LANGUAG
 def resolved_reduction(loss: Objective) -> Reduction:
     """How the tokens are averaged now: a pipeline decides by the modifiers that are enabled."""
     if isinstance(loss, LossModifierPipeline):
-        return loss._reduction("auto", loss._enabled(ModelMode.LANGUAGE_MODEL))
+        return loss._reduction("auto", loss._enabled(loss.model_mode or ModelMode.LANGUAGE_MODEL))
     return loss.reduction
 
 
@@ -67,27 +67,17 @@ def check_num_items(loss: Objective) -> None:
         )
 
 
-def steps_read(loss: Objective, own: int | None, name: str) -> int:
-    """How many steps ahead a model's logits predict its labels: as many as in the model's own loss.
+def steps_read(loss: Objective, own: int | None) -> int:
+    """How many steps ahead a model's logits predict its labels: as many as the objective asks for, or else as
+    many as in the model's own loss. ``shift=False`` asks for nothing, where that is known.
 
     Args:
-        loss: the objective; its ``shift`` says nothing of a model that takes labels, unless it says more.
+        loss: the objective.
         own: what the model's own loss does, or None if that is not known.
-        name: the model's.
-
-    Raises:
-        ValueError: the objective asks for another shift than the model's.
     """
     said = None if loss.shift is None else num_steps(loss.shift)
-    if own is None:
+    if said or own is None:
         return NEXT_TOKEN if said is None else said
-    if said and said != own:
-        reads = f"labels[t + {own}]" if own else "labels[t]"
-        raise ValueError(
-            f"{name} reads labels as its own loss does, logits[t] predict {reads}, and this "
-            f"{type(loss).__name__} has shift={loss.shift!r}. Leave shift out"
-            + ("" if own else ", and pass labels that are shifted already")
-        )
     return own
 
 

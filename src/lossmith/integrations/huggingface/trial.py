@@ -107,7 +107,7 @@ def _run(model: Any) -> Trial:
     def after_head(module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
         given.append(made_up_logits(logits, label))
         torch.set_grad_enabled(True)  # from here on, and until the no_grad around it ends
-        return given[-1]
+        return given[-1].clone()  # which may be changed in place
 
     head = model.get_output_embeddings()
     handle = None if head is None else head.register_forward_hook(after_head, prepend=True)
