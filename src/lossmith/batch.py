@@ -45,7 +45,7 @@ class TokenBatch:
         target_weight: [N] the class weights of the targets, or None.
         num_classes: V, where it was given.
         pad_token_id: the id of padding, or None.
-        shift: whether the last position of a row has no target by construction.
+        shift: how many positions at the end of a row have no target by construction.
         also_read: [N] bool, positions whose distribution is looked at although nothing is learned there, or
             None; by a loss of tokens further ahead, for example.
     """
@@ -63,7 +63,7 @@ class TokenBatch:
     target_weight: Tensor | None = None
     num_classes: int | None = None
     pad_token_id: int | None = None
-    shift: bool | int = False
+    shift: int = 0
     also_read: Tensor | None = None
 
     @property
@@ -98,7 +98,7 @@ class TokenBatch:
     @property
     def num_positions(self) -> int:
         """How many tokens of a sample could be supervised."""
-        return as_rows(self.shape)[1] - self.shift
+        return max(as_rows(self.shape)[1] - self.shift, 0)
 
     def spread(self, values: Tensor) -> Tensor:
         """[B] values of the samples as [N], each token its sample's."""
@@ -138,7 +138,7 @@ def align(
 
     Args:
         targets: [..., T] ids. With ``shift`` they are labels, unshifted as Hugging Face has
-            them: logits[t] predict targets[t + 1], and the last position has no target.
+            them: logits[t] predict targets[t + shift], and the last ``shift`` positions have no target.
         ignore_index: the id of positions without a target.
         mask: [..., T] bool or integers, or floats that are 0 or 1, 0 where a target does not count; it
             belongs to the targets and is shifted with them.
@@ -150,18 +150,19 @@ def align(
             then only the mask can tell padding from an end of sequence.
         eos_token_id: see ``pad_token_id``.
         num_classes: V, to check the targets where the caller would look for them.
-        shift: whether the targets are unshifted labels.
+        shift: how many steps ahead logits[t] predict: True is 1, False is 0.
         reduction, denominator, empty, dtype: see :func:`lossmith.reduction.token_scale`.
         class_weight: [V] what a target counts for in the denominator.
 
     Raises:
-        TypeError: targets, input_ids or segment_ids are not integers.
+        TypeError: targets, input_ids or segment_ids are not integers, or the shift no number of steps.
         ValueError: a shape differs from the targets', a target is out of range, a mask of floats is not of 0
             and 1, or an option is unknown.
     """
     check_targets(targets)
     check_reduction(reduction, empty)
     ignore_index, token_weight = _IGNORE_INDEX.check(ignore_index), _TOKEN_WEIGHT.check(token_weight)
+    shift = num_steps(shift)
     given = {"mask": mask, "token_weight": token_weight, "input_ids": input_ids, "segment_ids": segment_ids}
     for name, value in (given | dict(features or {})).items():
         if value is not None and not isinstance(value, Tensor):
@@ -188,8 +189,8 @@ def align(
         check_ids("targets", targets, num_classes, exempt=ignore_index, exempt_name="ignore_index")
     weight = None if token_weight is None else token_weight.detach()
     if shift:
-        targets, valid = _shifted(targets, ignore_index), _shifted(valid, False)
-        weight = None if weight is None else _shifted(weight, 0.0)
+        targets, valid = _shifted(targets, shift, ignore_index), _shifted(valid, shift, False)
+        weight = None if weight is None else _shifted(weight, shift, 0.0)
     counts = None
     if class_weight is not None:
         counts = class_weight.detach().to(dtype)[targets.clamp(0, len(class_weight) - 1)]
@@ -252,10 +253,24 @@ def as_rows(shape: torch.Size) -> tuple[int, int]:
     return (shape[:-1].numel() if len(shape) > 1 else 1, shape[-1] if shape else 1)
 
 
-def _shifted(values: Tensor, fill: float | bool) -> Tensor:
-    """values[t + 1] at t, ``fill`` at the end."""
+def num_steps(shift: Any) -> int:
+    """How many steps ahead ``shift`` says that logits predict.
+
+    Raises:
+        TypeError: it is neither a bool nor a whole number >= 0.
+    """
+    if not isinstance(shift, int) or shift < 0:
+        raise TypeError(
+            "shift must be True (labels as Hugging Face has them: logits[t] predict targets[t + 1]), False "
+            f"(logits[t] predict targets[t]), or a whole number of steps >= 0; got {shift!r}"
+        )
+    return int(shift)
+
+
+def _shifted(values: Tensor, steps: int, fill: float | bool) -> Tensor:
+    """values[t + steps] at t, ``fill`` at the end."""
     if values.dim() == 0:
         raise ValueError("shift=True needs targets [..., T]; got a single target without a sequence")
     out = torch.full_like(values, fill)
-    out[..., :-1] = values[..., 1:]
+    out[..., :-steps] = values[..., steps:]
     return out

@@ -159,7 +159,8 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (the overload
         z_loss: coefficient of logsumexp^2.
         focal_gamma: >= 0; tokens count (1 - p_y)^gamma.
         confidence_penalty: coefficient of the negative entropy.
-        shift: True where targets are labels as Hugging Face has them: logits[t] predict targets[t + 1].
+        shift: True: targets are labels as Hugging Face has them, logits[t] predict targets[t + 1]; a number:
+            targets[t + shift].
         empty: a batch without a supervised token gives ``zero`` (with zero gradients) or ``nan``.
         return_stats: also return the statistics, in the targets' shape.
 

@@ -31,6 +31,7 @@ OWN_INPUTS = (
     "denominator",
     "num_items_in_batch",
     "scalars",
+    "shift",
     "stats",
     *HEAD_INPUTS,
 )

@@ -34,7 +34,9 @@ class Objective(nn.Module):
         terms: the per-token terms.
         reduction: ``mean`` (= ``token_mean``), ``sequence_mean``, ``sum`` or ``none``.
         ignore_index: the target id of tokens without one.
-        shift: whether targets are unshifted labels, as Hugging Face has them.
+        shift: how many steps ahead logits[t] predict: True (1) takes targets for unshifted labels, as
+            Hugging Face has them, False (0) for aligned ones. None is False, or what fits the model where
+            :mod:`lossmith.integrations.huggingface` knows it.
         empty: what a batch without a supervised token gives: ``zero`` (with zero gradients) or ``nan``.
         temperature, softcap: how the logits are read; see :func:`lossmith.token_stats`.
 
@@ -67,7 +69,7 @@ class Objective(nn.Module):
         *,
         reduction: Reduction = "mean",
         ignore_index: IgnoreIndex = -100,
-        shift: Shift = False,
+        shift: Shift | None = None,
         empty: Empty = "zero",
         temperature: Temperature | AdaptiveTemperature = 1.0,
         softcap: Softcap = None,
@@ -129,6 +131,7 @@ class Objective(nn.Module):
         denominator: Denominator | None = None,
         num_items_in_batch: Denominator | None = None,
         scalars: Mapping[str, Tensor] | None = None,
+        shift: bool | int | None = None,
         **inputs: Any,
     ) -> LossOutput:
         """The loss of ``logits`` [..., V] at ``targets`` [...], with its parts and metrics.
@@ -147,6 +150,7 @@ class Objective(nn.Module):
             segment_ids: [..., T] which document of a packed row a token of ``input_ids`` belongs to.
             denominator, num_items_in_batch: supervised tokens (or samples) over all micro-batches and ranks.
             scalars: weighted scalars of other tensors to add, by name.
+            shift: in place of the objective's own.
             inputs: what else the objective takes (``input_names``); and, without logits, ``hidden_states``
                 [..., T, D], ``lm_head_weight`` [V, D], ``lm_head_bias`` [V], a model's own ``lm_head_scale``
                 and ``lm_head_softcap``, and the ``strategy`` and ``memory_budget`` of
@@ -166,6 +170,7 @@ class Objective(nn.Module):
             token_weight=token_weight,
             input_ids=input_ids,
             segment_ids=segment_ids,
+            shift=shift,
             denominator=either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
         )
         output = evaluate(
@@ -282,6 +287,7 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         mask: Tensor | None = None,
         reduction: Reduction | None = None,
         ignore_index: int | None = None,
+        shift: bool | int | None = None,
     ) -> Tensor:
         """What this objective divides by: the supervised tokens, or samples under ``sequence_mean``.
 
@@ -289,20 +295,22 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
 
         Args:
             targets, mask: [..., T], as for :meth:`evaluate`.
-            reduction, ignore_index: instead of the objective's own.
+            reduction, ignore_index, shift: instead of the objective's own.
         """
         return self._align(
             targets,
             mask=mask,
+            shift=shift,
             reduction=reduction or self.reduction,
             ignore_index=self.ignore_index if ignore_index is None else ignore_index,
             class_weight=self.class_weight,
         ).count
 
-    def _align(self, targets: Tensor, **given: Any) -> TokenBatch:
+    def _align(self, targets: Tensor, *, shift: bool | int | None = None, **given: Any) -> TokenBatch:
+        own = False if self.shift is None else self.shift
         return align(
             targets,
-            shift=self.shift,
+            shift=own if shift is None else shift,
             empty=self.empty,
             pad_token_id=self.pad_token_id,
             eos_token_id=self.eos_token_id,
@@ -310,8 +318,9 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         )
 
     def _warn_if_unshifted(self, batch: TokenBatch) -> None:
-        """Once, on the first batch: it is a mistake in the wiring, and looking waits for the device."""
-        if self._shift_was_checked or batch.input_ids is None or torch.compiler.is_compiling():
+        """Once, on the first batch: it is a mistake in the wiring, and looking waits for the device. What is
+        shifted cannot be it."""
+        if self._shift_was_checked or batch.shift or batch.input_ids is None or torch.compiler.is_compiling():
             return
         self._shift_was_checked = True
         if batch.is_unshifted:

@@ -293,8 +293,8 @@ class _Whole:
 
     def check_masks(self) -> None:
         missing = self.case.targets == IGNORED
-        if self.criterion.shift:  # logits[t] predict targets[t + 1]
-            missing = torch.nn.functional.pad(missing[:, 1:], (0, 1), value=True)
+        steps = int(self.criterion.shift or 0)  # logits[t] predict targets[t + steps]
+        missing = torch.nn.functional.pad(missing[:, steps:], (0, steps), value=True)
         broken = self.case.logits.masked_fill(missing.unsqueeze(-1), torch.nan).requires_grad_()
         loss = self.loss(logits=broken)
         said = "tokens without a target matter"

@@ -155,3 +155,18 @@ def warn_of_modes(modifier: BaseLossModifier, mode: ModelMode | None) -> None:
             f"{modifier.name} has no effect in a pipeline of model_mode={mode.value!r}: it is for {modes}; "
             "leave it out"
         )
+
+
+def of_scorer(predictions: Tensor | None, token_weight: Any, shift: Any) -> Tensor:
+    """The predictions [B] of a sequence scorer, which has neither tokens to weigh nor rows to shift along.
+
+    Raises:
+        TypeError: they are missing, or there is what belongs to tokens.
+    """
+    if predictions is None:
+        raise TypeError("a sequence scorer's predictions [B] are missing; pass them as logits")
+    if token_weight is not None:
+        raise TypeError("token_weight weighs tokens, and a sequence scorer has none; leave it out")
+    if shift:
+        raise TypeError("shift moves targets along a row, and a sequence scorer has none; leave it out")
+    return predictions

@@ -178,15 +178,13 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
     def _sequences(self, batch: TokenBatch, drawn: Tensor) -> Tensor:
         """[B, L] what the model would write in the supervised places."""
         drawn = batch.rows(drawn)
-        if batch.shift:  # what is drawn at t stands at t + 1
-            drawn = drawn[:, :-1]
+        ahead = batch.shift  # what is drawn at t stands at t + ahead
+        drawn = drawn[:, : batch.num_positions]
         if batch.input_ids is None:
             return drawn
         known, is_supervised = batch.rows(batch.input_ids), batch.rows(batch.valid)
-        if not batch.shift:
-            return torch.where(is_supervised, drawn, known)
-        rest = torch.where(is_supervised[:, :-1], drawn, known[:, 1:])
-        return torch.cat([known[:, :1], rest], -1)
+        rest = torch.where(is_supervised[:, : batch.num_positions], drawn, known[:, ahead:])
+        return torch.cat([known[:, :ahead], rest], -1)
 
     @torch.no_grad()
     def _wrongness(self, ids: Tensor) -> Tensor:

@@ -212,8 +212,8 @@ class LossModifierPipeline(WrappedObjective):
             denominator, num_items_in_batch: supervised tokens (samples, where samples are weighed) over
                 all micro-batches and ranks; :meth:`count` counts a batch's.
             reduction: see the pipeline's; this call's goes first.
-            inputs: ``token_weight``, ``input_ids``, ``segment_ids``, what the base objective takes, and
-                whatever custom modifiers take.
+            inputs: ``token_weight``, ``input_ids``, ``segment_ids``, ``shift``, what the base objective
+                takes, and whatever custom modifiers take.
 
         Raises:
             TypeError: an input that neither the pipeline, nor its base, nor a custom modifier can take.
@@ -267,11 +267,12 @@ class LossModifierPipeline(WrappedObjective):
         model_mode: ModelMode | str | None = None,
         reduction: AutoReduction = "auto",
         ignore_index: int | None = None,
+        shift: bool | int | None = None,
     ) -> Tensor:
         """What the pipeline divides by: supervised tokens, or samples where samples are weighed.
 
         Args:
-            targets, mask, model_mode, reduction, ignore_index: as for :meth:`modify_loss`.
+            targets, mask, model_mode, reduction, ignore_index, shift: as for :meth:`modify_loss`.
         """
         mode = self._mode(model_mode, None, targets)
         if mode is ModelMode.SEQUENCE_SCORER:
@@ -286,6 +287,7 @@ class LossModifierPipeline(WrappedObjective):
             mask=mask,
             reduction=self._reduction(reduction, active),
             ignore_index=ignored,
+            shift=shift,
         )
 
     def _evaluate(
@@ -303,6 +305,7 @@ class LossModifierPipeline(WrappedObjective):
         reduction: AutoReduction = "auto",
         scalars: Mapping[str, Tensor] | None = None,
         token_weight: Tensor | None = None,
+        shift: bool | int | None = None,
         **inputs: Any,
     ) -> LossOutput:
         active = self._enabled(mode)
@@ -317,11 +320,7 @@ class LossModifierPipeline(WrappedObjective):
         for_custom = {**inputs, **of_batch, "model_mode": mode, "reduction": resolved}
         for_custom["ignore_index"] = ignored
         if mode is ModelMode.SEQUENCE_SCORER:
-            if logits is None:
-                raise TypeError("a sequence scorer's predictions [B] are missing; pass them as logits")
-            if token_weight is not None:
-                raise TypeError("token_weight weighs tokens, and a sequence scorer has none; leave it out")
-            scores = ScoreBatch(logits, targets, mask, denominator, resolved)
+            scores = ScoreBatch(checks.of_scorer(logits, token_weight, shift), targets, mask, denominator, resolved)
             output = evaluate_scores(active, scores, loss, per_position_loss, for_custom)
             return with_parts(output, {k: v * scores.share for k, v in (scalars or {}).items()})
         checks.refuse_flat(active, targets)
@@ -335,6 +334,7 @@ class LossModifierPipeline(WrappedObjective):
             reduction=resolved,
             ignore_index=ignored,
             token_weight=token_weight,
+            shift=shift,
             **of_batch,
         )
         run = TokenRun(

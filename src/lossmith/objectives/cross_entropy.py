@@ -69,7 +69,7 @@ class CrossEntropyLoss(Objective):
         z_loss: ZLossCoefficient = 0.0,
         focal_gamma: FocalGamma = 0.0,
         confidence_penalty: ConfidencePenaltyCoefficient = 0.0,
-        shift: Shift = False,
+        shift: Shift | None = None,
         empty: Empty = "zero",
     ) -> None:
         super().__init__(

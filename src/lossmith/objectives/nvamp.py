@@ -80,7 +80,7 @@ class NVAMPLoss(Objective):
         super().__init__(
             reduction=reduction,
             ignore_index=ignore_index,
-            shift=legacy if shift is None else shift,
+            shift=True if legacy and shift is None else shift,
             empty=empty,
             temperature=temperature,
             softcap=softcap,

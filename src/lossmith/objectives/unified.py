@@ -213,7 +213,7 @@ class UnifiedLoss(ComposedLoss):
         auxiliary_weight: Annotated[float, option("weight of the reward of entropy")] = 0.1,
         z_loss: ZLossCoefficient = 0.0,
         reduction: Reduction = "mean",
-        shift: Shift = False,
+        shift: Shift | None = None,
         empty: Empty = "zero",
         track_statistics: Annotated[bool, option("keep means of the parts")] = True,
     ) -> None:

@@ -20,15 +20,16 @@ def context(batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
     """What has been read at each position, x [B, T], and which document of the row it belongs to, [B, T],
     or None where a row is one.
 
-    x[t] is the last token seen where y[t] is predicted: the input, or without it the target before.
+    x[t] is the last token seen where y[t] is predicted: the input, or without it the target that it was.
     -1 where nothing is known, which matches nothing.
     """
     if batch.input_ids is not None:
         tokens = batch.rows(batch.input_ids)
     else:
         targets = batch.rows(batch.targets)
-        before = torch.roll(targets, 1, dims=-1)
-        before[:, 0] = NONE
+        ahead = max(batch.shift, 1)  # targets that are aligned already are the next tokens
+        before = torch.roll(targets, ahead, dims=-1)
+        before[:, :ahead] = NONE
         tokens = before.masked_fill(before == batch.ignore_index, NONE)
     return tokens, None if batch.segment_ids is None else batch.rows(batch.segment_ids)
 

@@ -33,18 +33,16 @@ def with_loss(model: PreTrainedModel, loss: Loss, fused: FusedHead | None = None
     original, seen = model.forward, HeadInput(fused)
     head: Any = model.get_output_embeddings() if fused is not None else None
     if head is not None:
-        head.register_forward_pre_hook(seen.on_head)
+        seen.watch(head)
 
     @functools.wraps(original)
     def forward(*args: Any, labels: Any = None, denominator: Any = None, **inputs: Any) -> Any:
         inputs.pop("num_items_in_batch", None)  # the Trainer's own name of the denominator
         if labels is None:
             return original(*args, **inputs)
-        if fused is None or fused.why_not is not None or not model.training:
+        if fused is None or not fused.is_usable or not model.training:
             return loss({"logits": original(*args, **inputs).logits}, labels, inputs, denominator)
-        output, hidden, is_fused = seen.during(
-            lambda: original(*args, **inputs), head, keeps=False, skips=True
-        )
+        output, hidden, is_fused = seen.during(lambda: original(*args, **inputs), keeps=False, skips=True)
         predictions = {"logits": output.logits}
         if is_fused:
             assert head is not None

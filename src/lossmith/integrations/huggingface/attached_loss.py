@@ -13,7 +13,6 @@ from lossmith.integrations.huggingface.fused_head import FusedHead, HeadInput
 from lossmith.integrations.huggingface.labels import (
     check_num_items,
     label_mask,
-    reading_labels,
     segments,
     targets_of,
     wanted_inputs,
@@ -34,6 +33,7 @@ class AttachedLoss(nn.Module):
         objective: the loss.
         known: names of the inputs that the model takes.
         fused: the head whose logits need not be there, or None.
+        shift: how many steps ahead the model's logits predict its labels.
 
     Attributes:
         parts: what the last batch's loss was made of, detached; None before the first.
@@ -42,11 +42,14 @@ class AttachedLoss(nn.Module):
         inner: what stood in the model's own ``forward`` attribute when the loss was attached, or None.
     """
 
-    def __init__(self, objective: Objective, known: frozenset[str], fused: FusedHead | None) -> None:
+    def __init__(
+        self, objective: Objective, known: frozenset[str], fused: FusedHead | None, shift: int
+    ) -> None:
         super().__init__()
         self.objective = objective
         self.known = known
         self.fused = fused
+        self.shift = shift
         self.head_input = HeadInput(fused)
         self.parts: dict[str, Tensor] | None = None
         self.observe: Callable[[LossOutput], Tensor] | None = None
@@ -69,7 +72,7 @@ class AttachedLoss(nn.Module):
     def skips_head(self, model: nn.Module, given: Mapping[str, Any]) -> bool:
         """Whether the loss is to be made without the logits in the forward that begins: in training, unless
         the caller has other hidden states for the objective."""
-        if self.fused is None or self.fused.why_not is not None or given.get("hidden_states") is not None:
+        if self.fused is None or not self.fused.is_usable or given.get("hidden_states") is not None:
             return False
         return model.training or self.leaves_out_logits
 
@@ -120,7 +123,7 @@ class AttachedLoss(nn.Module):
 
         Args:
             predictions: ``logits`` [B, T, V], or what :meth:`FusedHead.inputs` has in their place.
-            labels: [B, T], not shifted.
+            labels: [B, T], as the model takes them.
             inputs: what the model was called with.
             given: what the caller has for the objective.
             made: what the model made for it; the caller's goes first.
@@ -144,15 +147,13 @@ class AttachedLoss(nn.Module):
             name: value.to(device) if name in PER_BATCH and value is not None else value
             for name, value in own.items()
         }
-        output = reading_labels(
-            loss,
-            lambda: loss.evaluate(
-                targets=targets_of(loss, labels),
-                mask=None if mask is None else mask.to(device),
-                input_ids=ids.to(device) if ids is not None and ids.shape == labels.shape else None,
-                denominator=denominator,
-                **{**own, **predictions},
-            ),
+        output = loss.evaluate(
+            targets=targets_of(loss, labels),
+            mask=None if mask is None else mask.to(device),
+            input_ids=ids.to(device) if ids is not None and ids.shape == labels.shape else None,
+            denominator=denominator,
+            shift=self.shift,
+            **{**own, **predictions},
         )
         self.has_run = True
         self.parts = {name: part.detach() for name, part in _parts(loss, output).items()}

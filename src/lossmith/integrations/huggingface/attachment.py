@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,7 +14,8 @@ from lossmith.components.mtp import MTP
 from lossmith.engine.plan import Strategy
 from lossmith.integrations.huggingface.attached_loss import NAME, PER_BATCH, AttachedLoss
 from lossmith.integrations.huggingface.fused_head import FusedHead
-from lossmith.integrations.huggingface.labels import check_objective, wanted_inputs
+from lossmith.integrations.huggingface.labels import check_objective, steps_read, wanted_inputs
+from lossmith.integrations.huggingface.trial import Trial, steps_of_loss_function, try_out
 from lossmith.objective import Objective
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -74,21 +76,24 @@ def attach(
     base = _causal_model(model)
     _check_experts(base, loss)
     detach(model)
+    trial = try_out(base)
+    shift = _steps_of(base, loss, trial)
     own = inspect.signature(type(base).forward).parameters
     extras = tuple(dict.fromkeys(n for n in (*PER_BATCH, *loss.input_names) if n not in own))
     head = base.get_output_embeddings()
-    fused = None if materialize_logits else FusedHead(base, strategy, memory_budget)
-    attached = AttachedLoss(loss, _known_inputs(base), fused)
+    fused = None if materialize_logits else FusedHead(base, trial, strategy, memory_budget)
+    attached = AttachedLoss(loss, _known_inputs(base), fused, shift)
     loss.to(next((head or base).parameters()).device)
     attached.handles.append(base.register_forward_hook(attached.after_forward, with_kwargs=True))
     if head is not None:
-        attached.handles.append(head.register_forward_pre_hook(attached.head_input.on_head))
+        attached.handles += attached.head_input.watch(head)
         attached.frozen = _unused(loss)
         for parameter in attached.frozen:
             parameter.requires_grad_(False)
-    # By this the Trainer knows that position 0 has no target. GPT-2 has none of it.
+    # By this the Trainer knows whether position 0 has a target. GPT-2 has none of it, and Bart's decoder one
+    # that is wrong.
     attached.loss_type = vars(base).get("loss_type")
-    base.loss_type = "ForCausalLM"
+    base.loss_type = "ForCausalLM" if shift else None
     attached.inner = vars(base).pop("forward", None)
     base.__class__ = _with_loss(type(base), extras)
     base.add_module(NAME, attached)
@@ -152,7 +157,7 @@ def _with_loss(original: type, extras: tuple[str, ...]) -> type:
         inputs.update(zip(names, args, strict=False))
         given = {name: inputs.pop(name) for name in extras if name in inputs}
         if inputs.get("labels") is None:
-            inputs.pop("num_items_in_batch", None)
+            _check_labels_are_nowhere(attached, inputs.pop("num_items_in_batch", None))
             return _call(original, self, attached, inputs)
         return _forward_with_loss(original, self, attached, inputs, given)
 
@@ -197,7 +202,6 @@ def _forward_with_loss(
     head = model.get_output_embeddings()
     output, hidden, is_fused = attached.head_input.during(
         lambda: _call(original, model, attached, inputs),
-        head,
         keeps=attached.wants("hidden_states"),
         skips=skips_head,
     )
@@ -222,6 +226,20 @@ def _forward_with_loss(
     values = {name: value for name, value in output.items() if name not in left_out}
     result = type(output)(**{**values, "loss": loss})
     return result if as_dict else result.to_tuple()
+
+
+def _check_labels_are_nowhere(attached: AttachedLoss, num_items_in_batch: Any) -> None:
+    """
+    Raises:
+        ValueError: labels were counted, and kept from the model.
+    """
+    if num_items_in_batch is not None:
+        name = type(attached.objective).__name__
+        raise ValueError(
+            f"num_items_in_batch came without labels to a model that has a {name} attached: the Trainer "
+            "keeps them for a loss of its own, and the objective would never be computed. Leave out its "
+            "label_smoothing_factor (make the objective with label_smoothing=) and compute_loss_func"
+        )
 
 
 def _call(original: type, model: Any, attached: AttachedLoss, inputs: dict[str, Any]) -> Any:
@@ -251,6 +269,28 @@ def _known_inputs(model: Any) -> frozenset[str]:
     for module in (model, getattr(model, "base_model", model)):
         known |= set(inspect.signature(type(module).forward).parameters)
     return frozenset(known - {"self", "args", "kwargs"})
+
+
+def _steps_of(base: Any, loss: Objective, trial: Trial) -> int:
+    """How many steps ahead the model's logits predict its labels. Says what was not found out."""
+    own = steps_of_loss_function(base) if trial.shift is None else trial.shift
+    name = type(base).__name__
+    shift = steps_read(loss, own)
+    assumed = "" if own is not None else f" Its logits[t] are taken to predict labels[t + {shift}]."
+    if trial.why_not is not None:
+        warnings.warn(
+            f"{name} could not be tried on a few tokens ({trial.why_not}): what it does to its logits is "
+            "looked at in the first batch, and where that is compiled they are computed as always, all at "
+            f"once.{assumed}",
+            stacklevel=3,
+        )
+    elif assumed and loss.shift is None:
+        warnings.warn(
+            f"the loss of {name} does not show which logits predict a label.{assumed} Make the objective "
+            "with shift= to say that you know",
+            stacklevel=3,
+        )
+    return shift
 
 
 def _causal_model(model: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lossmith.batch import num_steps
 from lossmith.modifiers.base import ModelMode
 from lossmith.modifiers.pipeline import LossModifierPipeline
 from lossmith.objective import Objective
@@ -16,21 +17,24 @@ from lossmith.reduction import Reduction
 from lossmith.wrapped_objective import WrappedObjective
 
 IGNORED = -100  # Hugging Face's, whatever an objective has
-Result = TypeVar("Result")
+NEXT_TOKEN = 1
 
 
-def check_objective(loss: Any) -> None:
+def check_objective(loss: Any, modes: Collection[ModelMode] = (ModelMode.LANGUAGE_MODEL,)) -> None:
     """
+    Args:
+        loss: what is to be an objective.
+        modes: the modes that a pipeline may have.
+
     Raises:
         TypeError: no objective.
         ValueError: one whose loss is no number, or that is not of tokens.
     """
     if not isinstance(loss, Objective):
         raise TypeError(f"loss must be a lossmith.Objective; got {type(loss).__name__}")
-    if isinstance(loss, LossModifierPipeline) and loss.model_mode not in (None, ModelMode.LANGUAGE_MODEL):
-        raise ValueError(
-            f"a causal model needs a pipeline of model_mode=LANGUAGE_MODEL; got {loss.model_mode.name}"
-        )
+    if isinstance(loss, LossModifierPipeline) and loss.model_mode not in (None, *modes):
+        names = " or ".join(mode.name for mode in modes)
+        raise ValueError(f"expected a pipeline of model_mode={names}; got {loss.model_mode.name}")
     if resolved_reduction(loss) == "none":
         raise ValueError(
             "a model's loss is one number, and reduction='none' gives one a token; "
@@ -41,7 +45,7 @@ def check_objective(loss: Any) -> None:
 def resolved_reduction(loss: Objective) -> Reduction:
     """How the tokens are averaged now: a pipeline decides by the modifiers that are enabled."""
     if isinstance(loss, LossModifierPipeline):
-        return loss._reduction("auto", loss._enabled(ModelMode.LANGUAGE_MODEL))
+        return loss._reduction("auto", loss._enabled(loss.model_mode or ModelMode.LANGUAGE_MODEL))
     return loss.reduction
 
 
@@ -59,26 +63,22 @@ def check_num_items(loss: Objective) -> None:
         raise ValueError(
             f"num_items_in_batch is a number of tokens, and this {type(loss).__name__} divides by "
             f"{divides_by}. Use LossTrainer, which counts what the objective counts; in a loop of your own "
-            "pass denominator=, the sum of loss.count(labels) over all micro-batches and ranks"
+            "pass denominator=, the sum of loss.count(labels, shift=True) over all micro-batches and ranks"
         )
 
 
-def reading_labels(loss: Objective, call: Callable[[], Result]) -> Result:
-    """What ``call`` returns while ``loss`` takes its targets for labels, which are not shifted, whatever its
-    ``shift`` says.
+def steps_read(loss: Objective, own: int | None) -> int:
+    """How many steps ahead a model's logits predict its labels: as many as the objective asks for, or else as
+    many as in the model's own loss. ``shift=False`` asks for nothing, where that is known.
 
-    The objective's own shift rather than one made here: its masks and counts move along.
+    Args:
+        loss: the objective.
+        own: what the model's own loss does, or None if that is not known.
     """
-    inner = loss
-    while isinstance(inner, WrappedObjective):
-        inner = inner.base
-    before = inner.shift, inner._shift_was_checked
-    # Shifted in any case: nothing to look at, nor a change of state that torch.compile would notice.
-    inner.shift = inner._shift_was_checked = True
-    try:
-        return call()
-    finally:
-        inner.shift, inner._shift_was_checked = before
+    said = None if loss.shift is None else num_steps(loss.shift)
+    if said or own is None:
+        return NEXT_TOKEN if said is None else said
+    return own
 
 
 def targets_of(loss: Objective, labels: Tensor) -> Tensor:
@@ -120,10 +120,9 @@ def segments(position_ids: Any, labels: Tensor) -> Tensor | None:
     return starts.cumsum(-1).expand(labels.shape)
 
 
-def count(loss: Objective, labels: Tensor, attention_mask: Any = None) -> Tensor:
+def count(loss: Objective, labels: Tensor, attention_mask: Any = None, shift: int = NEXT_TOKEN) -> Tensor:
     """What ``loss`` divides by for labels as Hugging Face has them; see :meth:`lossmith.Objective.count`."""
-    targets = targets_of(loss, labels)
-    return reading_labels(loss, lambda: loss.count(targets, mask=label_mask(attention_mask, labels)))
+    return loss.count(targets_of(loss, labels), mask=label_mask(attention_mask, labels), shift=shift)
 
 
 def wanted_inputs(loss: Objective) -> set[str]:

@@ -65,8 +65,6 @@ class LossTrainer(ObjectiveTrainer):
     ) -> None:
         check_objective(loss)
         check_strategy(strategy, memory_budget)
-        if options.get("compute_loss_func") is not None:
-            raise ValueError("this Trainer has a loss already; leave out compute_loss_func, or loss")
         self.loss = loss
         self._how: dict[str, Any] = {
             "materialize_logits": materialize_logits,
@@ -85,6 +83,14 @@ class LossTrainer(ObjectiveTrainer):
         Raises:
             ValueError: arguments with which the loss would be another than the one asked for.
         """
+        if self.compute_loss_func is not None:
+            raise ValueError("this Trainer has a loss already; leave out compute_loss_func, or loss")
+        other = getattr(self.args, "loss_type", None)  # of TRL's trainers
+        if other not in (None, "nll"):
+            raise ValueError(
+                f"loss_type={other!r} asks for another loss than the objective, which is what is trained "
+                "with. Leave it out, or train without LossTrainer"
+            )
         if self.args.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor makes a loss of its own; make the objective with label_smoothing="
@@ -125,11 +131,17 @@ class LossTrainer(ObjectiveTrainer):
         """What the objective divides by, over the micro-batches and, if they are averaged, the ranks."""
         if not batch_samples or any(batch.get("labels") is None for batch in batch_samples):
             return None
-        counts = [_count(self.loss, batch, device) for batch in batch_samples]
+        counts = [self._count(batch, device) for batch in batch_samples]
         total: Any = torch.stack(counts)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total.sum())
         return total.sum() / self.get_tp_size()
+
+    def _count(self, batch: Any, device: torch.device) -> Tensor:
+        assert self._attached is not None
+        mask = batch.get("attention_mask")
+        mask = mask.to(device) if isinstance(mask, Tensor) else None
+        return count(self.loss, batch["labels"].to(device), mask, self._attached.shift)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -150,9 +162,3 @@ class LossTrainer(ObjectiveTrainer):
     def parts_of(self, outputs: Any) -> Mapping[str, Tensor]:
         assert self._attached is not None
         return self._attached.parts or {}
-
-
-def _count(loss: Objective, batch: Any, device: torch.device) -> Tensor:
-    mask = batch.get("attention_mask")
-    mask = mask.to(device) if isinstance(mask, Tensor) else None
-    return count(loss, batch["labels"].to(device), mask)

@@ -10,6 +10,7 @@ from transformers import ModernBertForMaskedLM, PreTrainedModel
 
 import lossmith
 from lossmith.integrations.huggingface.fused_head import FusedHead
+from lossmith.integrations.huggingface.trial import try_out
 from lossmith.training.corruption import draw_number, generator_of, mask_tokens
 from lossmith.training.data import IGNORED
 from lossmith.training.loss_in_forward import with_loss
@@ -55,7 +56,8 @@ class MaskedLanguageModel(CorruptedTask, TokenTask):
         )
 
     def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
-        return with_loss(model, self.loss, None if self.config.materialize_logits else FusedHead(model))
+        fused = None if self.config.materialize_logits else FusedHead(model, try_out(model))
+        return with_loss(model, self.loss, fused)
 
     def training_measures(self, mean: float) -> dict[str, float]:
         return {"perplexity": perplexity(mean)}

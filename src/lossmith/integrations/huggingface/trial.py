@@ -1,0 +1,243 @@
+"""``try_out``: what a model does with labels and with its head's logits, seen in one forward of a few made-up
+tokens before anything is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lossmith.distributed import gather_over_ranks, num_ranks
+from lossmith.integrations.huggingface.after_head import AfterHead, made_up_logits
+
+ROWS, LENGTH = 2, 8
+LABELLED = 4  # the one position of a row that has a label
+KEPT_BUFFER = 2**20  # elements; larger ones are weights in another form, of quantised layers
+LONGEST_REASON = 160  # characters of somebody else's message
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was seen.
+
+    Attributes:
+        shift: how many steps ahead the model's own loss takes its logits to predict; None if it did not show.
+        after: what the model does after its head; None if that is more than a scale and a cap.
+        why_not: why no forward could be made, or None.
+    """
+
+    shift: int | None = None
+    after: AfterHead | None = None
+    why_not: str | None = None
+
+
+def try_out(model: Any) -> Trial:
+    """Run a model of transformers once, and leave it as it was: its mode, its buffers, the random numbers.
+
+    The head's product is replaced by made-up logits, so that what comes after it shows whatever the weights
+    are. All ranks come to the same conclusion: each has to call this.
+
+    Args:
+        model: with nothing of ours in it.
+    """
+    why_not = _cannot_run(model)
+    trial = Trial(why_not=why_not)
+    if why_not is None:
+        try:
+            with _left_as_it_was(model):
+                trial = _run(model)
+        except Exception as error:  # models fail without their images in many ways
+            reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
+            trial = Trial(why_not=f"{type(error).__name__}: {reason}")
+    return agreed(trial)
+
+
+def agreed(mine: Trial) -> Trial:
+    """What the ranks saw together: those that could not look follow the others; where two saw different
+    things, nothing is known."""
+    if num_ranks() == 1:
+        return mine
+    nothing = torch.nan
+    after = (nothing, nothing) if mine.after is None else (mine.after.scale, mine.after.softcap or 0.0)
+    shift = nothing if mine.shift is None else mine.shift
+    own = torch.tensor([float(mine.why_not is None), shift, *after], device=_device_of_ranks()).double()
+    looked = [row for row in gather_over_ranks(own).reshape(-1, len(own)).tolist() if row[0]]
+    if not looked:
+        return mine
+    shifts = {row[1] for row in looked}
+    rest = {(row[2], row[3]) for row in looked}
+    (scale, softcap), first = rest.pop(), shifts.pop()
+    is_same = not rest and scale == scale
+    return Trial(
+        int(first) if not shifts and first == first else None,
+        AfterHead(scale, softcap or None) if is_same else None,
+    )
+
+
+# ── the forward ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _cannot_run(model: nn.Module) -> str | None:
+    """Why a forward of this model is not to be tried, or None."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_meta:
+            return "its weights are not there yet (meta device)"
+        if hasattr(tensor, "ds_id"):
+            return "ZeRO-3 has parted its weights"
+        if hasattr(tensor, "full_tensor"):
+            return "its weights are sharded"
+    return None
+
+
+def _run(model: Any) -> Trial:
+    ids, label = _made_up_ids(model)
+    labels = torch.full_like(ids, -100)
+    labels[:, LABELLED] = label
+    own = inspect.signature(type(model).forward).parameters
+    cacheless = {"use_cache": False} if "use_cache" in own else {}
+    given: list[Tensor] = []
+
+    def after_head(module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+        given.append(made_up_logits(logits, label))
+        torch.set_grad_enabled(True)  # from here on, and until the no_grad around it ends
+        return given[-1].clone()  # which may be changed in place
+
+    head = model.get_output_embeddings()
+    handle = None if head is None else head.register_forward_hook(after_head, prepend=True)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            output = model.forward(input_ids=ids, labels=labels, return_dict=True, **cacheless)
+            loss, logits = output.get("loss"), output.get("logits")
+    finally:
+        if handle is not None:
+            handle.remove()
+    if len(given) != 1:
+        return Trial()
+    after = AfterHead.seen(given[0], logits) if isinstance(logits, Tensor) else None
+    return Trial(_steps_ahead(loss, given[0], label), after)
+
+
+def _steps_ahead(loss: Any, logits: Tensor, label: int) -> int | None:
+    """How far before its label the logits are that the loss would raise the label in, if it is one place.
+
+    Whatever else is in the loss (a balance of experts, a z-loss), a label's own logit is raised where, and
+    only where, the label is to be predicted.
+    """
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        return None
+    (gradient,) = torch.autograd.grad(loss, logits, allow_unused=True)
+    if gradient is None:
+        return None
+    raised = (gradient[..., label] < 0).reshape(-1, logits.shape[-2]).any(0)
+    places = raised.nonzero().flatten().tolist()
+    return LABELLED - places[0] if len(places) == 1 and places[0] <= LABELLED else None
+
+
+def steps_of_loss_function(model: Any) -> int | None:
+    """The same of the ``loss_function`` that a model's forward hands its logits to, without the forward."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    if code is None or "loss_function" not in code.co_names:
+        return None
+    size = 8
+    logits = made_up_logits(torch.zeros(ROWS, LENGTH, size), size - 1)
+    labels = torch.full((ROWS, LENGTH), -100)
+    labels[:, LABELLED] = size - 1
+    try:
+        with torch.enable_grad():
+            loss = model.loss_function(logits=logits, labels=labels, vocab_size=size)
+            return _steps_ahead(loss, logits, size - 1)
+    except Exception:  # somebody's own, with other arguments
+        return None
+
+
+def _made_up_ids(model: Any) -> tuple[Tensor, int]:
+    """Ids [ROWS, LENGTH] that stand for nothing but text, and one more."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    sizes = [getattr(embeddings, "num_embeddings", 0), getattr(head, "out_features", 0)]
+    size = min([size for size in sizes if size] or [model.config.get_text_config().vocab_size])
+    special = _special_ids(model.config.to_dict())
+    ordinary = [i for i in range(min(size, 4096)) if i not in special and i > 1] or [size - 1]
+    ids = torch.tensor([ordinary[i % len(ordinary)] for i in range(ROWS * LENGTH)])
+    weight = getattr(embeddings, "weight", None)
+    device = next(model.parameters()).device if weight is None else weight.device
+    return ids.reshape(ROWS, LENGTH).to(device), ordinary[-1]
+
+
+def _special_ids(config: Any) -> set[int]:
+    """Ids that a configuration names: of images, of the end of a text, of padding."""
+    found: set[int] = set()
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= _special_ids(value)
+        elif str(name).endswith(("token_id", "token_index")):
+            values = value if isinstance(value, list | tuple) else [value]
+            found |= {one for one in values if isinstance(one, int)}
+    return found
+
+
+# ── nothing else changes ──────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and nobody else's numbers used; afterwards everything as before."""
+    from transformers.utils import logging
+
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone() if buffer.numel() <= KEPT_BUFFER else buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    verbosity = logging.get_verbosity()
+    with contextlib.ExitStack() as stack:
+        for type_, devices in _accelerators(model).items():
+            stack.enter_context(torch.random.fork_rng(devices, device_type=type_))
+        stack.enter_context(torch.random.fork_rng([]))
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(_uncompiled())
+        warnings.simplefilter("ignore")
+        logging.set_verbosity_error()
+        model.eval()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            for module, mode in modes:
+                module.training = mode
+            with torch.no_grad():
+                for module, name, buffer, copied in buffers:
+                    module._buffers[name] = buffer
+                    if buffer is not copied and not torch.equal(buffer, copied):
+                        buffer.copy_(copied)
+
+
+def _accelerators(model: nn.Module) -> dict[str, list[int]]:
+    """The indices of the devices that the model is on, by their kind, less the CPU."""
+    found: dict[str, set[int]] = {}
+    for parameter in model.parameters():
+        if parameter.device.type not in ("cpu", "meta"):
+            found.setdefault(parameter.device.type, set()).add(parameter.device.index or 0)
+    return {kind: sorted(indices) for kind, indices in found.items()}
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Parts that were compiled run as they are written: for a few tokens nobody waits for a compiler."""
+    set_stance: Callable[..., Any] | None = getattr(torch.compiler, "set_stance", None)
+    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
+
+
+def _device_of_ranks() -> torch.device:
+    """Where the ranks exchange numbers."""
+    backend = torch.distributed.get_backend_config()
+    if "cpu" in backend or "gloo" in backend:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
