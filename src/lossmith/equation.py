@@ -31,7 +31,8 @@ Reads = Sequence[str] | None
 Scope = Literal["token", "batch"]
 
 
-@dataclass(frozen=True)
+# Hashed by identity: torch.compile of PyTorch 2.11 hashes what it calls, before it has its fields.
+@dataclass(frozen=True, eq=False)
 class TokenLoss:
     """A loss of each token that terms are made of, and what it reads.
 
