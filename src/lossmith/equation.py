@@ -32,7 +32,8 @@ Reads = Annotated[Sequence[str] | None, option("names of statistics", advice='Of
 Scope = Literal["token", "batch"]
 
 
-@dataclass(frozen=True)
+# Hashed by identity: torch.compile of PyTorch 2.11 hashes what it calls, before it has its fields.
+@dataclass(frozen=True, eq=False)
 class TokenLoss:
     """A loss of each token that terms are made of, and what it reads.
 

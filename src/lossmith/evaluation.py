@@ -15,6 +15,7 @@ from lossmith.distributed import masked_mean
 from lossmith.engine.checks import whole_candidates
 from lossmith.engine.one_sweep import OtherGradient
 from lossmith.engine.predictions import Predictions
+from lossmith.engine.statistic import Columns
 from lossmith.engine.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation import LossOutput, Reads, Term, Weigh, joined
@@ -24,7 +25,7 @@ from lossmith.metrics import Metrics
 METRICS = ("unscaled.nll", "unscaled.correct")
 
 # A term with its columns of the candidates.
-OfTerm = tuple[Term, slice]
+OfTerm = tuple[Term, Columns]
 
 
 def evaluate(
@@ -134,7 +135,7 @@ def _gather_candidates(terms: Sequence[Term], batch: TokenBatch) -> tuple[Tensor
             ids = whole_candidates(term.candidates(batch), batch.targets, f" of the term {term.name!r}")
             found.append(ids)
             width += ids.shape[-1]
-        of_terms.append((term, slice(before, width)))
+        of_terms.append((term, (before, width)))
     return (torch.cat(found, -1) if found else None), of_terms
 
 

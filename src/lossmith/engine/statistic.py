@@ -14,6 +14,9 @@ from lossmith.engine.raw import Needs
 # Before the name of a statistic at temperature 1.
 UNSCALED = "unscaled."
 
+# From, and up to but without. No slice: torch.compile of PyTorch 2.11 cannot keep one in a frozen dataclass.
+Columns = tuple[int, "int | None"]
+
 
 class Statistic:
     """A property of ``TokenStats`` that is computed once; and once more where it was first read under
@@ -41,7 +44,7 @@ class Statistic:
             return self.function(owner)
         view.check(self.name, owner._view)
         value = getattr(view.whole, self.name)  # computed there, once for every term
-        return value[..., view.columns] if self.needs & Needs.CANDIDATES else value
+        return value[..., slice(*view.columns)] if self.needs & Needs.CANDIDATES else value
 
 
 def derived(function: Callable[[Any], Tensor]) -> Statistic:
@@ -66,7 +69,7 @@ class Declared:
 
     whole: Any
     names: frozenset[str] | None
-    columns: slice
+    columns: Columns
 
     def check(self, name: str, view: int) -> None:
         """

@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 
 from lossmith.engine.raw import Needs
 from lossmith.engine.raw_stats import AskedFor, RawStats
-from lossmith.engine.statistic import UNSCALED, Declared, Statistic, derived, statistic
+from lossmith.engine.statistic import UNSCALED, Columns, Declared, Statistic, derived, statistic
 
 # A gap this wide leaves nothing of the smaller side, in any dtype; +-inf would make 0 * inf.
 _WIDE = 1e4
@@ -157,7 +157,7 @@ class TokenStats:
                 self._unscaled._declared = replace(self._declared, whole=self._declared.whole.unscaled)
         return self._unscaled
 
-    def declared(self, names: Iterable[str] | None, columns: slice = slice(None)) -> TokenStats:
+    def declared(self, names: Iterable[str] | None, columns: Columns = (0, None)) -> TokenStats:
         """The same statistics as a term sees them: those that it has declared alone (all of them for None),
         and these columns of the candidates."""
         view = self._also()
