@@ -320,7 +320,8 @@ class LossModifierPipeline(WrappedObjective):
         for_custom = {**inputs, **of_batch, "model_mode": mode, "reduction": resolved}
         for_custom["ignore_index"] = ignored
         if mode is ModelMode.SEQUENCE_SCORER:
-            scores = ScoreBatch(checks.of_scorer(logits, token_weight, shift), targets, mask, denominator, resolved)
+            predictions = checks.of_scorer(logits, token_weight, shift)
+            scores = ScoreBatch(predictions, targets, mask, denominator, resolved)
             output = evaluate_scores(active, scores, loss, per_position_loss, for_custom)
             return with_parts(output, {k: v * scores.share for k, v in (scalars or {}).items()})
         checks.refuse_flat(active, targets)
