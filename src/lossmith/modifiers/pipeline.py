@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lossmith.batch import TokenBatch, align
+from lossmith.batch import TokenBatch
 from lossmith.engine.predictions import Logits
 from lossmith.engine.stats import TokenStats
 from lossmith.equation import LossOutput, Term, with_parts
@@ -126,15 +126,8 @@ class LossModifierPipeline(WrappedObjective):
         if mode is ModelMode.SEQUENCE_SCORER:
             return  # where it takes more than one batch to tell
         active = self._enabled(mode)
-        batch = align(
-            kept(active, targets, self.ignore_index),
-            mask=mask,
-            num_classes=num_classes,
-            shift=self.shift,
-            ignore_index=self.ignore_index,
-            pad_token_id=self.pad_token_id,
-            eos_token_id=self.eos_token_id,
-        )
+        seen = kept(active, targets, self.ignore_index)
+        batch = self._align(seen, mask=mask, num_classes=num_classes, ignore_index=self.ignore_index)
         tell_of_idle(active, batch)
 
     @contextlib.contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
 from lossmith.former_names import former
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
-from lossmith.terms.cross_entropy import check_smoothing
+from lossmith.options import option, strict_options
+from lossmith.options.shared import IgnoreIndex, LabelSmoothing
 
-FormerReduction = Literal["none", "mean", "sum", "batch", "batchmean"]
+FormerReduction = Annotated[
+    Literal["none", "mean", "sum", "batch", "batchmean"], option("how tokens are averaged")
+]
 ALSO_IGNORED = -1
 
 
@@ -27,30 +30,32 @@ class LanguageModelingLoss(nn.Module):
     """
 
     @former("LanguageModelingLoss")
+    @strict_options
     def __init__(
         self,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
+        label_smoothing: LabelSmoothing = 0.0,
+        ignore_index: IgnoreIndex = -100,
         reduction: FormerReduction = "mean",
     ) -> None:
         super().__init__()
-        check_smoothing(label_smoothing, "uniform", ())
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
-        self.reduction: FormerReduction = _known(reduction)
+        self.reduction: FormerReduction = reduction
 
+    @strict_options
     def forward(self, logits: Tensor, targets: Tensor, reduction: FormerReduction | None = None) -> Tensor:
         """The loss of logits [B, T, V] at targets [B, T]; this call's ``reduction`` goes first."""
         return _loss(logits, targets, reduction or self.reduction, self.label_smoothing, self.ignore_index)
 
 
 @former("compute_loss")
+@strict_options
 def compute_loss(
     logits: Tensor,
     targets: Tensor,
     reduction: FormerReduction = "mean",
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    label_smoothing: LabelSmoothing = 0.0,
+    ignore_index: IgnoreIndex = -100,
 ) -> Tensor:
     """A former name: :func:`lossmith.cross_entropy`, with -1 ignored as well.
 
@@ -70,13 +75,6 @@ def compute_loss(
     return _loss(logits, targets, reduction, label_smoothing, ignore_index)
 
 
-def _known(reduction: FormerReduction) -> FormerReduction:
-    if reduction not in get_args(FormerReduction):
-        known = ", ".join(map(repr, get_args(FormerReduction)))
-        raise ValueError(f"reduction must be one of {known}; got {reduction!r}")
-    return reduction
-
-
 def _loss(
     logits: Tensor, targets: Tensor, reduction: FormerReduction, label_smoothing: float, ignore_index: int
 ) -> Tensor:
@@ -85,7 +83,7 @@ def _loss(
             f"logits must be [B, T, V] and targets [B, T]; got {list(logits.shape)} and {list(targets.shape)}"
         )
     targets = targets.masked_fill(targets == ALSO_IGNORED, ignore_index)
-    of_samples = _known(reduction) in ("batch", "batchmean")
+    of_samples = reduction in ("batch", "batchmean")
     criterion = CrossEntropyLoss(
         reduction="none" if of_samples else reduction,  # type: ignore[arg-type]
         label_smoothing=label_smoothing,

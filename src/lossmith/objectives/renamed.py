@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmith.batch import TokenBatch
 from lossmith.components.component import Component, Weighted
 from lossmith.components.mtp import MTP
-from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput
+from lossmith.equation import LossOutput, Reads
 from lossmith.inputs import either
 from lossmith.metrics import Source
 from lossmith.objectives.unified import UnifiedLoss
@@ -37,8 +37,12 @@ class _WhereGiven(Component):
         self.inputs = tuple(inputs)
         self.optional = (*component.required, *component.optional)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def reads(self, stats: TokenStats) -> None:
-        self.component.reads(stats)
+    @property
+    def reads(self) -> Reads:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.component.reads
+
+    def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
+        return self.component.also_read(batch, inputs) if self._are_given(inputs) else None
 
     def scalar(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor | None:
         return self.component.scalar(inputs, output) if self._are_given(inputs) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any
@@ -31,7 +31,7 @@ class Option:
     shape: str | None = None
     dtype: str | None = None
     advice: str | None = None
-    instead: Mapping[str, str] | None = None
+    instead: Mapping[str, str] | None = field(default=None, hash=False)  # annotations are hashed
 
     def over(self, other: Option) -> Option:
         """This declaration, and the other one's where this says nothing."""
