@@ -1,5 +1,6 @@
 """Judges from folders and files: what is taken, and what is refused with a reason."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,48 @@ def test_code_in_a_folder_is_not_run(tmp_path):
     (tmp_path / "evil.py").write_text("raise SystemExit('the checkpoint ran code')")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_judge(tmp_path)
+
+
+EVIL = """
+import pathlib
+pathlib.Path({mark!r}).touch()
+from transformers import ViTConfig, ViTForImageClassification
+class Evil(ViTForImageClassification):
+    config_class = ViTConfig
+"""
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+@pytest.mark.parametrize("how", ["file", "folder"])
+def test_code_that_a_configuration_points_to_is_not_run_and_nobody_is_asked(kind, how, tmp_path, monkeypatch):
+    """Neither of a type of model that has no sequence classifier of its own, nor of one that has."""
+    mark, asked, code = tmp_path / "ran", [], tmp_path / "code"
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code.mkdir()
+    (code / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    (code / "config.json").write_text("{}")
+    names = ("AutoConfig", "AutoModelForSequenceClassification", "AutoTokenizer")
+    config = {
+        **(scorer().config.to_dict() if kind == "bert" else {"model_type": "vit", "num_labels": 1}),
+        "architectures": ["EvilForSequenceClassification"],
+        "auto_map": dict.fromkeys(names, f"{code}--evil.Evil"),
+        "_name_or_path": str(code),
+    }
+    if how == "file":
+        path = pt_file(tmp_path, {"model": scorer().state_dict(), "config": config})
+    else:
+        path = tmp_path / "folder"
+        scorer().save_pretrained(path)
+        (path / "config.json").write_text(json.dumps(config))
+    if kind == "bert":
+        load_judge(path)(IDS)  # transformers' own class
+    else:
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            load_judge(path)
+    assert not asked
+    assert not mark.exists()
 
 
 def test_a_folder_that_is_damaged(tmp_path):

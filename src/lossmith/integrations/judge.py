@@ -195,7 +195,7 @@ def _from_file(path: Path) -> tuple[nn.Module, int | None]:
         built = AutoConfig.for_model(**config)
     _require_scorer(built, path)
     with _explained(path):
-        model = AutoModelForSequenceClassification.from_config(built)
+        model = AutoModelForSequenceClassification.from_config(built, trust_remote_code=False)
         model.load_state_dict({_unwrapped(name): value for name, value in weights.items()})
     return model, None
 
