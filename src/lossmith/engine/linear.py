@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lossmith.engine.blocks import accumulation_dtype
-from lossmith.engine.checks import check_head, check_targets_of_hidden
+from lossmith.engine.checks import check_divisor, check_head, check_targets_of_hidden
 from lossmith.engine.chunks import Chunks, pack
 from lossmith.engine.head_stats import HeadStats, HeadSweep, head_stats_op
 from lossmith.engine.one_sweep import DependsOnMore, LossOf, SweptOnce, sweep_once
@@ -22,7 +22,7 @@ from lossmith.engine.raw import Needs
 from lossmith.engine.raw_stats import AskedFor, RawStats
 from lossmith.engine.sampling import draw, uniform_numbers
 from lossmith.engine.stats import TokenStats
-from lossmith.engine.sweep import Unchanged, by_view, check_all_ids, flat_ids, refuse_forward_mode
+from lossmith.engine.sweep import Unchanged, by_view, check_all_ids, flat_ids
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class LinearHead(Predictions):
     def __post_init__(self) -> None:
         check_strategy(self.strategy, self.memory_budget)
         check_head(self.hidden, self.weight, self.bias, is_autocast=lambda: self._autocast_dtype is not None)
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"the model's softcap must be > 0, or None for none; got {self.softcap}")
+        if self.softcap is not None:
+            check_divisor("the model's softcap", self.softcap, ", or None for none")
 
     @property
     def num_classes(self) -> int:
@@ -139,8 +139,6 @@ class LinearHead(Predictions):
         default_needs: Needs,
     ) -> TokenStats:
         softcap = self._capped_once(softcap)
-        inputs = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
-        refuse_forward_mode(*inputs)
         read = Unchanged(
             hidden=self.hidden,
             weight=self.weight,

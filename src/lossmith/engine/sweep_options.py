@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossmith.engine.checks import check_targets, whole_candidates
+from lossmith.engine.checks import (
+    check_class_weight,
+    check_divisor,
+    check_targets,
+    check_temperature,
+    whole_candidates,
+)
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
@@ -22,14 +28,11 @@ class SweepOptions:
     class_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperature, Tensor) and not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0; got {self.temperature}")
-        if isinstance(self.temperature, Tensor) and self.temperature.numel() != 1:
-            raise ValueError(
-                f"temperature must be one number for all tokens; got a tensor {list(self.temperature.shape)}"
-            )
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be > 0, or None for none; got {self.softcap}")
+        check_temperature(self.temperature)
+        if self.softcap is not None:
+            check_divisor("softcap", self.softcap, ", or None for none")
+        if self.class_weight is not None:
+            check_class_weight(self.class_weight)
 
     def stats(
         self,
