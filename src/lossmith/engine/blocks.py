@@ -156,8 +156,8 @@ def grad_in_blocks(
             row_grad(scaled, into, scratch[:n], target, ids, class_weight, raw, grads)
             if k > 0:
                 out.add_(into)
-        if softcap is not None:  # d softcap(z) / dz = 1 - (softcap(z) / c)^2
-            out.mul_(torch.mul(z, 1 / softcap, out=scratch[:n]).square_().neg_().add_(1.0))
+        if softcap is not None:  # its derivative, sech^2(z / c); 1 - (softcap(z) / c)^2 would cancel
+            out.div_(reader.uncapped(block, scratch[:n]).mul_(1 / softcap).cosh_().square_())
         if gradient is not None:
             blocks.put(result, block, out)
     if in_place:
@@ -182,6 +182,10 @@ class _Reader:
             return z
         loaded = self._loaded[: len(z)].copy_(z)
         return loaded if self.softcap is None else loaded.mul_(1 / self.softcap).tanh_().mul_(self.softcap)
+
+    def uncapped(self, block: Block, into: Tensor) -> Tensor:
+        """The logits before the cap."""
+        return into.copy_(self.blocks.take(block))
 
     def over(self, temperature: Tensor | None, z: Tensor) -> Tensor:
         if temperature is None:

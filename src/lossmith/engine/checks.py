@@ -36,6 +36,50 @@ def check_targets(targets: Tensor) -> None:
     check_whole("targets", targets, hint=hint)
 
 
+def refuse_transforms(**inputs: Tensor | None) -> None:
+    """
+    Raises:
+        RuntimeError: a forward-mode derivative is asked for, or an input is inside a transform of torch.func.
+    """
+    if torch.compiler.is_compiling():
+        return
+    instead = "use backward() or torch.autograd.grad, or torch.nn.functional.cross_entropy"
+    for name, given in inputs.items():
+        if not isinstance(given, Tensor):
+            continue
+        if torch.autograd.forward_ad.unpack_dual(given).tangent is not None:
+            raise RuntimeError(f"lossmith's losses have no forward-mode derivative (jvp, jacfwd); {instead}")
+        if _is_wrapped(given):
+            raise RuntimeError(
+                f"lossmith's losses cannot be transformed by torch.func (grad, vjp, vmap, jacrev), which "
+                f"{name} come from; {instead}"
+            )
+
+
+def refuse_batched(*gradients: Tensor | None) -> None:
+    """
+    Raises:
+        RuntimeError: the upstream gradients are many at once.
+    """
+    if torch.compiler.is_compiling():
+        return
+    given = [g for g in gradients if g is not None]
+    if any(torch._C._dispatch_keys(g).has(_BATCHED) or _is_wrapped(g) for g in given):
+        raise RuntimeError(
+            "lossmith's losses take one upstream gradient at a time, not a batch of them "
+            "(is_grads_batched=True, jacobian(vectorize=True)); call torch.autograd.grad once for each"
+        )
+
+
+# What autograd.grad(is_grads_batched=True) makes of upstream gradients has no other mark.
+_BATCHED = torch._C._dispatch_key_parse("Batched")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func has it in its hands."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def check_logits(logits: Tensor, targets: Tensor) -> None:
     """Logits [..., V] and targets [...] belong together.
 
@@ -43,6 +87,7 @@ def check_logits(logits: Tensor, targets: Tensor) -> None:
         TypeError: logits are not a floating-point tensor, or targets not an integer one.
         ValueError: the shapes do not match, there is no class, or there is no token.
     """
+    refuse_transforms(logits=logits, targets=targets)
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor [..., V]; got {type(logits).__name__}")
     check_targets(targets)
@@ -68,6 +113,7 @@ def check_head(
         ValueError: shapes or devices do not match, or the weight is one rank's part.
     """
     given = {"hidden": hidden, "weight": weight, "bias": bias}
+    refuse_transforms(**given)
     tensors = {name: value for name, value in given.items() if value is not None or name != "bias"}
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
@@ -104,6 +150,7 @@ def check_targets_of_hidden(hidden: Tensor, targets: Tensor) -> None:
         TypeError: the targets are no class ids.
         ValueError: the shapes do not match, or there is no token.
     """
+    refuse_transforms(targets=targets)
     check_targets(targets)
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(

@@ -44,7 +44,7 @@ class Chunks:
     ) -> None:
         self.hidden, self.targets = hidden, targets
         self.ignore_index = ignore_index
-        self.weight = weight.to(compute_dtype)
+        self.weight = weight.to(compute_dtype).resolve_neg()  # once, not for every chunk
         self.bias = None if bias is None else bias.to(compute_dtype)
         self.dtype = compute_dtype
         self.wide = accumulation_dtype(compute_dtype)

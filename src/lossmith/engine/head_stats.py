@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmith.engine.checks import refuse_batched
 from lossmith.engine.chunks import Chunks, HeadGradient, Rows
 from lossmith.engine.raw import raw_names
 from lossmith.engine.rows import fill_stats, gradient
@@ -162,6 +163,7 @@ class HeadStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_batched(*grads)
         hidden, weight, bias, *rest = ctx.saved_tensors
         saved = rest[len(ctx.sweep.tensors) :]
         kept, ctx.kept = ctx.kept, None  # its memory is written over
@@ -269,6 +271,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    refuse_batched(*grads)
     found: list[Tensor | None] = [None, None, None]
     needed = list(ctx.needs_input_grad[:3])
     if any(needed) and any(g is not None for g in grads):

@@ -21,11 +21,11 @@ from lossmith.engine.raw import Needs
 from lossmith.engine.raw_stats import AskedFor, RawStats
 from lossmith.engine.sampling import draw, uniform_numbers
 from lossmith.engine.stats import TokenStats
-from lossmith.engine.sweep import Unchanged, by_view, check_all_ids, flat_ids, refuse_forward_mode
+from lossmith.engine.sweep import Unchanged, by_view, check_all_ids, flat_ids
 from lossmith.options import kind_of
 from lossmith.options.shared import Softcap
 
-_SOFTCAP = kind_of(Softcap, "softcap")
+_SOFTCAP = kind_of(Softcap, "the model's softcap")
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,6 @@ class LinearHead(Predictions):
         default_needs: Needs,
     ) -> TokenStats:
         softcap = self._capped_once(softcap)
-        inputs = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
-        refuse_forward_mode(*inputs)
         read = Unchanged(
             hidden=self.hidden,
             weight=self.weight,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmith.engine.checks import refuse_batched
 from lossmith.engine.chunks import HeadGradient, Rows
 from lossmith.engine.head_stats import HeadStats, HeadSweep, once
 from lossmith.engine.raw_stats import RawStats
@@ -153,6 +154,7 @@ class _KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_batched(upstream)
         gradients: list[Tensor | None] = ctx.gradients
         if not gradients:
             raise RuntimeError(
@@ -197,6 +199,7 @@ class _LazyGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_batched(upstream)
         with torch.enable_grad():
             value = ctx.again()
         wanted = [given for given in ctx.inputs if given is not None and given.requires_grad]

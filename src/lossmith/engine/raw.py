@@ -17,7 +17,7 @@ class Needs(IntFlag):
 
     CORE = 0
     ENTROPY = 1  # wrong_entropy
-    SUM = 2  # centered_sum, sum_weight, num_finite
+    SUM = 2  # centered_sum and sum_weight of the wrong answers, target_weight, num_finite
     TOP = 4  # top_wrong_logit, top_wrong_id
     COUNT = 8  # num_wrong
     CANDIDATES = 16  # candidate_logits, rest_log_sum (and TOP, whose id tells them apart)
@@ -26,7 +26,7 @@ class Needs(IntFlag):
 CORE_NAMES = ("reference", "target_logit", "wrong_log_sum")
 GROUP_NAMES: dict[Needs, tuple[str, ...]] = {
     Needs.ENTROPY: ("wrong_entropy",),
-    Needs.SUM: ("centered_sum", "sum_weight", "num_finite"),
+    Needs.SUM: ("centered_sum", "sum_weight", "target_weight", "num_finite"),
     Needs.TOP: ("top_wrong_logit", "top_wrong_id"),
     Needs.COUNT: ("num_wrong",),
     Needs.CANDIDATES: ("candidate_logits", "rest_log_sum"),

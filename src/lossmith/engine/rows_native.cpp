@@ -35,8 +35,8 @@ extern "C" {
 struct View {
     const float* temperature;
     int64_t needs;
-    float *reference, *target_logit, *wrong_log_sum, *wrong_entropy, *centered_sum, *sum_weight, *num_finite,
-        *top_wrong_logit;
+    float *reference, *target_logit, *wrong_log_sum, *wrong_entropy, *centered_sum, *sum_weight, *target_weight,
+        *num_finite, *top_wrong_logit;
     int64_t* top_wrong_id;
     float *num_wrong, *candidate_logits, *rest_log_sum;
     const float *g_target_logit, *g_wrong_log_sum, *g_wrong_entropy, *g_centered_sum, *g_top_wrong_logit,
@@ -184,16 +184,12 @@ bool stats_of_row(const Batch& b, const View& v, int64_t row, int64_t y, const T
         if (with_rest) mean_d = s.e > 0 ? (mean_d + shift) * std::exp(rest - log_sum) : 0.0;
         v.wrong_entropy[row] = log_sum == NEG_INF ? 0.0f : (float)(log_sum - mean_d);
     }
-    if (with_sum) {
-        double finite = s.finite, u = s.u, ud = s.ud;
-        if (with_rest && w >= 0) { finite += 1; u += weight ? weight[w] : 1.0f; }
-        if (target > MASKED) {
-            const double own = weight ? weight[y] : 1.0;
-            finite += 1; u += own; ud += own * ((double)target - reference);
-        }
-        v.num_finite[row] = (float)finite;
-        v.sum_weight[row] = (float)u;
-        v.centered_sum[row] = (float)ud;
+    if (with_sum) {  // the target apart: what it adds would drown the others where it is far above them
+        const bool adds_top = with_rest && w >= 0, target_is_finite = target > MASKED;
+        v.num_finite[row] = (float)(s.finite + adds_top + target_is_finite);
+        v.sum_weight[row] = (float)(s.u + (adds_top ? weight ? weight[w] : 1.0f : 0.0f));
+        v.target_weight[row] = target_is_finite ? weight ? weight[y] : 1.0f : 0.0f;
+        v.centered_sum[row] = (float)s.ud;
     }
     if (v.needs & COUNT) {
         const double cut = log_sum + std::log(WRONG_EPS);
@@ -213,7 +209,7 @@ bool stats_of_row(const Batch& b, const View& v, int64_t row, int64_t y, const T
 
 struct Formula { float scale, reference, origin, constant, slope, uniform; };
 
-// out = exp(d - origin) (constant + slope d) + uniform u [finite],  d = x - reference
+// out = exp(d - origin) (constant + slope d) + uniform u [finite],  d = x - reference; the target's is set later
 template <class T, bool WITH_SLOPE, bool WITH_SUM>
 void apply(const T* z, float* out, int64_t V, Formula f, const float* weight, bool add) {
     for (int64_t i = 0; i < V; i += W) {
@@ -262,7 +258,7 @@ bool grad_of_row(const Batch& b, const View& v, int64_t row, int64_t y, const T*
     auto uniform_at = [&](int64_t i) {
         return load_part(z + i, 1, 0.0f)[0] > MASKED ? uniform * (weight ? weight[i] : 1.0) : 0.0;
     };
-    const double uniform_at_y = uniform_at(y), uniform_at_w = w >= 0 ? uniform_at(w) : 0.0;
+    const double uniform_at_w = w >= 0 ? uniform_at(w) : 0.0;
     if (v.g_wrong_entropy)
         v.g_centered_sum ? apply<T, true, true>(z, out, V, f, weight, add)
                          : apply<T, true, false>(z, out, V, f, weight, add);
@@ -270,7 +266,7 @@ bool grad_of_row(const Batch& b, const View& v, int64_t row, int64_t y, const T*
         v.g_centered_sum ? apply<T, false, true>(z, out, V, f, weight, add)
                          : apply<T, false, false>(z, out, V, f, weight, add);
     if (v.g_rest_log_sum && w >= 0) out[w] = at_w_before + (float)(alpha * inverse + uniform_at_w);
-    out[y] = at_y_before + (float)(at(v.g_target_logit) * inverse_t + uniform_at_y);
+    out[y] = at_y_before + (float)(at(v.g_target_logit) * inverse_t);
     if (v.g_top_wrong_logit && w >= 0) out[w] += (float)(at(v.g_top_wrong_logit) * inverse_t);
     if (v.g_candidate_logits)
         for (int64_t k = 0; k < b.num_candidates; ++k) {

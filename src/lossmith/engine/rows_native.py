@@ -18,8 +18,9 @@ from lossmith.engine.native import library
 from lossmith.engine.raw import View, closed, raw_dtype, raw_names
 
 _OUTPUTS = (
-    "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight", "num_finite",
-    "top_wrong_logit", "top_wrong_id", "num_wrong", "candidate_logits", "rest_log_sum",
+    "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight",
+    "target_weight", "num_finite", "top_wrong_logit", "top_wrong_id", "num_wrong", "candidate_logits",
+    "rest_log_sum",
 )  # fmt: skip
 _GRADS = (
     "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "top_wrong_logit", "candidate_logits",

@@ -50,9 +50,10 @@ def row_stats(
 
     ``reference`` is the largest wrong logit (0 where no wrong answer is possible), and
     with d = z - reference and e = exp(d) over the wrong answers: ``wrong_log_sum`` =
-    log sum e; ``wrong_entropy`` of q = e / sum e; ``centered_sum`` = sum u d over the
-    finite classes, the target included, for class weights u; ``rest_log_sum`` =
-    log of sum e without the top wrong answer; ``candidate_logits`` [R, K], -inf for id -1.
+    log sum e; ``wrong_entropy`` of q = e / sum e; ``centered_sum`` = sum u d and ``sum_weight`` =
+    sum u over the finite wrong answers for class weights u, ``target_weight`` = u_y if the target is
+    finite, ``num_finite`` of all classes; ``rest_log_sum`` = log of sum e without the top wrong answer;
+    ``candidate_logits`` [R, K], -inf for id -1.
     """
     needs = closed(needs)
     a, b = scratch.a, scratch.b
@@ -66,17 +67,17 @@ def row_stats(
     raw = {"reference": reference, "target_logit": target_logit}
 
     if needs & Needs.SUM:
+        # The target apart: what it adds would drown the others where it is far above them.
         finite = torch.gt(d, MASKED / 2, out=b)
         target_finite = target_logit > MASKED
-        raw["num_finite"] = finite.sum(-1, keepdim=True) + target_finite
-        target_weight = target_finite.to(z.dtype)
-        raw["sum_weight"] = raw["num_finite"]
+        raw["target_weight"] = target_finite.to(z.dtype)
+        raw["sum_weight"] = finite.sum(-1, keepdim=True)
+        raw["num_finite"] = raw["sum_weight"] + target_finite
         if class_weight is not None:
             finite.mul_(class_weight)
-            target_weight = target_weight * class_weight[target]
-            raw["sum_weight"] = finite.sum(-1, keepdim=True) + target_weight
-        gap = (target_logit - reference).clamp(min=MASKED)
-        raw["centered_sum"] = finite.mul_(d).sum(-1, keepdim=True) + target_weight * gap
+            raw["target_weight"] = raw["target_weight"] * class_weight[target]
+            raw["sum_weight"] = finite.sum(-1, keepdim=True)
+        raw["centered_sum"] = finite.mul_(d).sum(-1, keepdim=True)
 
     if needs & Needs.TOP:
         raw["top_wrong_logit"] = torch.where(top <= MASKED, float("-inf"), top)
@@ -134,7 +135,7 @@ def row_grad(
 
         out_i = q_i (alpha + beta d_i)        where i is wrong
               + g[target_logit]               at y
-              + g[centered_sum] u_i           where z_i is finite
+              + g[centered_sum] u_i           where i is wrong and z_i finite
               + g[top_wrong_logit]            at w, the top wrong answer
               + sum_k g[candidate_logits]_k   at c_k
 
@@ -172,15 +173,15 @@ def row_grad(
 
     if at_top is not None:
         out.scatter_(1, raw["top_wrong_id"].clamp(min=0), at_top)
-    out.scatter_(1, target, grads.get("target_logit", none))
-    if "top_wrong_logit" in grads:
-        known = raw["top_wrong_id"] >= 0
-        out.scatter_add_(1, raw["top_wrong_id"].clamp(min=0), grads["top_wrong_logit"] * known)
     if "centered_sum" in grads:
         finite = torch.gt(z, MASKED, out=scratch)
         if class_weight is not None:
             finite.mul_(class_weight)
         out.add_(finite.mul_(grads["centered_sum"]))
+    out.scatter_(1, target, grads.get("target_logit", none))
+    if "top_wrong_logit" in grads:
+        known = raw["top_wrong_id"] >= 0
+        out.scatter_add_(1, raw["top_wrong_id"].clamp(min=0), grads["top_wrong_logit"] * known)
     if "candidate_logits" in grads:
         assert candidates is not None
         out.scatter_add_(

@@ -47,7 +47,7 @@ class TokenStats:
         wrong_entropy: entropy of the wrong answers q, p without y and renormalised.
         num_wrong: how many wrong answers have q_i > 1e-8 (no gradient).
         normalized_wrong_entropy: wrong_entropy / log(num_wrong), in [0, 1]; 0 where num_wrong <= 1.
-        mean_logit: mean of the finite logits.
+        mean_logit: mean of the finite logits (weighed by the class weights, if given).
         total_nll: sum over the finite classes of -log p_i (times the class weights, if given).
         num_finite: how many classes have a finite logit (no gradient).
         top_prob: the largest probability.
@@ -248,7 +248,9 @@ class TokenStats:
 
     @statistic(Needs.CORE)
     def logsumexp(self) -> Tensor:
-        return self._constant("reference") + self._centered_logsumexp
+        # From the larger side: a target far above the others is lost in its distance from them.
+        of_wrong = self._constant("reference") + self._centered_logsumexp
+        return torch.where(self._delta >= 0, self.target_logit + self.nll, of_wrong)
 
     @statistic(Needs.CORE)
     def wrong_logsumexp(self) -> Tensor:
@@ -293,13 +295,18 @@ class TokenStats:
 
     @statistic(Needs.SUM)
     def mean_logit(self) -> Tensor:
-        return self._constant("reference") + self._read("centered_sum") / self._constant("sum_weight").clamp(
-            min=torch.finfo(torch.float32).tiny
-        )
+        of_wrong, of_target = self._constant("sum_weight"), self._constant("target_weight")
+        tiny = torch.finfo(of_wrong.dtype).tiny
+        wrong_mean = self._constant("reference") + self._read("centered_sum") / of_wrong.clamp(min=tiny)
+        both = (of_wrong + of_target).clamp(min=tiny)
+        mean = (of_wrong / both) * wrong_mean + (of_target / both) * self.target_logit
+        return torch.where(of_target == 0, wrong_mean, mean)  # 0 * -inf is NaN
 
     @statistic(Needs.SUM)
     def total_nll(self) -> Tensor:
-        return self._constant("sum_weight") * self._centered_logsumexp - self._read("centered_sum")
+        own = self._constant("target_weight")
+        own = torch.where(own == 0, 0.0, own * self.nll)
+        return self._constant("sum_weight") * self._centered_logsumexp - self._read("centered_sum") + own
 
     @statistic(Needs.TOP)
     def top_wrong_logit(self) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.blocks import accumulation_dtype
-from lossmith.engine.checks import check_ids
+from lossmith.engine.checks import check_ids, refuse_batched
 from lossmith.engine.raw import Needs, View, ignored_fill, raw_dtype, raw_names
 from lossmith.engine.raw_stats import RawStats
 from lossmith.engine.rows import fill_stats
@@ -43,7 +43,6 @@ def logits_stats(
     their gradient is exactly 0.
     """
 
-    refuse_forward_mode(logits)
     read = Unchanged(
         logits=logits,
         targets=targets,
@@ -100,20 +99,6 @@ class Unchanged:
 
 def _version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-def refuse_forward_mode(*inputs: Tensor) -> None:
-    """
-    Raises:
-        RuntimeError: a forward-mode derivative is asked for.
-    """
-    if torch.compiler.is_compiling():
-        return
-    if any(torch.autograd.forward_ad.unpack_dual(given).tangent is not None for given in inputs):
-        raise RuntimeError(
-            "lossmith's losses have no forward-mode derivative (jvp, jacfwd); use backward, or "
-            "torch.nn.functional.cross_entropy"
-        )
 
 
 def by_view(values: Sequence[Any], needs: int, needs_unscaled: int) -> tuple[dict, dict]:
@@ -228,6 +213,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    refuse_batched(*grads)
     logits, targets, candidates, class_weight, temperature, *saved = ctx.saved_tensors
     gradient = None
     if ctx.needs_input_grad[0] and any(g is not None for g in grads):

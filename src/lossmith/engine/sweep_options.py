@@ -12,7 +12,7 @@ from lossmith.engine.predictions import Predictions
 from lossmith.engine.raw import Needs
 from lossmith.engine.stats import TokenStats
 from lossmith.options import strict_options
-from lossmith.options.shared import Softcap, Temperature
+from lossmith.options.shared import ClassWeight, Softcap, Temperature
 
 
 @strict_options(name="")  # an objective's, whose attributes may have been set since it was made
@@ -22,7 +22,7 @@ class SweepOptions:
 
     temperature: Temperature = 1.0
     softcap: Softcap = None
-    class_weight: Tensor | None = None
+    class_weight: ClassWeight = None
 
     def stats(
         self,

@@ -23,20 +23,27 @@ TokenWeight = Annotated[
 ]
 ClassWeight = Annotated[
     Tensor | None,
-    option("what tokens of each class count for", dtype="floating", shape="[V]", finite=True),
+    option("what tokens of each class count for", dtype="floating", shape="[V]", finite=True, low=0),
 ]
 Candidates = Annotated[Tensor | None, option("further ids to read the logits of; -1 where there is none")]
 
 # ── how the logits are read ──────────────────────────────────────────────────────────────────────
 
-# Below it the softmax picks the largest logit, as far as fp32 can tell, and logits over it overflow.
-LOWEST_TEMPERATURE = 1e-6
+# What logits may be divided by: beyond that ordinary ones leave fp32, or pass -1e30, where a class is masked.
+LOWEST_DIVISOR, HIGHEST_DIVISOR = 1e-20, 1e20
 Temperature = Annotated[
     float | Tensor,
-    option("divides the logits inside the loss", low=LOWEST_TEMPERATURE, shape="[]", dtype="real"),
+    option(
+        "divides the logits inside the loss",
+        low=LOWEST_DIVISOR,
+        high=HIGHEST_DIVISOR,
+        shape="[]",
+        dtype="real",
+    ),
 ]
 Softcap = Annotated[
-    float | None, option("c of c tanh(z / c), which the logits become", low=LOWEST_TEMPERATURE)
+    float | None,
+    option("c of c tanh(z / c), which the logits become", low=LOWEST_DIVISOR, high=HIGHEST_DIVISOR),
 ]
 
 # ── cross-entropy ────────────────────────────────────────────────────────────────────────────────
@@ -50,7 +57,8 @@ ConfidencePenaltyCoefficient = Annotated[float, option("weight of the negative e
 # ── components ───────────────────────────────────────────────────────────────────────────────────
 
 TemperatureBounds = Annotated[
-    tuple[float, float], option("the lowest and the highest temperature", low=LOWEST_TEMPERATURE)
+    tuple[float, float],
+    option("the lowest and the highest temperature", low=LOWEST_DIVISOR, high=HIGHEST_DIVISOR),
 ]
 VocabSize = Annotated[int, option("V, the size of the vocabulary", low=1)]
 HiddenSize = Annotated[int | None, option("D, the width of the hidden states", low=1)]
