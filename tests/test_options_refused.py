@@ -29,7 +29,6 @@ NONSENSE = [
     ("shift", "False"),
     ("shift", 2.5),
     ("shift", -1),
-    ("shift", None),
     ("label_smoothing", True),
     ("label_smoothing", "0.1"),
     ("label_smoothing", torch.tensor(0.1)),
@@ -145,7 +144,7 @@ def test_a_denominator_given_to_a_module(name, value):
 def test_an_ignore_index_of_one_call(value):
     pipeline = lossmith.LossModifierPipeline([lossmith.EntropyModifier({})])
     for call in (CrossEntropyLoss().count, lambda t, **options: pipeline.modify_loss(LOGITS, t, **options)):
-        with pytest.raises(TypeError, match="ignore_index must be a whole number; got"):
+        with pytest.raises(TypeError, match="ignore_index must be .*a whole number; got"):
             call(TARGETS, ignore_index=value)
 
 
@@ -244,7 +243,7 @@ def test_special_tokens_beyond_the_vocabulary():
     for options in ({"label_smoothing": 0.1}, {}):
         with pytest.raises(ValueError, match=r"special_tokens.* 5 .*V=5"):
             lossmith.cross_entropy(LOGITS, TARGETS, special_tokens=[1, 5], **options)
-    with pytest.raises(ValueError, match=r"special_tokens.* 9 .*V=5"):
+    with pytest.raises(ValueError, match=r"special_tokens.* 9.* 5"):
         lossmith.TargetSmoothingModifier({"special_tokens": [9]}).modify_loss(LOGITS, TARGETS)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lossmith.engine.checks import check_ids, check_targets, check_whole
 from lossmith.options import kind_of
-from lossmith.options.shared import IgnoreIndex, TokenWeight
+from lossmith.options.shared import IgnoreIndex, Shift, TokenWeight
 from lossmith.reduction import (
     Denominator,
     Empty,
@@ -23,6 +23,7 @@ from lossmith.reduction import (
 )
 
 _IGNORE_INDEX, _TOKEN_WEIGHT = kind_of(IgnoreIndex, "ignore_index"), kind_of(TokenWeight, "token_weight")
+_SHIFT = kind_of(Shift, "shift")
 
 
 @dataclass(frozen=True)
@@ -253,18 +254,9 @@ def as_rows(shape: torch.Size) -> tuple[int, int]:
     return (shape[:-1].numel() if len(shape) > 1 else 1, shape[-1] if shape else 1)
 
 
-def num_steps(shift: Any) -> int:
-    """How many steps ahead ``shift`` says that logits predict.
-
-    Raises:
-        TypeError: it is neither a bool nor a whole number >= 0.
-    """
-    if not isinstance(shift, int) or shift < 0:
-        raise TypeError(
-            "shift must be True (labels as Hugging Face has them: logits[t] predict targets[t + 1]), False "
-            f"(logits[t] predict targets[t]), or a whole number of steps >= 0; got {shift!r}"
-        )
-    return int(shift)
+def num_steps(shift: bool | int) -> int:
+    """How many steps ahead ``shift`` says that logits predict."""
+    return int(_SHIFT.check(shift))
 
 
 def _shifted(values: Tensor, steps: int, fill: float | bool) -> Tensor:

@@ -86,7 +86,7 @@ def test_what_is_allowed_has_a_finite_value_and_gradient(name, value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_class_weights_that_weigh_nothing(value, dtype, enter):
     weight = torch.tensor([1.0, 2.0, value], dtype=dtype)
-    with pytest.raises(ValueError, match=r"class_weight must be a floating-point tensor \[V\] >= 0; got"):
+    with pytest.raises(ValueError, match=r"class_weight must be a floating-point tensor \[V\] >= 0.*; got"):
         enter(class_weight=weight)
 
 
@@ -100,5 +100,5 @@ def test_class_weights_of_zeros_and_whole_numbers(dtype):
 @pytest.mark.parametrize("value", [0.0, INF, -2.0])
 def test_the_models_own_cap(value):
     head = {"hidden_states": LOGITS, "lm_head_weight": torch.eye(3), "lm_head_softcap": value}
-    with pytest.raises(ValueError, match=r"the model's softcap must be"):
+    with pytest.raises(ValueError, match=r"lm_head_softcap must be"):
         CrossEntropyLoss()(targets=TARGETS, **head)
