@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossmith.distributed import sum_over_ranks
 from lossmith.options import option, strict_options
-from lossmith.options.shared import LOWEST_TEMPERATURE, TemperatureBounds
+from lossmith.options.shared import SMALLEST_DIVISOR, TemperatureBounds
 from lossmith.stepping import Stepped
 
 
@@ -47,7 +47,7 @@ class AdaptiveTemperature(Stepped):
     @strict_options
     def __init__(
         self,
-        initial: Annotated[float, option("where it begins", low=LOWEST_TEMPERATURE)] = 1.0,
+        initial: Annotated[float, option("where it begins", low=SMALLEST_DIVISOR)] = 1.0,
         *,
         bounds: TemperatureBounds = (0.5, 2.0),
         rate: Annotated[float, option("how far it moves in a step", low=0, below=1)] = 0.01,

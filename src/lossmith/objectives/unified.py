@@ -24,7 +24,7 @@ from lossmith.objectives.unified_parts import (
 )
 from lossmith.options import option, options_of, strict_options
 from lossmith.options.shared import (
-    LOWEST_TEMPERATURE,
+    SMALLEST_DIVISOR,
     BalanceMode,
     ConfidenceThreshold,
     CosineMargin,
@@ -66,7 +66,7 @@ INPUTS = (
     "contrastive_pairs",
 )
 InitialTemperature = Annotated[
-    float, option("temperature of a `deepseek` main loss, or where it begins", low=LOWEST_TEMPERATURE)
+    float, option("temperature of a `deepseek` main loss, or where it begins", low=SMALLEST_DIVISOR)
 ]
 
 

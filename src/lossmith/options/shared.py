@@ -19,7 +19,7 @@ Shift = Annotated[
 Mask = Annotated[Tensor | None, option("0 where a target does not count")]
 TokenWeight = Annotated[
     Tensor | None,
-    option("what each token's loss is multiplied by", dtype="real", advice="What is 0 or 1 is a mask"),
+    option("what each token's loss is multiplied by", dtype="real", advice="Zeros and ones are a mask"),
 ]
 ClassWeight = Annotated[
     Tensor | None,
@@ -29,15 +29,13 @@ Candidates = Annotated[Tensor | None, option("further ids to read the logits of;
 
 # ── how the logits are read ──────────────────────────────────────────────────────────────────────
 
-# Below it the softmax picks the largest logit, as far as fp32 can tell, and logits over it overflow.
-LOWEST_TEMPERATURE = 1e-6
+# Logits over less than this overflow, and their softmax is an argmax as far as fp32 can tell.
+SMALLEST_DIVISOR = 1e-6
 Temperature = Annotated[
     float | Tensor,
-    option("divides the logits inside the loss", low=LOWEST_TEMPERATURE, shape="[]", dtype="real"),
+    option("divides the logits inside the loss", low=SMALLEST_DIVISOR, shape="[]", dtype="real"),
 ]
-Softcap = Annotated[
-    float | None, option("c of c tanh(z / c), which the logits become", low=LOWEST_TEMPERATURE)
-]
+Softcap = Annotated[float | None, option("c of c tanh(z / c), which the logits become", low=SMALLEST_DIVISOR)]
 
 # ── cross-entropy ────────────────────────────────────────────────────────────────────────────────
 
@@ -50,7 +48,7 @@ ConfidencePenaltyCoefficient = Annotated[float, option("weight of the negative e
 # ── components ───────────────────────────────────────────────────────────────────────────────────
 
 TemperatureBounds = Annotated[
-    tuple[float, float], option("the lowest and the highest temperature", low=LOWEST_TEMPERATURE)
+    tuple[float, float], option("the lowest and the highest temperature", low=SMALLEST_DIVISOR)
 ]
 VocabSize = Annotated[int, option("V, the size of the vocabulary", low=1)]
 HiddenSize = Annotated[int | None, option("D, the width of the hidden states", low=1)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import lossmith
 from lossmith.options import Declared, option, options_of
 from lossmith.options.shared import (
-    LOWEST_TEMPERATURE,
+    SMALLEST_DIVISOR,
     ConfidencePenaltyCoefficient,
     FocalGamma,
     LabelSmoothing,
@@ -55,7 +55,7 @@ class LossKeys:
     confidence_penalty: Annotated[
         ConfidencePenaltyCoefficient, option("weight of the negative entropy", low=0)
     ] = 0.0
-    temperature: Annotated[float, option("divides the logits inside the loss", low=LOWEST_TEMPERATURE)] = 1.0
+    temperature: Annotated[float, option("divides the logits inside the loss", low=SMALLEST_DIVISOR)] = 1.0
     # No sums: the trainer divides by what it counts over micro-batches and ranks, whatever the loss.
     reduction: Annotated[
         Literal["mean", "sequence_mean"], option("whether every token counts the same, or every sequence")
