@@ -144,7 +144,7 @@ def test_a_denominator_given_to_a_module(name, value):
 def test_an_ignore_index_of_one_call(value):
     pipeline = lossmith.LossModifierPipeline([lossmith.EntropyModifier({})])
     for call in (CrossEntropyLoss().count, lambda t, **options: pipeline.modify_loss(LOGITS, t, **options)):
-        with pytest.raises(TypeError, match="ignore_index must be .*a whole number; got"):
+        with pytest.raises(TypeError, match=r"ignore_index must be .*a whole number; got"):
             call(TARGETS, ignore_index=value)
 
 
@@ -310,3 +310,14 @@ def test_a_compiled_loss_refuses_the_same(options):
     with pytest.raises((TypeError, ValueError), match=rf"^cross_entropy: {next(iter(options))} must be "):
         compiled(LOGITS, TARGETS)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_values_of_tensors_of_another_precision(dtype):
+    weight = torch.tensor([1.0, 1.0, INF, 1.0, 1.0], dtype=dtype)
+    with pytest.raises(ValueError, match=r"class_weight must be .* got a tensor \[5\] .* from 1\.0 to inf"):
+        CrossEntropyLoss(class_weight=weight)
+    for wrong in (0.0, -1.0, NAN, INF):
+        with pytest.raises(ValueError, match=r"temperature must be .* >= 1e-06; got a tensor \[\] of"):
+            CrossEntropyLoss(temperature=torch.tensor(wrong, dtype=dtype))
+    CrossEntropyLoss(class_weight=torch.ones(V, dtype=dtype), temperature=torch.tensor(0.5, dtype=dtype))
