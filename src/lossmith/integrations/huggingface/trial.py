@@ -237,7 +237,8 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 def _device_of_ranks() -> torch.device:
     """Where the ranks exchange numbers."""
-    backend = torch.distributed.get_backend_config()
-    if "cpu" in backend or "gloo" in backend:
+    backends = torch.distributed.get_backend_config()  # as in "cpu:gloo,cuda:nccl"
+    if "cpu" in backends:
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    kind = backends.split(":")[0]
+    return torch.device(kind, torch.get_device_module(kind).current_device())
