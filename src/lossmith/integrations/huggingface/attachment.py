@@ -41,9 +41,9 @@ def attach(
     objective's ``shift`` where that is more than 0. The objective gets, as far as it takes them:
     ``input_ids``; ``attention_mask``, as the mask of the labels; ``segment_ids``, which change where
     ``position_ids`` start again; ``denominator=`` or, if it divides by tokens, ``num_items_in_batch``;
-    ``hidden_states``, what the model's head sees; ``lm_head_weight``; ``gate_logits`` of a mixture of experts,
-    whose own auxiliary loss is not added; and whatever else the caller passes of its ``input_names``, with
-    ``token_weight`` and ``segment_ids``.
+    ``hidden_states``, what the model's head sees; ``lm_head_weight``; ``gate_logits`` of a mixture of
+    experts, whose own auxiliary loss is not added; and whatever else the caller passes of its
+    ``input_names``, with ``token_weight`` and ``segment_ids``.
 
     The loss becomes a submodule: its parameters are among ``model.parameters()``, so make the optimizer, and
     wrap the model (DDP, FSDP, ``torch.compile``), afterwards. ``state_dict`` and ``save_pretrained`` are as
