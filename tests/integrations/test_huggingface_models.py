@@ -58,6 +58,9 @@ def test_what_nobody_takes_is_an_error():
         model(**inputs, token_weigths=inputs["attention_mask"])
     with pytest.raises(TypeError, match="neither the model nor its UnifiedLoss takes 'fused'"):
         model(**inputs, fused=True)
+    for name, theirs in (("targets", "labels"), ("mask", "attention_mask")):
+        with pytest.raises(TypeError, match=f"takes '{name}'. Did you mean '{theirs}'"):
+            model(**inputs, **{name: inputs["labels"]})
 
 
 def test_evaluation_makes_no_graph():

@@ -343,7 +343,7 @@ def compare(name: str) -> Outcome:
     notes = ["labels at their own positions"] if attached.shift == 0 else []
     notes += [f"all logits, as {attached.fused.why_not}"] if attached.fused.why_not else []
     if any("could not be tried" in str(warning.message) for warning in said):
-        notes.append("the first batch shows")  # text alone does not do
+        notes.append("not tried on text alone, so the first batch is looked at")
     return Outcome(name, "exact", "; ".join(notes))
 
 

@@ -23,6 +23,8 @@ from lossmith.options import nearest
 
 # What a caller may pass besides the objective's own inputs.
 PER_BATCH = ("denominator", "segment_ids", "token_weight")
+# What an objective calls by one name and a model by another.
+OTHER_NAMES = {"targets": "labels", "mask": "attention_mask"}
 
 
 class AttachedLoss(nn.Module):
@@ -102,7 +104,7 @@ class AttachedLoss(nn.Module):
         known = {*self.known, *PER_BATCH, *self.objective.input_names}
         for name in inputs:
             if name not in known:
-                near = nearest(name, known)
+                near = OTHER_NAMES.get(name) or nearest(name, known)
                 raise TypeError(
                     f"neither the model nor its {type(self.objective).__name__} takes {name!r}. "
                     + (f"Did you mean {near!r}? " if near else "")

@@ -37,17 +37,20 @@ def attach(
 
     The output is the model's own with ``.loss`` in it. In training its logits are None: they are never there
     all at once (see :func:`lossmith.linear_cross_entropy`), unless the head is no plain linear layer. Labels
-    are Hugging Face's: not shifted, -100 where there is none; the causal shift is made once, whatever the
-    objective's ``shift`` says. The objective gets, as far as it takes them: ``input_ids``;
-    ``attention_mask``, as the mask of the labels; ``segment_ids``, which change where ``position_ids`` start
-    again; ``denominator=`` or, if it divides by tokens, ``num_items_in_batch``; ``hidden_states``, what the
-    model's head sees; ``lm_head_weight``; ``gate_logits`` of a mixture of experts, whose own auxiliary loss
-    is not added; and whatever else the caller passes of its ``input_names``, with ``token_weight`` and
-    ``segment_ids``.
+    are Hugging Face's: -100 where there is none, and shifted as in the model's own loss, or by the
+    objective's ``shift`` where that is more than 0. The objective gets, as far as it takes them:
+    ``input_ids``; ``attention_mask``, as the mask of the labels; ``segment_ids``, which change where
+    ``position_ids`` start again; ``denominator=`` or, if it divides by tokens, ``num_items_in_batch``;
+    ``hidden_states``, what the model's head sees; ``lm_head_weight``; ``gate_logits`` of a mixture of
+    experts, whose own auxiliary loss is not added; and whatever else the caller passes of its
+    ``input_names``, with ``token_weight`` and ``segment_ids``.
 
     The loss becomes a submodule: its parameters are among ``model.parameters()``, so make the optimizer, and
     wrap the model (DDP, FSDP, ``torch.compile``), afterwards. ``state_dict`` and ``save_pretrained`` are as
     before; ``loss.state_dict()`` is the loss's own. A loss attached before is replaced.
+
+    The model is run once on a few tokens, to see how its own loss reads labels and what it does to its
+    logits; nothing of that stays. With a process group every rank has to attach.
 
     Args:
         model: a causal language model of transformers, or one in a PEFT model.
@@ -311,7 +314,7 @@ def _causal_model(model: Any) -> Any:
     ):
         raise ValueError(
             f"attach takes causal language models, which have labels of their input; {type(base).__name__} "
-            "is none"
+            "is none. Trainer(compute_loss_func=compute_loss_func(loss)) trains others"
         )
     return base
 

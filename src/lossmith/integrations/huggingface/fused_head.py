@@ -160,8 +160,10 @@ class HeadInput:
 
 def _unusual(head: Any) -> str | None:
     """Why a head's weight cannot be used by itself, or None."""
+    if head is None:
+        return "it shows no head"
     if type(head) is not nn.Linear:
-        return f"its head is a {type(head).__name__}"  # LoRA's, a quantised one, none
+        return f"its head is a {type(head).__name__}"  # LoRA's, a quantised one
     if hasattr(head, "_hf_hook"):
         return "its head is moved between devices"
     if "forward" in vars(head):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ ROWS, LENGTH = 2, 8
 LABELLED = 4  # the one position of a row that has a label
 KEPT_BUFFER = 2**20  # elements; larger ones are weights in another form, of quantised layers
 LONGEST_REASON = 160  # characters of somebody else's message
+UNKNOWN = -math.inf
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,26 @@ def agreed(mine: Trial) -> Trial:
     things, nothing is known."""
     if num_ranks() == 1:
         return mine
-    nothing = torch.nan
-    after = (nothing, nothing) if mine.after is None else (mine.after.scale, mine.after.softcap or 0.0)
-    shift = nothing if mine.shift is None else mine.shift
-    own = torch.tensor([float(mine.why_not is None), shift, *after], device=_device_of_ranks()).double()
-    looked = [row for row in gather_over_ranks(own).reshape(-1, len(own)).tolist() if row[0]]
-    if not looked:
+    own = torch.tensor(
+        [
+            mine.why_not is None,
+            UNKNOWN if mine.shift is None else mine.shift,
+            UNKNOWN if mine.after is None else mine.after.scale,
+            (mine.after and mine.after.softcap) or 0.0,
+        ],
+        dtype=torch.float64,
+        device=_device_of_ranks(),
+    )
+    rows = gather_over_ranks(own).reshape(-1, len(own)).tolist()
+    shifts = {shift for has_looked, shift, *_ in rows if has_looked}
+    afters = {(scale, softcap) for has_looked, _, scale, softcap in rows if has_looked}
+    if not shifts:
         return mine
-    shifts = {row[1] for row in looked}
-    rest = {(row[2], row[3]) for row in looked}
-    (scale, softcap), first = rest.pop(), shifts.pop()
-    is_same = not rest and scale == scale
+    shift = shifts.pop() if len(shifts) == 1 else UNKNOWN
+    scale, softcap = afters.pop() if len(afters) == 1 else (UNKNOWN, 0.0)
     return Trial(
-        int(first) if not shifts and first == first else None,
-        AfterHead(scale, softcap or None) if is_same else None,
+        None if shift == UNKNOWN else int(shift),
+        None if scale == UNKNOWN else AfterHead(scale, softcap or None),
     )
 
 
@@ -237,7 +245,8 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 def _device_of_ranks() -> torch.device:
     """Where the ranks exchange numbers."""
-    backend = torch.distributed.get_backend_config()
-    if "cpu" in backend or "gloo" in backend:
+    backends = torch.distributed.get_backend_config()  # as in "cpu:gloo,cuda:nccl"
+    if "cpu" in backends:
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    kind = backends.split(":")[0]
+    return torch.device(kind, torch.get_device_module(kind).current_device())
