@@ -123,10 +123,10 @@ OUT_OF_RANGE = [
         r"smoothing_mode must be one of 'uniform', 'exclude_target'; got 'exclude'",
     ),
     ("special_tokens", ["<s>"], r"special_tokens must be token ids >= 0; got '<s>'"),
-    ("temperature", 0.0, r"temperature must be a number.* >= 1e-06; got 0"),
-    ("temperature", -1.0, r"temperature must be a number.* >= 1e-06; got -1"),
-    ("temperature", float("nan"), r"temperature must be a number.* >= 1e-06; got nan"),
-    ("softcap", 0.0, r"softcap must be a number >= 1e-06 or None; got 0"),
+    ("temperature", 0.0, r"temperature must be a number.* >= 1e-20.*; got 0"),
+    ("temperature", -1.0, r"temperature must be a number.* >= 1e-20.*; got -1"),
+    ("temperature", float("nan"), r"temperature must be a number.* >= 1e-20.*; got nan"),
+    ("softcap", 0.0, r"softcap must be a number >= 1e-20.* or None; got 0"),
     ("focal_gamma", -1.0, r"focal_gamma must be .*>= 0; got -1"),
     ("focal_gamma", float("nan"), r"focal_gamma must be .*>= 0; got nan"),
     ("z_loss", float("nan"), r"z_loss must be .*; got nan"),
@@ -242,7 +242,7 @@ def test_candidates_out_of_range(value):
 
 def test_temperatures_of_a_call_to_token_stats():
     for options in ({"temperature": 0.0}, {"softcap": -2.0}):
-        with pytest.raises(ValueError, match=r"must be .* >= 1e-06"):
+        with pytest.raises(ValueError, match=r"must be .* >= 1e-20"):
             lossmith.token_stats(LOGITS, TARGETS, **options)
     with pytest.raises(TypeError, match="Did you mean 'temperature'"):
         lossmith.token_stats(LOGITS, TARGETS, temprature=2.0)

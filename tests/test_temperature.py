@@ -149,7 +149,7 @@ def test_it_stays_precise_when_the_model_is_cast():
     ("options", "message"),
     [
         ({"initial": 3.0}, "lowest <= initial <= highest"),
-        ({"bounds": (0.0, 1.0)}, "bounds must be two numbers >= 1e-06"),
+        ({"bounds": (0.0, 1.0)}, "bounds must be two numbers >= 1e-20"),
         ({"rate": 1.0}, "rate"),
         ({"window": 1}, "window"),
         ({"low": 0.2, "high": 0.1}, "low <= high"),

@@ -28,7 +28,13 @@ def head_of(logits: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def unlikely(ids, **options):
     """A term that reads the logits of these candidates."""
-    return Term("seen", lambda s, b: -s.candidate_log1m_prob.sum(-1), candidates=lambda b: ids(b), **options)
+    return Term(
+        "seen",
+        lambda s, b: -s.candidate_log1m_prob.sum(-1),
+        candidates=lambda b: ids(b),
+        scope="token",
+        **options,
+    )
 
 
 # Every way from candidates to a loss.

@@ -184,22 +184,18 @@ def test_the_names_that_others_have_are_understood(criterion, theirs, ours):
 
 def test_a_bare_term_has_its_place_named():
     term = Term("margin", lambda stats, batch: stats.nll)
-    message = (
-        r"takes a lossmith\.Component; got Term.*Objective\(\[\.\.\.\]\).*Component whose term\(\) returns it"
-    )
+    message = r"component must be a Component; got Term.*Objective\(\[\.\.\.\]\).*whose term\(\) returns it"
     with pytest.raises(TypeError, match=message):
         ComposedLoss(CrossEntropyLoss(), {"margin": term})
     with pytest.raises(TypeError, match=message):
         Weighted(term, 0.5)
-    with pytest.raises(
-        TypeError, match=r"primary must be a lossmith\.Objective; got Term.*Objective\(\[\.\.\.\]\)"
-    ):
+    with pytest.raises(TypeError, match=r"primary must be an Objective; got Term.*Objective\(\[\.\.\.\]\)"):
         ComposedLoss(term)
 
 
 def test_components_have_names():
-    with pytest.raises(TypeError, match="components must be a mapping of names to components; got list"):
+    with pytest.raises(TypeError, match="components must be a mapping or None; got "):
         ComposedLoss(CrossEntropyLoss(), [ImmediateRepetition()])
-    with pytest.raises(TypeError, match=r"primary must be a lossmith\.Objective; got ImmediateRepetition"):
+    with pytest.raises(TypeError, match=r"primary must be an Objective; got ImmediateRepetition"):
         ComposedLoss(ImmediateRepetition())
     assert ComposedLoss(Objective([]), {}).components is not None

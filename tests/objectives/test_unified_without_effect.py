@@ -52,7 +52,7 @@ def said(make) -> list[str]:
             "mtp_type='adaptive'",
         ),
         (
-            {"target_expert_usage": torch.tensor([0.5, 0.5])},
+            {"target_expert_usage": [0.5, 0.5]},
             "target_expert_usage has no effect without use_moe_balancing",
         ),
         (

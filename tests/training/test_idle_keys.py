@@ -17,7 +17,7 @@ NVAMP = ["--loss=nvamp"]
 MOE = [*UNIFIED, "--model=moe", "--use_moe_balancing"]
 ON = "--loss_modifiers_enabled"
 PADDING = ["--target_smoothing_enabled", "--target_smoothing_padding_token=5"]
-ADAPTIVE = "primary_loss_type=adaptive_mtp or mtp_type=adaptive"
+ADAPTIVE = "primary_loss_type='adaptive_mtp' or mtp_type='adaptive'"
 PAIRS = "pairs of samples, which no text here has"
 
 
@@ -47,13 +47,13 @@ PAIRS = "pairs of samples, which no text here has"
         ([*UNIFIED, "--use_focal_loss", "--focal_weight=1"], []),
         (
             [*UNIFIED, "--use_focal_loss", "--focal_weight=1", "--focal_mode=replace"],
-            [("focal_weight", "focal_mode=add")],
+            [("focal_weight", "focal_mode='add'")],
         ),
         ([*UNIFIED, "--focal_weight=1"], [("focal_weight", "use_focal_loss")]),
         ([*MOE, "--gradient_balance_weight=1"], []),
         (
             [*MOE, "--gradient_balance_weight=1", "--moe_balance_mode=bias"],
-            [("gradient_balance_weight", "moe_balance_mode=loss")],
+            [("gradient_balance_weight", "moe_balance_mode='loss'")],
         ),
         (
             [*UNIFIED, "--use_contrastive_loss", "--contrastive_temperature=1"],

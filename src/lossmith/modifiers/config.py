@@ -10,7 +10,7 @@ from lossmith.former_names import CONFIGURATION, OPTIONS
 from lossmith.modifiers.base import ModelMode, read_switch
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
 from lossmith.modifiers.entropy import EntropyModifier
-from lossmith.modifiers.judge import Judge, SequenceScoringJudgeWeightModifier
+from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier
 from lossmith.modifiers.mask_ratio import MaskRatioWeightModifier
 from lossmith.modifiers.metrics_collector import MetricsCollectorModifier
 from lossmith.modifiers.option_names import settle
@@ -76,7 +76,7 @@ def create_loss_modifier_pipeline(
     base: Annotated[Objective | None, option("the objective that is modified")] = None,
     model_mode: Annotated[ModelMode | str | None, option("what the model predicts")] = None,
     reduction: AutoReduction = "auto",
-    judge: Annotated[Judge | None, option("used in place of a checkpoint")] = None,
+    judge: Annotated[Any, option("used in place of a checkpoint")] = None,
 ) -> LossModifierPipeline:
     """The pipeline that flat keys describe: ``entropy_modifier_enabled``, ``target_smoothing_factor`` ...
 

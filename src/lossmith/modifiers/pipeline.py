@@ -68,12 +68,10 @@ class LossModifierPipeline(WrappedObjective):
     @strict_options
     def __init__(
         self,
-        modifiers: Annotated[
-            Iterable[BaseLossModifier] | BaseLossModifier | None, option("the modifiers, or one")
-        ] = (),
+        modifiers: Annotated[Any, option("the modifiers, or one")] = (),
         *,
-        base: Annotated[Objective | None, option("the objective that is modified")] = None,
-        model_mode: Annotated[ModelMode | str | None, option("what the model predicts")] = None,
+        base: Annotated[Any, option("the objective that is modified")] = None,
+        model_mode: Annotated[Any, option("what the model predicts")] = None,
         reduction: AutoReduction = "auto",
     ) -> None:
         if base is None:

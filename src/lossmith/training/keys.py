@@ -227,6 +227,10 @@ def default_of(spec: Declared) -> str:
     return str(spec.default) or '""'
 
 
+# Larger whole numbers are shown as powers of ten.
+LONGEST_NUMBER = 10**15
+
+
 def limits_of(spec: Declared) -> str:
     """What a key's value has to be, `max_iters >= 1`; nothing where any of its type will do."""
     if spec.choices:
@@ -241,4 +245,5 @@ def check_range(spec: Declared, value: Any) -> None:
         return
     if spec.choices:
         raise UserError(f"{spec.name}={value!r}; expected one of {', '.join(spec.choices)}.")
-    raise UserError(f"{spec.name}={value!r} is out of range; expected {spec.name} {spec.kind.limits}.")
+    shown = f"{value:g}" if isinstance(value, int) and abs(value) > LONGEST_NUMBER else repr(value)
+    raise UserError(f"{spec.name}={shown} is out of range; expected {spec.name} {spec.kind.limits}.")
