@@ -28,6 +28,12 @@ NOT_CALLED = {
 # What the losses are made of, or what holds options of its own: looked at where it is used.
 DATA = {"logits", "targets", "hidden", "weight", "config"}
 
+# Looked at inside, in words that say more: tests/modifiers/test_modifier_mistakes.py.
+OF_MODIFIERS = {
+    "LossModifierPipeline": {"modifiers", "base", "model_mode"},
+    "create_loss_modifier_pipeline": {"base", "model_mode", "judge"},
+}
+
 
 def has_options(public: Any) -> bool:
     parameters = inspect.signature(public).parameters
@@ -52,6 +58,7 @@ OPTIONS = [
     for parameter in inspect.signature(public).parameters.values()
     if parameter.kind is not parameter.VAR_KEYWORD
     and not (parameter.name in DATA and parameter.default is parameter.empty)
+    and not (name in OF_MODIFIERS and parameter.name in OF_MODIFIERS[name])
 ]
 FIELDS = [(name, field.name) for name, of in SETTINGS.items() for field in dataclasses.fields(of.Settings)]
 

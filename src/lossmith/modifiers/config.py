@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from lossmith.former_names import CONFIGURATION, OPTIONS
-from lossmith.modifiers.base import ModelMode, read_switch
+from lossmith.modifiers.base import read_switch
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
 from lossmith.modifiers.entropy import EntropyModifier
 from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier
@@ -18,7 +18,6 @@ from lossmith.modifiers.pipeline import AutoReduction, LossModifierPipeline
 from lossmith.modifiers.sequence_correlation import SequenceScorerCorrelationModifier
 from lossmith.modifiers.sequence_variance import SequenceScorerVarianceModifier
 from lossmith.modifiers.target_smoothing import TargetSmoothingModifier
-from lossmith.objective import Objective
 from lossmith.options import (
     Declared,
     is_misspelt,
@@ -73,8 +72,8 @@ FORMERS = OPTIONS[CONFIGURATION]
 def create_loss_modifier_pipeline(
     config: Any,
     *,
-    base: Annotated[Objective | None, option("the objective that is modified")] = None,
-    model_mode: Annotated[ModelMode | str | None, option("what the model predicts")] = None,
+    base: Annotated[Any, option("the objective that is modified")] = None,
+    model_mode: Annotated[Any, option("what the model predicts")] = None,
     reduction: AutoReduction = "auto",
     judge: Annotated[Any, option("used in place of a checkpoint")] = None,
 ) -> LossModifierPipeline:
