@@ -203,4 +203,5 @@ def test_two_ranks_train_what_one_trains_with_twice_the_batch(tiny: list[str], t
         for expected, found in zip(rows(one), rows(two), strict=True):
             for row in (expected, found):
                 row.pop("tokens_per_second", None)
+                row.pop("moe_balance_loss/max_violation", None)  # of each rank's own tokens
             assert found == pytest.approx(expected, rel=1e-4)
