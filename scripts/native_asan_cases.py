@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,7 +143,7 @@ def ids_written_over() -> Iterator[None]:
         raw = row_stats_op(*given)
         raw[4][3] = bad
         if bad != -1:
-            expect(RuntimeError, lambda: row_grad_op(*given, raw, [None, *[torch.ones(6)] * 3, None]))
+            expect(RuntimeError, row_grad_op, *given, raw, [None, *[torch.ones(6)] * 3, None])
         yield
 
 
@@ -164,13 +165,13 @@ def wrong_memory() -> Iterator[None]:
         ]
         for change in wrong:
             if num_classes > 1 or "gradient" not in change:
-                expect(ValueError, lambda z=z, c=change: rows_native.sweep(z, **(right | c), ignore_index=-100, views=[]))
+                expect(ValueError, rows_native.sweep, z, **(right | change), ignore_index=-100, views=[])
             yield
 
 
-def expect(kind: type[Exception], call: Callable[[], object]) -> None:
+def expect(kind: type[Exception], call: Callable[..., object], *given: Any, **options: Any) -> None:
     try:
-        call()
+        call(*given, **options)
     except kind:
         return
     raise AssertionError(f"expected a {kind.__name__}")
@@ -233,7 +234,10 @@ def main() -> None:
         torch.set_num_threads(threads)
         for cases in (rows, ids_of_every_dtype, ids_written_over, wrong_memory, products, heads):
             number = sum(1 for _ in cases())
-            print(f"{threads} thread{'s' * (threads > 1)}: {cases.__name__.replace('_', ' ')}: {number} cases", flush=True)
+            print(
+                f"{threads} thread{'s' * (threads > 1)}: {cases.__name__.replace('_', ' ')}: {number} cases",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
