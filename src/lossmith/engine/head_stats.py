@@ -3,6 +3,7 @@ made for its statistics and, on the way back, once more for its gradient."""
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -207,7 +208,7 @@ def head_stats_op(
     needs_unscaled: int,
     compute_dtype: torch.dtype,
     memory_budget: int | None,
-) -> list[Tensor]:
+) -> typing.List[Tensor]:  # noqa: UP006, as in lossmith.engine.sweep
     sweep = HeadSweep(
         targets, candidates, class_weight, temperature, softcap, ignore_index, needs, needs_unscaled,
         compute_dtype, memory_budget,
@@ -231,10 +232,10 @@ def head_grad_op(
     needs_unscaled: int,
     compute_dtype: torch.dtype,
     memory_budget: int | None,
-    raw: list[Tensor | None],
-    grads: list[Tensor | None],
-    needed: list[bool],
-) -> list[Tensor]:
+    raw: typing.Sequence[Tensor | None],
+    grads: typing.Sequence[Tensor | None],
+    needed: typing.Sequence[bool],
+) -> typing.List[Tensor]:  # noqa: UP006
     """Gradients of hidden states, weight and bias; empty where they are not needed."""
     sweep = HeadSweep(
         targets, candidates, class_weight, temperature, softcap, ignore_index, needs, needs_unscaled,

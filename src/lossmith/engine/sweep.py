@@ -7,6 +7,7 @@ arithmetic is ``rows_native``'s where that takes the rows, and ``rows_torch``'s 
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,7 +121,7 @@ def row_stats_op(
     ignore_index: int,
     needs: int,
     needs_unscaled: int,
-) -> list[Tensor]:
+) -> typing.List[Tensor]:  # noqa: UP006, the one that PyTorch 2.6 reads in an operator's signature
     check_all_ids(targets.reshape(logits.shape[:-1]), candidates, logits.shape[-1], ignore_index)
     outputs = allocate(logits, targets, candidates, needs, needs_unscaled)
     views = make_views(temperature, needs, needs_unscaled, outputs)
@@ -140,8 +141,8 @@ def row_grad_op(
     ignore_index: int,
     needs: int,
     needs_unscaled: int,
-    raw: list[Tensor | None],
-    grads: list[Tensor | None],
+    raw: typing.Sequence[Tensor | None],
+    grads: typing.Sequence[Tensor | None],
 ) -> Tensor:
     """Gradient of the logits from those of the raw statistics, listed as ``row_stats`` returns them."""
     views = make_views(temperature, needs, needs_unscaled, raw, grads)
