@@ -99,6 +99,16 @@ def test_tensorboard_of_another_is_refused_where_it_would_be_written_to(tiny: li
     assert (out / "tensorboard" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("make", [a_file, a_broken_link])
+def test_weights_and_biases_needs_a_folder(tiny: list[str], out: Path, make: Callable[[Path], None]):
+    pytest.importorskip("wandb")
+    make(out / "wandb")
+    before = fingerprint(out)
+    with pytest.raises(UserError, match=r"run/wandb is no folder, .* Pass another --out_dir"):
+        go([*tiny, "--wandb_log"])
+    assert fingerprint(out) == before
+
+
 def test_several_things_of_others_are_named_at_once(tiny: list[str], out: Path):
     for name in ("config.yaml", "log.jsonl"):
         a_file(out / name)
