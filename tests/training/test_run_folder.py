@@ -99,6 +99,16 @@ def test_tensorboard_of_another_is_refused_where_it_would_be_written_to(tiny: li
     assert (out / "tensorboard" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("make", [a_file, a_broken_link])
+def test_weights_and_biases_needs_a_folder(tiny: list[str], out: Path, make: Callable[[Path], None]):
+    pytest.importorskip("wandb")
+    make(out / "wandb")
+    before = fingerprint(out)
+    with pytest.raises(UserError, match=r"run/wandb is no folder, .* Pass another --out_dir"):
+        go([*tiny, "--wandb_log"])
+    assert fingerprint(out) == before
+
+
 def test_several_things_of_others_are_named_at_once(tiny: list[str], out: Path):
     for name in ("config.yaml", "log.jsonl"):
         a_file(out / name)
@@ -223,7 +233,7 @@ def test_a_list_that_is_none_is_refused(tiny: list[str], out: Path, content: str
 
 def test_a_list_cannot_name_what_is_outside(tiny: list[str], tmp_path: Path, out: Path):
     a_folder(tmp_path / "elsewhere")
-    names = '"../elsewhere", "/etc/passwd", "notes.txt", "checkpoint-3/../../elsewhere"'
+    names = '"../elsewhere", "/etc/passwd", "notes.txt", "checkpoint-3/../../elsewhere", "checkpoint-3//x"'
     (out / "lossmith_run.json").write_text(f'{{"program": "lossmith train", "written": [{names}]}}')
     a_file(out / "notes.txt")
     go(tiny)
@@ -246,6 +256,36 @@ def test_only_the_run_s_own_checkpoints_are_rotated(tiny: list[str], out: Path):
     assert sorted(path.name for path in out.glob("checkpoint-*")) == [
         "checkpoint-1", "checkpoint-10", "checkpoint-8",
     ]  # fmt: skip
+
+
+def test_what_another_put_into_a_checkpoint_outlives_it(tiny: list[str], out: Path):
+    go([*tiny, "--eval_interval=2"])
+    a_file(out / "checkpoint-4" / "notes.txt")
+    a_folder(out / "checkpoint-4" / "plots")
+    (out / "checkpoint-4" / "empty").mkdir()
+    go([f"--out_dir={out}", "--resume", "--max_iters=10"])
+    assert set(fingerprint(out / "checkpoint-4")) == {"empty", "notes.txt", "plots", "plots/mine.txt"}
+    left = sorted(path.name for path in out.glob("checkpoint-*"))
+    assert left == ["checkpoint-10", "checkpoint-4", "checkpoint-8"]
+    assert go([f"--out_dir={out}", "--resume", "--max_iters=12"])[0] == 0
+    go(tiny)
+    assert (out / "previous-1" / "checkpoint-4" / "notes.txt").read_text() == "mine"
+
+
+def test_an_earlier_run_that_cannot_be_moved_stays(
+    tiny: list[str], out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    go(tiny)
+    before = fingerprint(out)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match=r"cannot be moved to .*previous-1: Permission denied\. Pass another"):
+        go(tiny)
+    after = fingerprint(out)
+    assert {name: after[name] for name in before} == before
 
 
 # ── resuming ──────────────────────────────────────────────────────────────────────────────────────

@@ -42,7 +42,7 @@ KEYS_OF_THE_EXPERTS = {"num_experts": "num_local_experts", "moe_top_k": "num_exp
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Lists a checkpoint before it is written, and deletes all but the newest that are on the list.
+    """Lists a checkpoint before it is written, and deletes what is listed of all but the newest.
 
     The Trainer's own rotation deletes whatever is called `checkpoint-1...`, whoever made it.
 
@@ -58,7 +58,10 @@ class KeepCheckpoints(TrainerCallback):
             self.folder.claim(f"checkpoint-{state.global_step}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.folder.keep_checkpoints(KEPT)
+        ranks = range(args.world_size) if args.world_size > 1 else ()
+        self.folder.keep_checkpoints(
+            f"checkpoint-{state.global_step}", KEPT, soon_there=[f"rng_state_{rank}.pth" for rank in ranks]
+        )
 
 
 def checkpoints(out_dir: Path) -> list[tuple[int, Path]]:

@@ -126,7 +126,9 @@ class RunKeys:
 if TYPE_CHECKING:
 
     class ModifierKeys:
-        """The loss modifiers' keys: flat names, such as `entropy_modifier_weight`."""
+        """The loss modifiers' keys, flat names such as `entropy_modifier_weight`; this one is read here."""
+
+        judge_weight_checkpoint: str
 
 else:
     ModifierKeys = make_dataclass(

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -109,31 +108,58 @@ class RunFolder:
         Returns:
             What went where, or None when there was none.
         """
-        names = sorted((name for name in self.written if self.owns(name)), key=lambda n: (step_of(n), n))
+        names = in_order(name for name in self.written if "/" not in name and self.owns(name))
         self.written = set()
         if not names:
             return None
         number = 1 + max((number for number, _ in numbered(self.path, "previous")), default=0)
         aside = self.path / f"previous-{number}"
-        aside.mkdir()
-        for name in (*names, RUN_FILE):  # the list last: until then it says what is still here
-            (self.path / name).rename(aside / name)
+        try:
+            aside.mkdir()
+            for name in (*names, RUN_FILE):  # the list last: until then it says what is still here
+                (self.path / name).rename(aside / name)
+        except OSError as error:
+            raise UserError(
+                f"the earlier run in {self.path} cannot be moved to {aside}: {error.strerror}. "
+                "Pass another --out_dir."
+            ) from None
         return SetAside(aside, names)
 
-    def keep_checkpoints(self, num: int) -> None:
-        """Delete all but the newest of the checkpoints that the run wrote."""
-        own = [(step, path) for step, path in numbered(self.path, "checkpoint") if self.owns(path.name)]
-        whole = [pair for pair in own if (pair[1] / LAST_FILE_OF_A_CHECKPOINT).is_file()]
-        for step, path in own:
-            if (step, path) not in whole[-num:]:
-                (path / LAST_FILE_OF_A_CHECKPOINT).unlink(missing_ok=True)  # half of it is no checkpoint
-                shutil.rmtree(path, ignore_errors=True)
-                if not path.exists():
-                    self.written.discard(path.name)
+    def keep_checkpoints(self, newest: str, num: int, soon_there: Iterable[str] = ()) -> None:
+        """List the files of a checkpoint, and delete what is listed of all but the newest.
+
+        Args:
+            newest: the checkpoint that was just written.
+            num: how many to keep.
+            soon_there: files of it that other ranks may still be writing.
+        """
+        files = [path for path in (self.path / newest).rglob("*") if not path.is_dir()]
+        self.written |= {path.relative_to(self.path).as_posix() for path in files}
+        self.written |= {f"{newest}/{name}" for name in soon_there}
+        own = [path for _, path in numbered(self.path, "checkpoint") if self.owns(path.name)]
+        whole = [path for path in own if (path / LAST_FILE_OF_A_CHECKPOINT).is_file()]
+        for path in own:
+            if path not in whole[-num:]:
+                self._delete(path)
         self._write_list()
 
+    def _delete(self, checkpoint: Path) -> None:
+        """Delete the files of a checkpoint that are on the list, and the folder if nothing else is in it."""
+        files = {name for name in self.written if name.startswith(f"{checkpoint.name}/")}
+        last = f"{checkpoint.name}/{LAST_FILE_OF_A_CHECKPOINT}"
+        for name in sorted(files, key=lambda name: name != last):  # first: half of it is no checkpoint
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink(missing_ok=True)
+                self.written.discard(name)
+        folders = {parent for name in files for parent in (self.path / name).parents} - {*self.path.parents}
+        for folder in sorted(folders - {self.path}, reverse=True):  # the inner ones first
+            with contextlib.suppress(OSError):  # something of another's is in it
+                folder.rmdir()
+        if not checkpoint.exists():
+            self.written.discard(checkpoint.name)
+
     def _write_list(self) -> None:
-        names = sorted(self.written, key=lambda name: (step_of(name), name))
+        names = in_order(self.written)
         text = json.dumps({"program": PROGRAM, "written": names}, indent=1)
         write_whole(self.path / RUN_FILE, text + "\n")
         self.has_list = True
@@ -161,8 +187,16 @@ def read_list(path: Path) -> tuple[bool, set[str]]:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a run writes under such a name."""
-    return name in (CONFIG_FILE, LOG_FILE, TENSORBOARD_FOLDER) or step_of(name) >= 0
+    """Whether a run writes under such a name: a file or folder of its own, or a file in a checkpoint."""
+    first, *others = name.split("/")
+    if others:
+        return step_of(first) >= 0 and not {"", ".", ".."} & {*others} and "\\" not in name
+    return first in (CONFIG_FILE, LOG_FILE, TENSORBOARD_FOLDER) or step_of(first) >= 0
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names with the checkpoints by their steps, after all else."""
+    return sorted(names, key=lambda name: (step_of(name.split("/")[0]), name))
 
 
 def step_of(name: str) -> int:

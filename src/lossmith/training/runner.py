@@ -37,7 +37,7 @@ from lossmith.training.progress import Display, LogFile, describe, log_row
 from lossmith.training.saved_run import save_config
 from lossmith.training.tasks import make_task
 from lossmith.training.tasks.task import Task
-from lossmith.training.terminal import say
+from lossmith.training.terminal import say, saying_warnings
 from lossmith.training.trackers import open_trackers, require_trackers
 from lossmith.training.trainer import TaskTrainer, choose_dtype, training_arguments
 
@@ -57,7 +57,7 @@ def run(config: TrainConfig, console: Console, command: str = "python train.py")
         UserError: something that was asked for is not there; nothing has been trained yet, except where
             the loss stopped being a number.
     """
-    with quiet_libraries(console):
+    with quiet_libraries(), saying_warnings(console):
         return evaluate_saved(config, console) if config.eval_only else train(config, console, command)
 
 
@@ -285,16 +285,8 @@ def show_results(
 
 
 @contextlib.contextmanager
-def quiet_libraries(console: Console) -> Iterator[None]:
-    """Keep the libraries' own notes off the user's screen; errors still come through, and warnings of
-    everybody else's, each once."""
-    said: set[str] = set()
-
-    def show(message: Warning | str, *_: Any) -> None:
-        if str(message) not in said:
-            said.add(str(message))
-            say(console, f"warning: {message}", "yellow")
-
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own notes off the user's screen; errors still come through."""
     before: Any = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -302,7 +294,6 @@ def quiet_libraries(console: Console) -> Iterator[None]:
     accelerate_level = accelerate_logger.level
     accelerate_logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.showwarning = show
         for module in ("transformers", "accelerate", "torch"):
             warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
         try:

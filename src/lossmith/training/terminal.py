@@ -5,10 +5,13 @@ its window or overwrite a line, marks that turn the order of letters around. And
 takes for markup.
 """
 
+import contextlib
 import copy
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.panel import Panel
@@ -57,6 +60,21 @@ def say_error(console: Console, message: str) -> None:
     """Print an error on one line."""
     line = " ".join(visible(message).split("\n"))
     say(console, Text.assemble(("error:", "bold red"), f" {line}"))
+
+
+@contextlib.contextmanager
+def saying_warnings(console: Console) -> Iterator[None]:
+    """Print Python's warnings like all else while entered, each once."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            say(console, f"warning: {message}", "yellow")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def shown(what: RenderableType) -> RenderableType:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,17 +16,24 @@ from lossmith.training.keys import TrainConfig
 from lossmith.training.progress import log_row
 from lossmith.training.rundir import TENSORBOARD_FOLDER
 
+WANDB_FOLDER = "wandb"  # the library's own; its runs lie side by side there
 NEEDED = {"tensorboard_log": "tensorboard", "wandb_log": "wandb"}
 
 
 def require_trackers(config: TrainConfig) -> None:
     """
     Raises:
-        UserError: a logger that was asked for is not installed.
+        UserError: a logger that was asked for is not installed, or cannot write.
     """
     for key, package in NEEDED.items():
         if getattr(config, key) and importlib.util.find_spec(package) is None:
             raise UserError(f"{key}=True needs the {package} package; `pip install 'lossmith[track]'`.")
+    folder = Path(config.out_dir) / WANDB_FOLDER
+    if config.wandb_log and os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(
+            f"{folder} is no folder, but with wandb_log=True a run writes there. Nothing was touched. "
+            "Pass another --out_dir."
+        )
 
 
 class Tracker(TrainerCallback):
