@@ -61,6 +61,14 @@ def test_the_functions_shift_alike():
         torch.testing.assert_close(found, by_hand(hidden @ weight.T, labels, int(shift)))
 
 
+def test_a_plan_counts_the_tokens_that_are_left():
+    head = {"hidden_states": torch.randn(B, T, 4), "lm_head_weight": torch.randn(V, 4)}
+    labels = batch_of()[1]
+    for shift in (0, 2):
+        found = lossmith.CrossEntropyLoss().plan(targets=labels, shift=shift, **head)
+        assert found == lossmith.CrossEntropyLoss(shift=shift).plan(targets=labels, **head)
+
+
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_one_call_may_shift_otherwise(kind):
     """By the call, whatever the objective says, which stays as it is."""

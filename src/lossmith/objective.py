@@ -238,7 +238,7 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         given = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight, **inputs}
         predictions, rest = take_predictions(None, given, ())
         mask, _ = both_masks(rest.get("mask"), rest.get("attention_mask"))
-        batch = self.bind(predictions, targets, mask=mask)
+        batch = self.bind(predictions, targets, mask=mask, shift=rest.get("shift"))
         assert isinstance(predictions, LinearHead)
         return predictions.plan(batch.targets, batch.ignore_index, self.whole_batch_reason())
 

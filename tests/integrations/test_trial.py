@@ -271,6 +271,18 @@ def test_a_model_that_needs_more_than_text():
     assert found.logits is None
 
 
+def test_what_other_hooks_do_to_the_logits_is_seen():
+    model, inputs = make("llama").train(), batch()
+    model.lm_head.register_forward_hook(lambda head, _, logits: 3 * logits)
+    expected = model(**inputs).loss
+    found = attach(model, lossmith.CrossEntropyLoss())(**inputs)
+    torch.testing.assert_close(found.loss, expected)
+    assert found.logits is None
+    attached_to(model).fused.after = None  # as where it could not be tried before
+    torch.testing.assert_close(model(**inputs).loss, expected)
+    assert attached_to(model).fused.after == AfterHead(3.0)
+
+
 def test_a_head_with_a_forward_of_its_own_keeps_its_logits():
     model, inputs = make("llama").train(), batch()
     plain = model.lm_head.forward

@@ -157,7 +157,7 @@ def _with_loss(original: type, extras: tuple[str, ...]) -> type:
         attached: AttachedLoss | None = getattr(self, NAME, None)
         if attached is None:  # detached, and a wrapper holds on to this function
             return original.forward(self, *args, **inputs)
-        inputs.update(zip(names, args, strict=False))
+        inputs.update({name: args[i] for i, name in enumerate(names[: len(args)])})
         given = {name: inputs.pop(name) for name in extras if name in inputs}
         if inputs.get("labels") is None:
             _check_labels_are_nowhere(attached, inputs.pop("num_items_in_batch", None))

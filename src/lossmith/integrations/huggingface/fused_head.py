@@ -91,7 +91,12 @@ class HeadInput:
 
     def watch(self, head: nn.Module) -> list[RemovableHandle]:
         """Hook the head."""
-        return [head.register_forward_pre_hook(self.on_head), head.register_forward_hook(self.on_logits)]
+        return [
+            head.register_forward_pre_hook(self.on_head),
+            head.register_forward_hook(
+                self.on_logits, prepend=True
+            ),  # other hooks do something to its logits
+        ]
 
     def on_head(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A forward pre-hook of the head."""
