@@ -345,6 +345,8 @@ def _all_within(values: Tensor, low: float, high: float, message: str) -> bool:
 
 
 def _within(values: Tensor, low: float, high: float) -> Tensor:
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()  # in which a small bound is not 0
     are_within = values.isfinite()  # in half precision LARGEST would be infinite, too
     if low > -LARGEST:
         are_within &= values >= low
