@@ -135,7 +135,7 @@ class KeepGradients(TrainerCallback):
 def gradients_of_one_step(flags: list[str], batch_size: int, accumulation: int) -> dict[str, torch.Tensor]:
     split = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
     config = load_config([*flags, *split, "--max_iters=1", "--grad_clip=0"])
-    with quiet_libraries(Console()):
+    with quiet_libraries():
         task = make_task(config)
         add_modifiers(task, "cpu", "float32")
         task.train_blocks = Uneven(task.train_blocks)
