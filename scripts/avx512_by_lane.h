@@ -23,6 +23,7 @@ inline __m512 lane_add(__m512 a, __m512 b) { return a + b; }
 inline __m512 lane_fmadd(__m512 a, __m512 b, __m512 c) { EACH(16) a[i] = std::fma(a[i], b[i], c[i]); return a; }
 inline __m512 lane_min(__m512 a, __m512 b) { EACH(16) a[i] = a[i] < b[i] ? a[i] : b[i]; return a; }
 inline __m512 lane_round(__m512 a) { EACH(16) a[i] = std::nearbyint(a[i]); return a; }
+inline __mmask16 lane_test(__m512i a, __m512i b) { uint32_t m = 0; EACH(16) m |= (uint32_t)((((lanes_i)a)[i] & ((lanes_i)b)[i]) != 0) << i; return m; }
 inline __mmask16 lane_less(__m512 a, __m512 b) { uint32_t m = 0; EACH(16) m |= (uint32_t)(a[i] < b[i]) << i; return m; }
 inline __m512 lane_mask_scalef(__m512 src, __mmask16 m, __m512 a, __m512 b) {
     EACH(16) if (m >> i & 1) src[i] = std::isfinite(b[i]) ? std::ldexp(a[i], (int)std::floor(b[i])) : a[i] * b[i];
@@ -96,6 +97,7 @@ inline __m512 lane_dpbf16(__m512 sum, __m512 a, __m512 b) {
 #define _mm512_fmadd_ps lane_fmadd
 #define _mm512_min_ps lane_min
 #define _mm512_roundscale_ps(a, mode) lane_round(a)
+#define _mm512_test_epi32_mask lane_test
 #define _mm512_cmp_ps_mask(a, b, mode) lane_less(a, b)
 #define _mm512_mask_scalef_ps lane_mask_scalef
 #define _mm512_loadu_ps lane_loadu

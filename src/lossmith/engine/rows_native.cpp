@@ -117,8 +117,7 @@ float largest(const float* x, int64_t padded) {
 
 int64_t find(const float* x, int64_t padded, float value) {
     for (int64_t i = 0; i < padded; i += W) {
-        const vi same = load(x + i) == value;
-        for (int k = 0; k < W; ++k) if (same[k]) return i + k;
+        if (const unsigned same = bits(load(x + i) == value)) return i + __builtin_ctz(same);
     }
     return -1;
 }
