@@ -20,7 +20,7 @@ from torch import Tensor
 
 import lossmith
 from harness import Step, against_first, machine, write_csv
-from lossmith.batch import align
+from lossmith.equation.batch import align
 from lossmith.terms.candidates import ngram_candidates
 
 LENGTH = 256

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lossmith
 from harness import Step, machine, peak_memory_mb, time_interleaved
-from lossmith.engine import rows_native
+from lossmith.engine.rows import native_rows
 
 SHAPES = [(1024, 50257), (8192, 4096)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,7 +47,7 @@ def without_kernels(step: Step) -> Step:
     """The step as it is on a machine without a C++ compiler."""
 
     def run() -> None:
-        with mock.patch.object(rows_native, "takes", return_value=False):
+        with mock.patch.object(native_rows, "takes", return_value=False):
             step()
 
     return run

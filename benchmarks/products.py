@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from harness import Step, options, time_interleaved, write_csv
-from lossmith.engine import products, products_native
+from lossmith.engine.head import native_products, products
 
 SHAPES = ((410, 512, 32000), (262, 256, 50257), (1024, 128, 2048))  # tokens of a chunk, D, V
 
@@ -30,7 +30,7 @@ def make_steps(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Ste
     steps = {}
     for name, (a, b, into, is_sum) in three.items():
         steps[f"{name}, PyTorch"] = lambda a=a, b=b, into=into, s=is_sum: products.in_pieces(a, b, into, s)
-        steps[f"{name}, compiled"] = lambda a=a, b=b, into=into, s=is_sum: products_native.product(
+        steps[f"{name}, compiled"] = lambda a=a, b=b, into=into, s=is_sum: native_products.product(
             a, b, into=into, is_sum=s
         )
     return steps
@@ -38,7 +38,7 @@ def make_steps(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Ste
 
 def main() -> None:
     chosen = options(__doc__.splitlines()[0])
-    if not products_native.is_for(both_are_bf16=False):
+    if not native_products.is_for(both_are_bf16=False):
         raise SystemExit("nothing to compare: this machine has no use for compiled products")
     rows = []
     for shape in SHAPES:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lossmith
 from harness import Step, against_first, options, over_dtypes, write_csv
-from lossmith.batch import align
+from lossmith.equation.batch import align
 from lossmith.terms.candidates import early_eos_candidates, immediate_candidates, ngram_candidates
 
 BATCH, LENGTH, NUM_CLASSES, EOS = 8, 128, 50257, 50256

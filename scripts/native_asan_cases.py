@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 import lossmith
-from lossmith.engine import native, products_native, rows_native
-from lossmith.engine.raw import raw_names
+from lossmith.engine.head import native_products
+from lossmith.engine.native import build
+from lossmith.engine.rows import native_rows
+from lossmith.engine.statistics.raw import raw_names
 from lossmith.engine.sweep import row_grad_op, row_stats_op
 
 warnings.simplefilter("ignore")
@@ -83,7 +85,7 @@ def both_ways(
     needs: int,
 ) -> None:
     """Statistics of both views, and the gradient from any of theirs."""
-    assert rows_native.takes(z, None)
+    assert native_rows.takes(z, None)
     given = (z, targets, candidates, weight, temperature, None, -100, needs, needs)
     raw = row_stats_op(*given)
     names = [*raw_names(needs), *raw_names(needs)]
@@ -165,7 +167,7 @@ def wrong_memory() -> Iterator[None]:
         ]
         for change in wrong:
             if num_classes > 1 or "gradient" not in change:
-                expect(ValueError, rows_native.sweep, z, **(right | change), ignore_index=-100, views=[])
+                expect(ValueError, native_rows.sweep, z, **(right | change), ignore_index=-100, views=[])
             yield
 
 
@@ -191,7 +193,7 @@ LARGE = ((13, 1100, 33), (25, 513, 1057), (300, 3, 1100), (40, 2049, 70))
 
 def products() -> Iterator[None]:
     """Odd shapes, more than one block of each side, every layout of both factors, sums and no sums."""
-    if not hasattr(native.library(), "lossmith_product"):
+    if not hasattr(build.library(), "lossmith_product"):
         return
     dtypes = ((torch.float32, torch.float32), (HALF, HALF), (torch.float32, HALF))
     shapes = [*itertools.product(SIZES, repeat=3), *LARGE]
@@ -203,7 +205,7 @@ def products() -> Iterator[None]:
             b = FACTORS[second](torch.randn(k, n, generator=RNG).to(of_b))
             into = exactly(torch.cat([torch.ones(m, n), torch.zeros(m, 2)], 1))[:, :n]
             is_sum = bool(number % 2)
-            products_native.product(a, b, into=into, is_sum=is_sum)
+            native_products.product(a, b, into=into, is_sum=is_sum)
             exact = a.double() @ b.double() + int(is_sum)
             assert (into - exact).abs().max() <= 1e-6 * k * (1 + exact.abs().max()), (shape, first, second)
             yield
@@ -226,10 +228,10 @@ def heads() -> Iterator[None]:
 
 
 def main() -> None:
-    native._PATIENCE_S = 600  # a sanitized build takes longer
-    compiled = native.library()
+    build._PATIENCE_S = 600  # a sanitized build takes longer
+    compiled = build.library()
     assert compiled is not None, "the library could not be built; see the logger lossmith"
-    products_native.WORTH_IT = products_native.THIN = 0
+    native_products.WORTH_IT = native_products.THIN = 0
     for threads in (1, 3):
         torch.set_num_threads(threads)
         for cases in (rows, ids_of_every_dtype, ids_written_over, wrong_memory, products, heads):

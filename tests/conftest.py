@@ -8,7 +8,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lossmith.engine import native, products_native, rows, rows_native
+from lossmith.engine.head import native_products
+from lossmith.engine.native import build
+from lossmith.engine.rows import backends, native_rows
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -31,9 +33,9 @@ def rng() -> torch.Generator:
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test on the compiled rows and on PyTorch's: what a user has must not depend on a compiler."""
     if request.param == "pytorch":
-        monkeypatch.setattr(rows_native, "takes", lambda *_: False)
-        monkeypatch.setattr(products_native, "is_for", lambda **_: False)
-    elif native.library() is None:
+        monkeypatch.setattr(native_rows, "takes", lambda *_: False)
+        monkeypatch.setattr(native_products, "is_for", lambda **_: False)
+    elif build.library() is None:
         pytest.skip("no C++ compiler here")
     return request.param
 
@@ -43,7 +45,7 @@ def set_block_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None
     """Make PyTorch's rows be computed this many of ``num_classes`` at a time."""
 
     def set_to(num_rows: int, num_classes: int) -> None:
-        monkeypatch.setitem(rows.BLOCK_ELEMENTS, "cpu", num_rows * num_classes)
+        monkeypatch.setitem(backends.BLOCK_ELEMENTS, "cpu", num_rows * num_classes)
 
     return set_to
 

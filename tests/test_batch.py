@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import lossmith
-from lossmith.batch import align
+from lossmith.equation.batch import align
 
 IGNORE, INF = -100, float("inf")
 B, T, V = 3, 5, 7

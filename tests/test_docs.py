@@ -26,7 +26,7 @@ def test_the_api_page_lists_exactly_the_exported_names():
 
 
 def test_the_statistics_page_lists_every_statistic():
-    from lossmith.engine.stats import STATISTIC_NAMES
+    from lossmith.engine.statistics.stats import STATISTIC_NAMES
 
     page = (ROOT / "docs" / "objectives.md").read_text()
     assert not [name for name in STATISTIC_NAMES if f"`{name}`" not in page]

@@ -8,7 +8,7 @@ import linear_case
 import lossmith
 from linear_case import IGNORE, B, D, T, V
 from lossmith import CrossEntropyLoss, LossModifierPipeline, UnifiedLoss
-from lossmith.engine.linear import LinearHead
+from lossmith.engine.head.linear_head import LinearHead
 
 
 class Sharded(Tensor):

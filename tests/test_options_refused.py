@@ -7,7 +7,7 @@ import torch
 
 import lossmith
 from lossmith import CrossEntropyLoss, NVAMPLoss, Objective, Term, UnifiedLoss
-from lossmith.engine.linear import LinearHead
+from lossmith.engine.head.linear_head import LinearHead
 
 V, D = 5, 4
 LOGITS, TARGETS = torch.zeros(2, 3, V), torch.ones(2, 3, dtype=torch.long)

@@ -86,7 +86,7 @@ def test_statistics_show_what_they_have():
     assert "entropy" not in repr(stats).replace("wrong_entropy", "")
     assert "unscaled, computed" in repr(stats.unscaled)
     assert "entropy" in repr(stats.unscaled)
-    assert dir(stats) == sorted(lossmith.engine.stats.STATISTIC_NAMES)
+    assert dir(stats) == sorted(lossmith.engine.statistics.stats.STATISTIC_NAMES)
     output = lossmith.CrossEntropyLoss().evaluate(logits, targets)
     assert "total=tensor(" in repr(output)
     assert "TokenStats([2, 5]" in repr(output)

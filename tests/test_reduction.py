@@ -4,13 +4,12 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 import lossmith
 import reference
-from lossmith.batch import align
+from lossmith.equation.batch import align
 
 IGNORE, B, T, V = -100, 4, 6, 5
 REDUCTIONS = ["mean", "token_mean", "sequence_mean", "sum", "none"]

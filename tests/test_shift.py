@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import lossmith
-from lossmith.batch import align
+from lossmith.equation.batch import align
 from lossmith.terms.candidates import context
 
 B, T, V = 3, 7, 11

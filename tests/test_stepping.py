@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lossmith import AdaptiveTemperature, ComposedLoss, CrossEntropyLoss, MoEBalance
-from lossmith.stepping import PATIENCE, Stepped
+from lossmith.core.stepping import PATIENCE, Stepped
 
 V, D = 5, 4
 TARGETS = torch.ones(2, 3, dtype=torch.long)

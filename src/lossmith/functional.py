@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from lossmith.batch import check_mask
 from lossmith.engine.predictions import Logits, Predictions
-from lossmith.engine.raw import Needs
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.statistics.raw import Needs
+from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
+from lossmith.equation.batch import check_mask
+from lossmith.equation.reduction import Denominator, Empty, Reduction, token_scale
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
 from lossmith.options import option, strict_options
 from lossmith.options.shared import (
@@ -29,7 +30,6 @@ from lossmith.options.shared import (
     TokenWeight,
     ZLossCoefficient,
 )
-from lossmith.reduction import Denominator, Empty, Reduction, token_scale
 from lossmith.terms.cross_entropy import SmoothingMode
 from lossmith.terms.ranking import ranking
 

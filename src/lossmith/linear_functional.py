@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal, overload
 
 from torch import Tensor
 
-from lossmith.engine.linear import LinearHead
-from lossmith.engine.plan import MemoryBudget, Plan, Strategy
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.head.linear_head import LinearHead
+from lossmith.engine.head.plan import MemoryBudget, Plan, Strategy
+from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
+from lossmith.equation.reduction import Denominator, Empty, Reduction
 from lossmith.functional import stats_of_predictions
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
 from lossmith.options import option, strict_options
@@ -28,7 +29,6 @@ from lossmith.options.shared import (
     TokenWeight,
     ZLossCoefficient,
 )
-from lossmith.reduction import Denominator, Empty, Reduction
 from lossmith.terms.cross_entropy import SmoothingMode
 
 Bias = Annotated[Tensor | None, option("the head's bias [V]")]

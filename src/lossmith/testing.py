@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch, align
 from lossmith.engine.predictions import Logits
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput, Term
-from lossmith.objective import Objective
+from lossmith.equation.batch import TokenBatch, align
+from lossmith.equation.output import LossOutput
+from lossmith.equation.term import Term
+from lossmith.objectives.objective import Objective
 
 IGNORED = -100
 WIDTH = 5

@@ -18,7 +18,7 @@ from lossmith import (
     UnifiedLoss,
     Weighted,
 )
-from lossmith.batch import align
+from lossmith.equation.batch import align
 from lossmith.terms.candidates import early_eos_candidates, immediate_candidates, ngram_candidates
 
 IGNORE = -100

@@ -6,7 +6,7 @@ import torch
 
 import lossmith
 from lossmith import Objective, Term, UnifiedLoss
-from lossmith.engine import rows_native
+from lossmith.engine.rows import native_rows
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
@@ -231,6 +231,6 @@ def test_the_compiled_rows_refuse_memory_that_is_not_what_they_take_it_for(place
     logits, targets = batch()
     given = {"targets": targets.reshape(-1), "candidates": None, "class_weight": None, "gradient": None}
     with pytest.raises(ValueError, match="the compiled rows take"):
-        rows_native.sweep(
+        native_rows.sweep(
             logits.detach().reshape(24, V), **(given | {place: value}), ignore_index=-100, views=[]
         )

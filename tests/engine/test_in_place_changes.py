@@ -5,7 +5,7 @@ import torch
 
 import lossmith
 from lossmith import CrossEntropyLoss
-from lossmith.engine.linear import LinearHead
+from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.predictions import Logits
 from lossmith.engine.sweep_options import SweepOptions
 

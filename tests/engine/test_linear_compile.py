@@ -10,7 +10,7 @@ import linear_case
 import lossmith
 from linear_case import IGNORE, B, D, Head, T, V
 from lossmith import AdaptiveCrossEntropyLoss, CrossEntropyLoss, NVAMPLoss, Objective, Term, UnifiedLoss
-from lossmith.engine.head_stats import head_grad_op, head_stats_op
+from lossmith.engine.head.two_sweeps import head_grad_op, head_stats_op
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,12 @@ import torch
 import linear_case
 import lossmith
 from linear_case import STRATEGIES, Head, LargestTensor
-from lossmith.engine import chunks, products, sampling
-from lossmith.engine.chunks import Chunks
-from lossmith.engine.linear import LinearHead
-from lossmith.engine.plan import MEMORY_BUDGET, rows_of_a_chunk
-from lossmith.engine.stats import STATISTIC_NAMES
+from lossmith.engine import sampling
+from lossmith.engine.head import chunks, products
+from lossmith.engine.head.chunks import Chunks
+from lossmith.engine.head.linear_head import LinearHead
+from lossmith.engine.head.plan import MEMORY_BUDGET, rows_of_a_chunk
+from lossmith.engine.statistics.stats import STATISTIC_NAMES
 
 N, D, V = 512, 8, 600
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

@@ -9,7 +9,7 @@ import linear_case
 import lossmith
 import reference
 from linear_case import IGNORE, STRATEGIES, D, Head, V
-from lossmith.engine import chunks
+from lossmith.engine.head import chunks
 
 pytestmark = [pytest.mark.usefixtures("arithmetic"), pytest.mark.parametrize("strategy", STRATEGIES)]
 

@@ -12,29 +12,29 @@ import pytest
 import torch
 
 import lossmith
-from lossmith.engine import native
+from lossmith.engine.native import build
 
-needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+needs_compiler = pytest.mark.skipif(build.library() is None, reason="no C++ compiler here")
 
 
 @pytest.fixture
 def fresh_library():
     """Let the test decide whether and where the library is built."""
-    native.library.cache_clear()
+    build.library.cache_clear()
     yield
-    native.library.cache_clear()
+    build.library.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """A cache with a build in it, which takes the compiler less time than a fast one."""
     home = tmp_path_factory.mktemp("cache")
-    native.library.cache_clear()
+    build.library.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
         patch.setenv("LOSSMITH_CXXFLAGS", "-O0")
-        assert native.library() is not None
-    native.library.cache_clear()
+        assert build.library() is not None
+    build.library.cache_clear()
     return home / "lossmith"
 
 
@@ -59,12 +59,12 @@ def compilations(monkeypatch) -> list[list[str]]:
             found.append(command)
         return run(command, **options)
 
-    monkeypatch.setattr(native.subprocess, "run", recorded)
+    monkeypatch.setattr(build.subprocess, "run", recorded)
     return found
 
 
 def loaded_from() -> Path:
-    compiled = native.library()
+    compiled = build.library()
     assert compiled is not None
     return Path(compiled._name).parent
 
@@ -76,7 +76,7 @@ def test_without_a_compiler_pytorch_takes_over(monkeypatch, fresh_library, varia
     logits, targets = torch.randn(4, 9), torch.randint(9, (4,))
     with caplog.at_level(logging.INFO, logger="lossmith"):
         loss = lossmith.cross_entropy(logits, targets)
-    assert native.library() is None
+    assert build.library() is None
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, targets))
     if variable[0] == "CXX":
         assert "could not be built" in caplog.text
@@ -85,7 +85,7 @@ def test_without_a_compiler_pytorch_takes_over(monkeypatch, fresh_library, varia
 def test_a_command_that_cannot_be_read_is_no_compiler(monkeypatch, fresh_library, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "g++ '")
-    assert native.library() is None
+    assert build.library() is None
 
 
 def test_without_an_absolute_home_nothing_lands_in_the_working_directory(
@@ -95,7 +95,7 @@ def test_without_an_absolute_home_nothing_lands_in_the_working_directory(
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     monkeypatch.setenv("LOSSMITH_CXXFLAGS", "-O0")
-    native.library()
+    build.library()
     assert not list(tmp_path.iterdir())
 
 
@@ -115,7 +115,7 @@ def test_a_read_only_cache_is_no_obstacle(monkeypatch, fresh_library, tmp_path):
     blocked.write_text("not a directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     monkeypatch.setenv("LOSSMITH_CXXFLAGS", "-O0")
-    assert native.library() is not None
+    assert build.library() is not None
 
 
 @needs_compiler
@@ -133,7 +133,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(cache, mode, fresh_library
 @needs_compiler
 def test_a_cache_of_somebody_else_is_not_used(cache, monkeypatch, fresh_library, caplog):
     me = os.geteuid()
-    monkeypatch.setattr(native.os, "geteuid", lambda: me + 1)
+    monkeypatch.setattr(build.os, "geteuid", lambda: me + 1)
     assert loaded_from() != cache
     assert "does not belong to this user alone" in caplog.text
 
@@ -152,7 +152,7 @@ def test_a_build_that_others_can_write_to_is_built_again(cache, mode, fresh_libr
     kept.chmod(mode)
     assert loaded_from() == cache
     assert compilations
-    assert native.library()._name != str(kept) or kept.stat().st_mode & 0o022 == 0
+    assert build.library()._name != str(kept) or kept.stat().st_mode & 0o022 == 0
 
 
 @needs_compiler
@@ -162,7 +162,7 @@ def test_a_build_that_was_cut_short_is_built_again(cache, length, monkeypatch):
     (kept,) = cache.iterdir()
     whole = kept.read_bytes()
     kept.write_bytes(whole[:length])
-    code = "from lossmith.engine import native; print(native.library()._name)"
+    code = "from lossmith.engine.native import build; print(build.library()._name)"
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert Path(shown.stdout.strip()).parent == cache
@@ -177,7 +177,7 @@ def test_a_build_that_was_altered_is_built_again(cache, fresh_library, compilati
     kept.write_bytes(altered)
     assert loaded_from() == cache
     assert len(compilations) == 2  # of two sources
-    native.library.cache_clear()
+    build.library.cache_clear()
     assert loaded_from() == cache
     assert len(compilations) == 2
 
@@ -187,7 +187,7 @@ def test_a_broken_build_is_replaced(cache, fresh_library):
     for kept in cache.glob("*.so"):
         kept.unlink()
         kept.write_bytes(b"no library")
-    assert native.library() is not None
+    assert build.library() is not None
 
 
 @needs_compiler
@@ -202,7 +202,7 @@ def test_where_nothing_may_be_executed_a_copy_is_loaded(
             raise OSError(f"{path}: failed to map segment from shared object: Operation not permitted")
         return load(path, *rest)
 
-    monkeypatch.setattr(native.ctypes, "CDLL", not_from_there)
+    monkeypatch.setattr(build.ctypes, "CDLL", not_from_there)
     with caplog.at_level(logging.INFO, logger="lossmith"):
         assert loaded_from() != cache
     assert not compilations

@@ -6,8 +6,7 @@ be nothing by luck, are a few units of what rounding the logits once would do to
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 import lossmith

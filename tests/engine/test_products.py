@@ -4,26 +4,25 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 import lossmith
-from lossmith.engine import products, products_native
-from lossmith.engine.products import wide_product
+from lossmith.engine.head import native_products, products
+from lossmith.engine.head.products import wide_product
 
 
 @pytest.fixture(params=["compiled", "pytorch"], autouse=True)
 def way(request, monkeypatch) -> str:
     """Each test on the compiled products, small ones too, and on PyTorch's, in small pieces."""
     if request.param == "pytorch":
-        monkeypatch.setattr(products_native, "is_for", lambda **_: False)
+        monkeypatch.setattr(native_products, "is_for", lambda **_: False)
         monkeypatch.setattr(products, "PIECE_ELEMENTS", 1)
         monkeypatch.setattr(products, "SHORTEST_PIECE", 7)
-    elif not products_native.is_for(both_are_bf16=False):
+    elif not native_products.is_for(both_are_bf16=False):
         pytest.skip("needs AVX-512, a C++ compiler and a processor that is not Intel's")
-    monkeypatch.setattr(products_native, "WORTH_IT", 0)
-    monkeypatch.setattr(products_native, "THIN", 0)
+    monkeypatch.setattr(native_products, "WORTH_IT", 0)
+    monkeypatch.setattr(native_products, "THIN", 0)
     return request.param
 
 
@@ -153,18 +152,18 @@ def test_threads_change_nothing(threads, dtype, rng, compiled):
 
 def test_what_is_left_to_pytorch(compiled, monkeypatch):
     a, b, into = torch.randn(3, 4), torch.randn(4, 5), torch.empty(3, 5)
-    assert products_native.takes(a, b, into)
-    assert products_native.takes(a.bfloat16(), b, into)
-    assert not products_native.takes(a.double(), b.double(), into.double())
-    assert not products_native.takes(a.half(), b.half(), into)
-    assert not products_native.takes(torch.randn(6, 8)[::2, ::2], b, into)
-    assert not products_native.takes(a, torch.randn(8, 10)[::2, ::2], into)
-    assert not products_native.takes(a, b, torch.empty(5, 3).t())
-    monkeypatch.setattr(products_native, "WORTH_IT", 3 * 4 * 5 + 1)
-    assert not products_native.takes(a, b, into)
-    monkeypatch.setattr(products_native, "WORTH_IT", 0)
-    monkeypatch.setattr(products_native, "THIN", 4)
-    assert not products_native.takes(a, b, into)
+    assert native_products.takes(a, b, into)
+    assert native_products.takes(a.bfloat16(), b, into)
+    assert not native_products.takes(a.double(), b.double(), into.double())
+    assert not native_products.takes(a.half(), b.half(), into)
+    assert not native_products.takes(torch.randn(6, 8)[::2, ::2], b, into)
+    assert not native_products.takes(a, torch.randn(8, 10)[::2, ::2], into)
+    assert not native_products.takes(a, b, torch.empty(5, 3).t())
+    monkeypatch.setattr(native_products, "WORTH_IT", 3 * 4 * 5 + 1)
+    assert not native_products.takes(a, b, into)
+    monkeypatch.setattr(native_products, "WORTH_IT", 0)
+    monkeypatch.setattr(native_products, "THIN", 4)
+    assert not native_products.takes(a, b, into)
 
 
 def test_no_memory(compiled, monkeypatch):
@@ -175,7 +174,7 @@ def test_no_memory(compiled, monkeypatch):
         def lossmith_product(self, given):
             return 0
 
-    monkeypatch.setattr(products_native, "library", Library)
+    monkeypatch.setattr(native_products, "library", Library)
     with pytest.raises(MemoryError, match="no memory for the packed factors"):
         wide_product(torch.ones(3, 4), torch.ones(4, 5), into=torch.empty(3, 5))
 

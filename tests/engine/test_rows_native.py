@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import lossmith
-from lossmith.engine import native, rows_native
-from lossmith.engine.stats import STATISTIC_NAMES
+from lossmith.engine.native import build
+from lossmith.engine.rows import native_rows
+from lossmith.engine.statistics.stats import STATISTIC_NAMES
 
 NAMES = sorted(STATISTIC_NAMES)
 
@@ -28,8 +29,8 @@ def everything(monkeypatch, native, num_classes, dtype, temperature):
     logits.requires_grad_()
     with monkeypatch.context() as patch:
         if not native:
-            patch.setattr(rows_native, "takes", lambda *_: False)
-        assert rows_native.takes(logits.flatten(0, 1), None) is native
+            patch.setattr(native_rows, "takes", lambda *_: False)
+        assert native_rows.takes(logits.flatten(0, 1), None) is native
         stats = lossmith.token_stats(logits, targets, candidates=candidates, temperature=temperature)
         values = {name: getattr(stats.compute(*NAMES), name) for name in NAMES}
         values |= {
@@ -44,7 +45,7 @@ def everything(monkeypatch, native, num_classes, dtype, temperature):
     return values, logits.grad
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(build.library() is None, reason="no C++ compiler here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 15, 16, 17, 33, 1000, 5003])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -60,7 +61,7 @@ def test_native_rows_equal_torch_rows(monkeypatch, num_classes, dtype, temperatu
     assert not our_grad[2, 2].any()
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(build.library() is None, reason="no C++ compiler here")
 def test_threads_change_nothing():
     logits = torch.randn(300, 1001, requires_grad=True)
     targets = torch.randint(1001, (300,))
@@ -77,12 +78,12 @@ def test_threads_change_nothing():
         assert torch.equal(one[1], other[1])
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(build.library() is None, reason="no C++ compiler here")
 def test_row_strides_are_read_where_they_are():
     wide = torch.randn(6, 40)
     part = wide[:, 3:36].detach().requires_grad_()
     targets = torch.randint(33, (6,))
-    assert rows_native.takes(part, None)
+    assert native_rows.takes(part, None)
     loss = lossmith.cross_entropy(part, targets)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(part, targets))
 
@@ -93,7 +94,7 @@ def test_row_strides_are_read_where_they_are():
 def test_padding_and_masked_classes_stay_so_at_any_temperature(monkeypatch, native, num_classes, temperature):
     """-1e30 over a temperature of 3 would count as a finite logit."""
     if not native:
-        monkeypatch.setattr(rows_native, "takes", lambda *_: False)
+        monkeypatch.setattr(native_rows, "takes", lambda *_: False)
     logits = torch.randn(4, num_classes)
     if num_classes > 1:
         logits[0, 1:] = float("-inf")
@@ -123,7 +124,7 @@ def test_a_temperature_rounds_alike_both_ways(offset):
     assert gradient.sum(-1).abs().max() < 1e-5
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(build.library() is None, reason="no C++ compiler here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_views_whose_rows_are_contiguous_need_no_copy(dtype):
     whole = torch.randn(3, 6, 2, 40).to(dtype)
@@ -136,7 +137,7 @@ def test_views_whose_rows_are_contiguous_need_no_copy(dtype):
     ]
     for view in views:
         logits = view.detach().requires_grad_()
-        assert rows_native.takes(logits, None)
+        assert native_rows.takes(logits, None)
         targets = torch.randint(34, logits.shape[:-1])
         loss = lossmith.cross_entropy(logits, targets)
         copy = view.detach().clone(memory_format=torch.contiguous_format).requires_grad_()

@@ -4,13 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 import lossmith
 import reference
-from lossmith.engine.stats import STATISTIC_NAMES
+from lossmith.engine.statistics.stats import STATISTIC_NAMES
 from reference import COUNTED, DIFFERENTIABLE, IGNORE, Case
 
 pytestmark = pytest.mark.usefixtures("arithmetic")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import lossmith
-from lossmith.engine import products_native
+from lossmith.engine.head import native_products
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
@@ -46,7 +46,7 @@ def run(given: dict[str, Tensor], strategy: str | None) -> list[Tensor]:
 @pytest.mark.parametrize("strategy", [None, "one_sweep", "two_sweep"])
 @pytest.mark.parametrize("name", ["hidden", "weight", "bias", "class_weight", "upstream"])
 def test_views_whose_sign_is_not_in_memory(name, strategy, monkeypatch):
-    monkeypatch.setattr(products_native, "WORTH_IT", 0)
+    monkeypatch.setattr(native_products, "WORTH_IT", 0)
     given = inputs()
     assert negated(given[name]).is_neg()
     expected = run(given, strategy)
@@ -63,9 +63,9 @@ def test_the_compiled_product_is_handed_the_numbers_themselves(monkeypatch):
             seen.extend(ctypes.cast(place, ctypes.POINTER(ctypes.c_float))[0] for place in places)
             return 1
 
-    monkeypatch.setattr(products_native, "library", Library)
+    monkeypatch.setattr(native_products, "library", Library)
     a, b = torch.full((3, 4), 2.0), torch.full((4, 5), 7.0)
-    products_native.product(negated(a), negated(b), into=torch.empty(3, 5), is_sum=False)
+    native_products.product(negated(a), negated(b), into=torch.empty(3, 5), is_sum=False)
     assert seen == [2.0, 7.0]
 
 

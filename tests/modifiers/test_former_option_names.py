@@ -21,7 +21,7 @@ from lossmith import (
     TargetSmoothingModifier,
     create_loss_modifier_pipeline,
 )
-from lossmith.former_names import CALLS, CONFIGURATION, OPTIONS, REDUCTIONS
+from lossmith.core.former_names import CALLS, CONFIGURATION, OPTIONS, REDUCTIONS
 from lossmith.modifiers.config import ALIASES, MODIFIERS
 
 ON = {"loss_modifiers_enabled": True}

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from lossmith.batch import align
+from lossmith.equation.batch import align
 from lossmith.terms.candidates import early_eos_candidates, immediate_candidates, ngram_candidates
 
 IGNORE = -100

@@ -13,7 +13,7 @@ from every_mode import MODES, make_task
 from running import go, rows
 from test_tasks import gradients_of_one_step
 
-from lossmith.engine import plan
+from lossmith.engine.head import plan
 from lossmith.training.config import load_config
 from lossmith.training.errors import UserError
 

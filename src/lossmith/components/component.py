@@ -7,9 +7,10 @@ from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
-from lossmith.batch import TokenBatch
-from lossmith.equation import LossOutput, Reads, Term
-from lossmith.metrics import Source
+from lossmith.core.metrics import Source
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.output import LossOutput
+from lossmith.equation.term import Reads, Term
 from lossmith.options import option, strict_options
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lossmith.components.component import Component
 from lossmith.components.diversity import cosines
 from lossmith.components.masks import token_mask
-from lossmith.equation import LossOutput
+from lossmith.equation.output import LossOutput
 from lossmith.options import strict_options
 from lossmith.options.shared import CosineMargin, PairTemperature
 

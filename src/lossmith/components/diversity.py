@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lossmith.components.component import Component
 from lossmith.components.masks import masked, mean_of_kept, token_mask
-from lossmith.engine.blocks import accumulation_dtype
-from lossmith.equation import LossOutput
+from lossmith.engine.rows.blocks import accumulation_dtype
+from lossmith.equation.output import LossOutput
 
 
 class ExpertDiversity(Component):

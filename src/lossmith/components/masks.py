@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.batch import check_mask
+from lossmith.equation.batch import check_mask
 
 
 def token_mask(attention_mask: Any, shape: torch.Size, device: torch.device) -> Tensor:

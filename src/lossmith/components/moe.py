@@ -19,13 +19,13 @@ from lossmith.components.routers import (
     router_layers,
     shares_of,
 )
-from lossmith.distributed import StatsScope, sum_over_ranks
-from lossmith.engine.blocks import accumulation_dtype
-from lossmith.equation import LossOutput
-from lossmith.metrics import Source
+from lossmith.core.distributed import StatsScope, sum_over_ranks
+from lossmith.core.metrics import Source
+from lossmith.core.stepping import Stepped
+from lossmith.engine.rows.blocks import accumulation_dtype
+from lossmith.equation.output import LossOutput
 from lossmith.options import option, strict_options
 from lossmith.options.shared import BalanceMode, ExpertsPerToken, ExpertUsage, NumExperts, NumRouters
-from lossmith.stepping import Stepped
 
 Scoring = Annotated[Literal["softmax", "sigmoid"], option("what of the gate logits the scores are")]
 

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from lossmith.batch import TokenBatch
 from lossmith.components.component import Component
-from lossmith.engine.linear import LinearHead
+from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.predictions import Logits, Predictions
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput, Reads, Term
-from lossmith.evaluation import evaluate
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.evaluation import evaluate
+from lossmith.equation.output import LossOutput
+from lossmith.equation.term import Reads, Term
 from lossmith.options import option, strict_options
 from lossmith.options.shared import (
     ConfidenceThreshold,

@@ -7,9 +7,9 @@ from functools import partial
 
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
 from lossmith.components.component import Component
-from lossmith.equation import Term
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.term import Term
 from lossmith.options import strict_options
 from lossmith.options.shared import MinLength, NgramSize, NgramWindow, RepetitionThreshold, TokenId
 from lossmith.terms.candidates import early_eos_candidates, immediate_candidates, ngram_candidates

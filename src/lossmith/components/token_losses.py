@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lossmith.components.component import Component
-from lossmith.equation import Term
+from lossmith.equation.term import Term
 from lossmith.options import strict_options
 from lossmith.options.shared import FocalAlpha, FocalGamma
 from lossmith.terms.confidence import confidence_penalty

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossmith.engine.blocks import accumulation_dtype
 from lossmith.engine.checks import check_logits
-from lossmith.engine.raw import Needs
+from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.sampling import sample_ids
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.statistics.raw import Needs
+from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep import logits_stats
 
 

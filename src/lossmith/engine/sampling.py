@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lossmith.engine.blocks import accumulation_dtype
+from lossmith.engine.rows.blocks import accumulation_dtype
 
 # Rows are drawn this many logits at a time, which bounds the extra memory.
 BLOCK_ELEMENTS = 2**22

@@ -2,7 +2,7 @@
 
 Two custom operators, so that autograd, autocast and ``torch.compile(fullgraph=True)``
 see one opaque step: ``lossmith::row_stats`` and its backward ``lossmith::row_grad``. The
-arithmetic is ``rows_native``'s where that takes the rows, and ``rows_torch``'s elsewhere.
+arithmetic is ``native_rows``'s where that takes the rows, and ``torch_rows``'s elsewhere.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.engine.blocks import accumulation_dtype
 from lossmith.engine.checks import check_ids, refuse_batched
-from lossmith.engine.raw import Needs, View, ignored_fill, raw_dtype, raw_names
-from lossmith.engine.raw_stats import RawStats
-from lossmith.engine.rows import fill_stats
-from lossmith.engine.rows import gradient as gradient_of_rows
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.rows.backends import fill_stats, gradient as gradient_of_rows
+from lossmith.engine.rows.blocks import accumulation_dtype
+from lossmith.engine.statistics.raw import Needs, View, ignored_fill, raw_dtype, raw_names
+from lossmith.engine.statistics.raw_stats import RawStats
+from lossmith.engine.statistics.stats import TokenStats
 
 # What the backward reads; the rest it can do without.
 SAVED = ("reference", "wrong_log_sum", "wrong_entropy", "top_wrong_id", "rest_log_sum")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lossmith.engine.checks import check_targets, whole_candidates
 from lossmith.engine.predictions import Predictions
-from lossmith.engine.raw import Needs
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.statistics.raw import Needs
+from lossmith.engine.statistics.stats import TokenStats
 from lossmith.options import strict_options
 from lossmith.options.shared import ClassWeight, Softcap, Temperature
 

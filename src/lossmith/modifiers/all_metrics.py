@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lossmith.metrics import Metrics
+from lossmith.core.metrics import Metrics
 from lossmith.modifiers.base import BaseLossModifier
 
 

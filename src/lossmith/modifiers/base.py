@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from lossmith.former_names import former
-from lossmith.metrics import Metrics
+from lossmith.core.former_names import former
+from lossmith.core.metrics import Metrics
 from lossmith.options import option, read_options
 
 

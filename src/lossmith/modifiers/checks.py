@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lossmith.engine.stats import TokenStats
+from lossmith.core.warn_user import warn_user
+from lossmith.engine.statistics.stats import TokenStats
 from lossmith.modifiers.base import BaseLossModifier, ModelMode
 from lossmith.modifiers.token_modifier import Measured, TokenModifier
-from lossmith.objective import Objective
-from lossmith.warn_user import warn_user
+from lossmith.objectives.objective import Objective
 
 FROM_KEYS = "A pipeline is made from keys by lossmith.create_loss_modifier_pipeline(config)"
 

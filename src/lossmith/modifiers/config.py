@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from lossmith.former_names import CONFIGURATION, OPTIONS
+from lossmith.core.former_names import CONFIGURATION, OPTIONS
+from lossmith.core.warn_user import warn_user
 from lossmith.modifiers.base import read_switch
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
 from lossmith.modifiers.entropy import EntropyModifier
@@ -27,7 +28,6 @@ from lossmith.options import (
     strict_options,
     unknown_option,
 )
-from lossmith.warn_user import warn_user
 
 MASTER = "loss_modifiers_enabled"
 MODIFIERS: tuple[type[ConfiguredModifier], ...] = (

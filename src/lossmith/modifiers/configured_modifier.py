@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from lossmith.former_names import OPTIONS
-from lossmith.metrics import Metrics, Source
+from lossmith.core.former_names import OPTIONS
+from lossmith.core.metrics import Metrics, Source
+from lossmith.core.warn_user import warn_user
 from lossmith.modifiers.base import BaseLossModifier
 from lossmith.modifiers.option_names import settle
 from lossmith.options import read_options
-from lossmith.warn_user import warn_user
 
 
 @dataclass(frozen=True)

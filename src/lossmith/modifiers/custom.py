@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lossmith.equation import LossOutput
+from lossmith.equation.output import LossOutput
 from lossmith.modifiers.base import BaseLossModifier
 
 

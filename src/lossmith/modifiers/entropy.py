@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.distributed import StatsScope, masked_mean
-from lossmith.engine.stats import TokenStats
-from lossmith.metrics import Source
+from lossmith.core.distributed import StatsScope, masked_mean
+from lossmith.core.metrics import Source
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
 from lossmith.modifiers.entropy_report import EntropyReport
 from lossmith.modifiers.idle import ALONE, Singles
 from lossmith.modifiers.summary import Spread, loss_metrics

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.engine.stats import TokenStats
-from lossmith.metrics import Metrics
+from lossmith.core.metrics import Metrics
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
 from lossmith.modifiers.summary import Spread
 
 # What is said of each count, where it is not 0.

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from lossmith.batch import TokenBatch
-from lossmith.metrics import Source
+from lossmith.core.metrics import Source
+from lossmith.equation.batch import TokenBatch
 from lossmith.modifiers.base import ModelMode, given_parameters
 from lossmith.modifiers.idle import one_limit
 from lossmith.modifiers.mask_ratio import mask_ratio

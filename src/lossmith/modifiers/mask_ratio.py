@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.engine.stats import TokenStats
-from lossmith.metrics import Source
+from lossmith.core.metrics import Source
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
 from lossmith.modifiers.idle import ALIKE, Shares, one_limit
 from lossmith.modifiers.summary import Spread
 from lossmith.modifiers.token_modifier import Measured, TokenModifier

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.distributed import masked_mean
-from lossmith.engine.stats import TokenStats
-from lossmith.metrics import Source
+from lossmith.core.distributed import masked_mean
+from lossmith.core.metrics import Source
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
 from lossmith.modifiers.base import ModelMode
 from lossmith.modifiers.token_modifier import Measured, TokenModifier
 from lossmith.options import option

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lossmith.former_names import Former, say_former
+from lossmith.core.former_names import Former, say_former
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lossmith.batch import TokenBatch
+from lossmith.core.former_names import former
 from lossmith.engine.predictions import Logits
-from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput, Term, with_parts
-from lossmith.evaluation import whole_batch_reason
-from lossmith.former_names import former
-from lossmith.inputs import OWN_INPUTS, both_masks, either, given_targets, take_predictions
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.evaluation import whole_batch_reason
+from lossmith.equation.output import LossOutput, with_parts
+from lossmith.equation.reduction import Denominator, Reduction, check_reduction
+from lossmith.equation.term import Term
 from lossmith.modifiers import checks
 from lossmith.modifiers.all_metrics import metrics_of
 from lossmith.modifiers.base import BaseLossModifier, ModelMode, read_switch
@@ -23,11 +24,11 @@ from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.modifiers.token_modifier import TokenModifier, kept
 from lossmith.modifiers.token_run import TokenRun, tell_of_idle
-from lossmith.objective import Objective, given_stats
+from lossmith.objectives.inputs import OWN_INPUTS, both_masks, either, given_targets, take_predictions
+from lossmith.objectives.objective import Objective, given_stats
+from lossmith.objectives.wrapped import WrappedObjective
 from lossmith.options import is_misspelt, option, strict_options
-from lossmith.reduction import Denominator, Reduction, check_reduction
 from lossmith.terms.cross_entropy import cross_entropy
-from lossmith.wrapped_objective import WrappedObjective
 
 AutoReduction = Literal["auto"] | Reduction
 

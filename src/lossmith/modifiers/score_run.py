@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.batch import check_mask
-from lossmith.equation import LossOutput
-from lossmith.metrics import Metrics
+from lossmith.core.metrics import Metrics
+from lossmith.equation.batch import check_mask
+from lossmith.equation.output import LossOutput
+from lossmith.equation.reduction import Denominator, Reduction, scalar_share, token_scale
 from lossmith.modifiers.base import BaseLossModifier
 from lossmith.modifiers.checks import check_tensor, checked_factor
 from lossmith.modifiers.custom import CustomModifiers
 from lossmith.modifiers.metrics_collector import MetricsCollectorModifier
 from lossmith.modifiers.scorer_modifier import ScorerModifier
-from lossmith.reduction import Denominator, Reduction, scalar_share, token_scale
 
 
 @dataclass(frozen=True)

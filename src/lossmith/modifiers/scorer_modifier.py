@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lossmith.metrics import Source
+from lossmith.core.metrics import Source
 from lossmith.modifiers.base import ModelMode
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
 from lossmith.modifiers.idle import ALONE, Singles

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lossmith.distributed import StatsScope, masked_mean, sum_over_ranks
-from lossmith.metrics import Source
+from lossmith.core.distributed import StatsScope, masked_mean, sum_over_ranks
+from lossmith.core.metrics import Source
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.options import option
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from lossmith.distributed import StatsScope, masked_mean
-from lossmith.metrics import Source
+from lossmith.core.distributed import StatsScope, masked_mean
+from lossmith.core.metrics import Source
 from lossmith.modifiers.scorer_modifier import ScorerModifier
 from lossmith.options import option
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lossmith.distributed import masked_mean
-from lossmith.metrics import Source
+from lossmith.core.distributed import masked_mean
+from lossmith.core.metrics import Source
 
 
 class Spread:

@@ -8,10 +8,10 @@ from typing import Annotated
 
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.engine.stats import TokenStats
-from lossmith.equation import Reads
-from lossmith.metrics import Source
+from lossmith.core.metrics import Source
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.term import Reads
 from lossmith.modifiers.summary import loss_metrics
 from lossmith.modifiers.token_modifier import Measure, Measured, SampleLosses, TokenModifier
 from lossmith.options import option

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.engine.stats import TokenStats
-from lossmith.equation import Reads
-from lossmith.metrics import Source
+from lossmith.core.metrics import Source
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.term import Reads
 from lossmith.modifiers.base import BaseLossModifier, ModelMode
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
 

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
 from lossmith.engine.predictions import Predictions
-from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput, TokenLoss, joined, with_parts
-from lossmith.evaluation import evaluate
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.evaluation import evaluate
+from lossmith.equation.output import LossOutput, with_parts
+from lossmith.equation.term import TokenLoss, joined
 from lossmith.modifiers.base import BaseLossModifier
 from lossmith.modifiers.checks import checked_measured
 from lossmith.modifiers.custom import CustomModifiers
 from lossmith.modifiers.token_modifier import Measure, Measured, SampleLosses, TokenModifier
-from lossmith.objective import Objective
+from lossmith.objectives.objective import Objective
 
 Step = Callable[[Tensor, TokenStats, TokenBatch], Tensor]
 

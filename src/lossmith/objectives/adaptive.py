@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.engine.stats import TokenStats
-from lossmith.equation import Term, TokenLoss, joined
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.term import Term, TokenLoss, joined
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
 from lossmith.options import strict_options
 from lossmith.options.shared import ConfidenceThreshold, WeightRange

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from lossmith.batch import TokenBatch
 from lossmith.components.component import Component, Weighted
-from lossmith.equation import LossOutput, Reads, Term, TokenLoss, joined, with_parts
-from lossmith.metrics import Metrics, Source
-from lossmith.objective import Objective
+from lossmith.core.metrics import Metrics, Source
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.output import LossOutput, with_parts
+from lossmith.equation.term import Reads, Term, TokenLoss, joined
+from lossmith.objectives.objective import Objective
+from lossmith.objectives.wrapped import WrappedObjective
 from lossmith.options import option, strict_options
-from lossmith.wrapped_objective import WrappedObjective
 
 
 class ComposedLoss(WrappedObjective):

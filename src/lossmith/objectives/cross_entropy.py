@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.engine.stats import TokenStats
-from lossmith.equation import Reads, Term, TokenLoss, joined
-from lossmith.objective import Objective
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.reduction import Empty, Reduction
+from lossmith.equation.term import Reads, Term, TokenLoss, joined
+from lossmith.objectives.objective import Objective
+from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.options import strict_options
 from lossmith.options.shared import (
     ClassWeight,
@@ -21,8 +23,6 @@ from lossmith.options.shared import (
     Temperature,
     ZLossCoefficient,
 )
-from lossmith.reduction import Empty, Reduction
-from lossmith.temperature import AdaptiveTemperature
 from lossmith.terms.confidence import confidence_penalty as negative_entropy
 from lossmith.terms.cross_entropy import SmoothingMode, cross_entropy, smooth
 from lossmith.terms.focal import focal

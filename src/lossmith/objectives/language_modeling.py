@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
-from lossmith.former_names import former
+from lossmith.core.former_names import former
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
 from lossmith.options import option, strict_options
 from lossmith.options.shared import IgnoreIndex, LabelSmoothing

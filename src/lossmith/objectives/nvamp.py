@@ -8,16 +8,17 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.distributed import StatsScope, gather_over_ranks, masked_mean, num_ranks, sum_over_ranks
-from lossmith.engine.stats import TokenStats
-from lossmith.equation import LossOutput, Term, TokenLoss
-from lossmith.inputs import either
-from lossmith.objective import Objective
+from lossmith.core.distributed import StatsScope, gather_over_ranks, masked_mean, num_ranks, sum_over_ranks
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.output import LossOutput
+from lossmith.equation.reduction import Empty, Reduction
+from lossmith.equation.term import Term, TokenLoss
+from lossmith.objectives.inputs import either
+from lossmith.objectives.objective import Objective
+from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.options import option, strict_options
 from lossmith.options.shared import ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
-from lossmith.reduction import Empty, Reduction
-from lossmith.temperature import AdaptiveTemperature
 
 
 class NVAMPLoss(Objective):

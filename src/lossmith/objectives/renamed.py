@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
 from lossmith.components.component import Component, Weighted
 from lossmith.components.mtp import MTP
-from lossmith.equation import LossOutput, Reads
-from lossmith.inputs import either
-from lossmith.metrics import Source
+from lossmith.core.metrics import Source
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.output import LossOutput
+from lossmith.equation.term import Reads
+from lossmith.objectives.inputs import either
+from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.objectives.unified import UnifiedLoss
-from lossmith.temperature import AdaptiveTemperature
 
 
 def _say(old: str, new: str) -> None:

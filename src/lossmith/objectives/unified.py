@@ -11,11 +11,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
+from lossmith.core.metrics import Metrics, Source
+from lossmith.core.warn_user import warn_user
 from lossmith.engine.predictions import Predictions
-from lossmith.equation import LossOutput
-from lossmith.metrics import Metrics, Source
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.output import LossOutput
+from lossmith.equation.reduction import Denominator, Empty, Reduction
 from lossmith.objectives.composed import ComposedLoss
+from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.objectives.unified_parts import (
     FocalMode,
     MTPType,
@@ -54,10 +57,7 @@ from lossmith.options.shared import (
     WeightRange,
     ZLossCoefficient,
 )
-from lossmith.reduction import Denominator, Empty, Reduction
-from lossmith.temperature import AdaptiveTemperature
 from lossmith.terms.confidence_weight import SCORES
-from lossmith.warn_user import warn_user
 
 INPUTS = (
     "hidden_states",

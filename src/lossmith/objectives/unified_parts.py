@@ -15,8 +15,8 @@ from lossmith.components.repetition import EarlyEOS, ImmediateRepetition, NgramR
 from lossmith.components.token_losses import ConfidenceCalibration, ConfidencePenalty, Focal
 from lossmith.objectives.adaptive import AdaptiveCrossEntropyLoss
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
+from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.options import option
-from lossmith.temperature import AdaptiveTemperature
 from lossmith.terms.confidence_weight import check_weight_range
 
 PrimaryLossType = Annotated[

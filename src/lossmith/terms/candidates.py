@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
+from lossmith.equation.batch import TokenBatch
 
 NONE = -1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.statistics.stats import TokenStats
 
 
 def confidence_penalty(stats: TokenStats) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.statistics.stats import TokenStats
+from lossmith.equation.batch import TokenBatch
 from lossmith.options import option
 
 SmoothingMode = Annotated[

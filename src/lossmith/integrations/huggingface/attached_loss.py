@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lossmith.equation import LossOutput
+from lossmith.equation.output import LossOutput
 from lossmith.integrations.huggingface.fused_head import FusedHead, HeadInput
 from lossmith.integrations.huggingface.labels import (
     check_num_items,
@@ -17,7 +17,7 @@ from lossmith.integrations.huggingface.labels import (
     targets_of,
     wanted_inputs,
 )
-from lossmith.objective import Objective
+from lossmith.objectives.objective import Objective
 from lossmith.objectives.unified import UnifiedLoss
 from lossmith.options import nearest
 

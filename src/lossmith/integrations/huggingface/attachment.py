@@ -11,12 +11,12 @@ from torch import nn
 
 from lossmith.components.moe import MoEBalance
 from lossmith.components.mtp import MTP
-from lossmith.engine.plan import Strategy
+from lossmith.engine.head.plan import Strategy
 from lossmith.integrations.huggingface.attached_loss import NAME, PER_BATCH, AttachedLoss
 from lossmith.integrations.huggingface.fused_head import FusedHead
 from lossmith.integrations.huggingface.labels import check_objective, steps_read, wanted_inputs
 from lossmith.integrations.huggingface.trial import Trial, steps_of_loss_function, try_out
-from lossmith.objective import Objective
+from lossmith.objectives.objective import Objective
 
 Model = TypeVar("Model", bound=nn.Module)
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lossmith.engine.plan import Strategy, check_strategy
+from lossmith.engine.head.plan import Strategy, check_strategy
 from lossmith.integrations.huggingface.after_head import AfterHead, made_up_logits
 from lossmith.integrations.huggingface.trial import LENGTH, ROWS, Trial, agreed
 

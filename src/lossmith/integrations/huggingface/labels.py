@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.batch import num_steps
+from lossmith.equation.batch import num_steps
+from lossmith.equation.reduction import Reduction
 from lossmith.modifiers.base import ModelMode
 from lossmith.modifiers.pipeline import LossModifierPipeline
-from lossmith.objective import Objective
 from lossmith.objectives.composed import ComposedLoss
-from lossmith.reduction import Reduction
-from lossmith.wrapped_objective import WrappedObjective
+from lossmith.objectives.objective import Objective
+from lossmith.objectives.wrapped import WrappedObjective
 
 IGNORED = -100  # Hugging Face's, whatever an objective has
 NEXT_TOKEN = 1

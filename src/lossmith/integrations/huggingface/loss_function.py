@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lossmith.batch import num_steps
+from lossmith.equation.batch import num_steps
 from lossmith.integrations.huggingface.labels import (
     NEXT_TOKEN,
     check_num_items,
@@ -16,7 +16,7 @@ from lossmith.integrations.huggingface.labels import (
     wanted_inputs,
 )
 from lossmith.modifiers.base import ModelMode
-from lossmith.objective import Objective
+from lossmith.objectives.objective import Objective
 
 # In the names of outputs whose labels belong to the logits at their own position.
 ALIGNED = ("MaskedLM", "Classif", "Seq2Seq")

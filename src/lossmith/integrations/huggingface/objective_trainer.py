@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from lossmith.integrations.huggingface.saved_weights import load_renamed
 from lossmith.modifiers.pipeline import LossModifierPipeline
-from lossmith.objective import Objective
+from lossmith.objectives.objective import Objective
 
 LOSS_FILE = "lossmith_loss.pt"
 PARTS = "loss/"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from lossmith.engine.plan import Strategy, check_strategy
+from lossmith.engine.head.plan import Strategy, check_strategy
 from lossmith.integrations.huggingface.attachment import attach, attached_to
 from lossmith.integrations.huggingface.labels import check_objective, count
 from lossmith.integrations.huggingface.objective_trainer import ObjectiveTrainer
-from lossmith.objective import Objective
+from lossmith.objectives.objective import Objective
 
 
 class LossTrainer(ObjectiveTrainer):

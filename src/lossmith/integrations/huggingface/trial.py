@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossmith.distributed import gather_over_ranks, num_ranks
+from lossmith.core.distributed import gather_over_ranks, num_ranks
 from lossmith.integrations.huggingface.after_head import AfterHead, made_up_logits
 
 ROWS, LENGTH = 2, 8

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lossmith.warn_user import warn_user
+from lossmith.core.warn_user import warn_user
 
 F = TypeVar("F", bound=Callable[..., Any])
 

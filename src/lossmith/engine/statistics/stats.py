@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from lossmith.engine.raw import Needs
-from lossmith.engine.raw_stats import AskedFor, RawStats
-from lossmith.engine.statistic import UNSCALED, Columns, Declared, Statistic, derived, statistic
+from lossmith.engine.statistics.raw import Needs
+from lossmith.engine.statistics.raw_stats import AskedFor, RawStats
+from lossmith.engine.statistics.statistic import UNSCALED, Columns, Declared, Statistic, derived, statistic
 
 # A gap this wide leaves nothing of the smaller side, in any dtype; +-inf would make 0 * inf.
 _WIDE = 1e4
@@ -119,7 +119,7 @@ class TokenStats:
 
     def sweep_once(self, asked: AskedFor, loss_of: Callable[..., Tensor], unless: str | None) -> Any:
         """Compute groups of statistics, and the gradient of ``loss_of``, in one sweep of a linear head; see
-        :class:`lossmith.engine.one_sweep.SweptOnce`. None where that is not to be.
+        :class:`lossmith.engine.head.one_sweep.SweptOnce`. None where that is not to be.
 
         Args:
             asked: the groups.

@@ -1,28 +1,17 @@
-"""The one equation, evaluated.
-
-    L = sum_j lambda_j sum_t scale[t] omega_j[t] f_j(stats[t])  +  sum_k lambda_k a_k
-
-``f_j`` is a per-token term, a differentiable function of a token's statistics; ``omega_j``
-a detached weight, any function of the batch's statistics; ``scale`` the token's share of
-the one denominator; ``a_k`` scalars of other tensors. Objectives, modifiers and components
-are ways to fill it in.
-"""
+"""``Term``: one per-token term, with what it reads and where it looks declared."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import reduce
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.engine.statistic import UNSCALED, UndeclaredRead
-from lossmith.engine.stats import STATISTIC_NAMES, TokenStats, unknown_statistic
-from lossmith.metrics import Metrics
+from lossmith.engine.statistics.statistic import UNSCALED, UndeclaredRead
+from lossmith.engine.statistics.stats import STATISTIC_NAMES, TokenStats, unknown_statistic
+from lossmith.equation.batch import TokenBatch
 from lossmith.options import option, strict_options
 
 PerToken = Callable[[TokenStats, TokenBatch], Tensor]
@@ -124,68 +113,3 @@ class Term:
 def joined(*reads: Reads) -> Reads:
     """All that one of these reads."""
     return None if None in reads else tuple(dict.fromkeys(name for names in reads for name in names or ()))
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """What an objective made of a batch.
-
-    Attributes:
-        total: the loss; the sum of ``parts``. [..., T] per token where the reduction is ``none``.
-        parts: each term's contribution, weights and denominator included, by name.
-        num_tokens: how many tokens were supervised (0-dimensional tensor).
-        stats: the statistics of every token, in the shape of the targets; asking for one that no term used
-            costs another pass over the logits. None where there are no tokens but scores.
-        batch: the tokens as they were aligned, masked, scaled and weighed, flat [N] (``stats.flat()`` goes
-            with it); None likewise.
-        contributions: [N] what each token adds to the per-token terms, detached and before ``weigh``.
-        metrics: ``loss``, each part, ``nll`` (unsmoothed, temperature 1, a mean over tokens),
-            ``perplexity`` and ``accuracy``; computed when they are read.
-        all_stats: the statistics, flat, also where something else than a loss looks at the predictions of a
-            position without a target (``batch.also_read``).
-    """
-
-    total: Tensor
-    parts: dict[str, Tensor]
-    num_tokens: Tensor
-    stats: TokenStats | None
-    batch: TokenBatch | None = field(repr=False)
-    contributions: Tensor = field(repr=False)
-    metrics: Metrics = field(repr=False)
-    all_stats: TokenStats | None = field(default=None, repr=False)
-
-    def as_dict(self) -> dict[str, Tensor]:
-        """The parts, and the loss as ``total_loss``."""
-        return {**self.parts, "total_loss": self.total}
-
-    def shaped(self) -> LossOutput:
-        """The same with the statistics, flat while the loss is made, in the shape of the targets."""
-        if self.stats is None or self.batch is None:
-            return self
-        return replace(self, stats=self.stats.reshape(self.batch.shape))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Numbers without a graph, for pickle and ``copy.deepcopy``."""
-        parts = {name: part.detach() for name, part in self.parts.items()}
-        return {**self.__dict__, "total": self.total.detach(), "parts": parts}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # past the frozen setattr
-
-
-def with_parts(output: LossOutput, parts: Mapping[str, Tensor]) -> LossOutput:
-    """The output with further parts, weighted and divided already, added to its total."""
-    if not parts:
-        return output
-    if output.total.dim():
-        raise ValueError(
-            f"the parts {', '.join(parts)} belong to no token; reduction='none' has no place for them"
-        )
-    twice = [name for name in parts if name in output.parts]
-    if twice:
-        raise ValueError(f"the parts of an objective need distinct names; {twice[0]!r} is there twice")
-    total = reduce(operator.add, parts.values(), output.total)
-    metrics = output.metrics | Metrics(
-        {"loss": total.sum, **{name: part.sum for name, part in parts.items()}}
-    )
-    return replace(output, total=total, parts={**output.parts, **parts}, metrics=metrics)

@@ -10,16 +10,17 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.distributed import masked_mean
+from lossmith.core.distributed import masked_mean
+from lossmith.core.metrics import Metrics
 from lossmith.engine.checks import whole_candidates
-from lossmith.engine.one_sweep import OtherGradient
+from lossmith.engine.head.one_sweep import OtherGradient
 from lossmith.engine.predictions import Predictions
-from lossmith.engine.statistic import Columns
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.statistics.statistic import Columns
+from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput, Reads, Term, Weigh, joined
-from lossmith.metrics import Metrics
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.output import LossOutput
+from lossmith.equation.term import Reads, Term, Weigh, joined
 
 # What the metrics read.
 METRICS = ("unscaled.nll", "unscaled.correct")

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from lossmith.batch import TokenBatch
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput, Reads, Term, TokenLoss
-from lossmith.objective import Objective
+from lossmith.equation.batch import TokenBatch
+from lossmith.equation.output import LossOutput
+from lossmith.equation.term import Reads, Term, TokenLoss
+from lossmith.objectives.objective import Objective
 from lossmith.options import option, strict_options
 
 # Options that the objective inside decides on.

@@ -10,20 +10,28 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from lossmith.batch import TokenBatch, align
-from lossmith.engine.linear import LinearHead
-from lossmith.engine.plan import Plan
+from lossmith.core.stepping import Stepped
+from lossmith.engine.head.linear_head import LinearHead
+from lossmith.engine.head.plan import Plan
 from lossmith.engine.predictions import Predictions
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
-from lossmith.equation import LossOutput, Reads, Term, TokenLoss
-from lossmith.evaluation import evaluate, whole_batch_reason
-from lossmith.inputs import HEAD_INPUTS, OWN_INPUTS, both_masks, either, given_targets, take_predictions
+from lossmith.equation.batch import TokenBatch, align
+from lossmith.equation.evaluation import evaluate, whole_batch_reason
+from lossmith.equation.output import LossOutput
+from lossmith.equation.reduction import Denominator, Empty, Reduction
+from lossmith.equation.term import Reads, Term, TokenLoss
+from lossmith.objectives.inputs import (
+    HEAD_INPUTS,
+    OWN_INPUTS,
+    both_masks,
+    either,
+    given_targets,
+    take_predictions,
+)
+from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.options import option, strict_options, unknown_option
 from lossmith.options.shared import ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
-from lossmith.reduction import Denominator, Empty, Reduction
-from lossmith.stepping import Stepped
-from lossmith.temperature import AdaptiveTemperature
 from lossmith.terms.cross_entropy import cross_entropy
 
 
@@ -55,7 +63,7 @@ class Objective(nn.Module):
     """
 
     class_weight: Tensor | None
-    # Targets that equal it do not count, unless it is the end of a text too: see lossmith.batch.align.
+    # Targets that equal it do not count, unless it is the end of a text too: see `align`.
     pad_token_id: int | None
     eos_token_id: int | None
     # What evaluate takes besides its own arguments; of these, what belongs to a position [..., T] each.
@@ -244,7 +252,7 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
 
     def whole_batch_reason(self) -> str | None:
         """Why a linear head has to be swept twice, or None; see
-        :func:`lossmith.evaluation.whole_batch_reason`."""
+        :func:`lossmith.equation.evaluation.whole_batch_reason`."""
         return whole_batch_reason(self.terms(), None, None, self.reduction == "none")
 
     def bind(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.engine.native import library
+from lossmith.engine.native.build import library
 
 # Multiply-adds from which a product is worth the call, and rows or columns: it is made of 12 x 32 at a time.
 WORTH_IT = 2**20

@@ -1,6 +1,6 @@
 """The raw statistics that the engine computes, and the groups that they come in.
 
-They are measured from each row's largest wrong logit (``reference``): see ``rows_torch``.
+They are measured from each row's largest wrong logit (``reference``): see ``torch_rows``.
 """
 
 from __future__ import annotations

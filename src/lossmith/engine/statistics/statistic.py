@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.engine.raw import Needs
+from lossmith.engine.statistics.raw import Needs
 
 # Before the name of a statistic at temperature 1.
 UNSCALED = "unscaled."

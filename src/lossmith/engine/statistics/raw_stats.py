@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.engine.raw import GROUP_OF, Needs, ignored_fill, raw_names
+from lossmith.engine.statistics.raw import GROUP_OF, Needs, ignored_fill, raw_names
 
 # Computes groups of raw statistics: (of the logits over the temperature, of the logits as they are).
 Fetch = Callable[[Needs, "Needs | None"], "tuple[dict[str, Tensor], dict[str, Tensor] | None]"]
@@ -44,7 +44,7 @@ class RawStats:
         self.dtype = dtype
         self._fetch = fetch
         self._default_needs = default_needs
-        # How to sweep a linear head once, where there is one: see lossmith.engine.linear.
+        # How to sweep a linear head once, where there is one: see lossmith.engine.head.linear_head.
         self.once: Callable[[AskedFor, Any, str | None], Any] | None = None
         self._values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 

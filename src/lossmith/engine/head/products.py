@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lossmith.engine import products_native
+from lossmith.engine.head import native_products
 
 # PyTorch's products on a CPU are made of pieces in which the factors have this many elements: that much
 # stays in the cache. Shorter ones than this leave the matrix library nothing to do.
@@ -20,8 +20,8 @@ def wide_product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool = False) ->
     """into <- a @ b, or with ``is_sum`` into + a @ b, in the dtype of ``into``: at least fp32, whatever the
     factors are, and rounded nowhere before."""
     wide = into.dtype
-    if products_native.takes(a, b, into):
-        products_native.product(a, b, into=into, is_sum=is_sum)
+    if native_products.takes(a, b, into):
+        native_products.product(a, b, into=into, is_sum=is_sum)
     elif into.device.type == "cpu":
         in_pieces(a, b, into, is_sum)
     elif a.dtype == b.dtype != wide and into.device.type == "cuda" and HAS_OUT_DTYPE:
@@ -35,7 +35,7 @@ def multiplies_halves(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether factors of this dtype, of half precision, are multiplied as they are; elsewhere they are
     widened first, and it is no use to round the other one."""
     if device.type == "cpu":
-        return dtype == torch.bfloat16 and products_native.is_for(both_are_bf16=True)
+        return dtype == torch.bfloat16 and native_products.is_for(both_are_bf16=True)
     return dtype in (torch.bfloat16, torch.float16)
 
 

@@ -1,6 +1,6 @@
 """Rows of logits to raw statistics and back, by whichever arithmetic takes them.
 
-``rows_native`` takes fp32 and bf16 rows on a CPU, and ``rows_torch``, in blocks, everything.
+``native_rows`` takes fp32 and bf16 rows on a CPU, and ``torch_rows``, in blocks, everything.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lossmith.engine import rows_native
-from lossmith.engine.blocks import Blocks, grad_in_blocks, stats_in_blocks
 from lossmith.engine.checks import check_ids_again
 from lossmith.engine.memory import fresh
-from lossmith.engine.raw import View
+from lossmith.engine.rows import native_rows
+from lossmith.engine.rows.blocks import Blocks, grad_in_blocks, stats_in_blocks
+from lossmith.engine.statistics.raw import View
 
 # Elements in a block: on a CPU two fp32 buffers of it stay in the last-level cache; elsewhere
 # launches are what a small block would cost, and this bounds the extra memory.
@@ -32,8 +32,8 @@ def fill_stats(
     views: Sequence[View],
 ) -> None:
     """Fill in the raw statistics [N] of every view of ``logits`` [..., V] at ``targets`` [N]."""
-    if rows_native.takes(logits, softcap):
-        rows_native.sweep(logits, targets, candidates, class_weight, ignore_index, views)
+    if native_rows.takes(logits, softcap):
+        native_rows.sweep(logits, targets, candidates, class_weight, ignore_index, views)
     else:
         blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
         stats_in_blocks(blocks, candidates, class_weight, softcap, views)
@@ -59,10 +59,10 @@ def gradient(
     given = [value != 0 for view in views for value in view.grads.values()]
     wanted = [rows if rows.dim() == 1 else rows.any(-1) for rows in given]
     targets = targets.masked_fill(~torch.stack(wanted).any(0), ignore_index)
-    if rows_native.takes(logits, softcap):
+    if native_rows.takes(logits, softcap):
         shape = (targets.numel(), logits.shape[-1])
         into = logits if in_place else fresh(shape, dtype=logits.dtype, device=logits.device, zero=False)
-        rows_native.sweep(logits, targets, candidates, class_weight, ignore_index, views, into)
+        native_rows.sweep(logits, targets, candidates, class_weight, ignore_index, views, into)
         return into
     check_ids_again("targets", targets, logits.shape[-1], exempt=ignore_index)
     if candidates is not None:

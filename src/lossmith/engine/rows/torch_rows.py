@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossmith.engine.raw import Needs, closed
+from lossmith.engine.statistics.raw import Needs, closed
 
 # Stands in for -inf: exp() of it is exactly 0 and so is 0 times it, where 0 * -inf is NaN.
 MASKED = -1e30

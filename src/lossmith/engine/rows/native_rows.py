@@ -1,7 +1,7 @@
 """The arithmetic on rows, compiled: calls ``rows_native.cpp``.
 
 Where PyTorch makes a dozen parallel passes over a block of rows, this makes one over the
-batch. It takes fp32 and bf16 rows on a CPU; ``rows_torch`` takes everything, and takes over
+batch. It takes fp32 and bf16 rows on a CPU; ``torch_rows`` takes everything, and takes over
 where nothing can be compiled.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.checks import written_over
-from lossmith.engine.native import library
-from lossmith.engine.raw import View, closed, raw_dtype, raw_names
+from lossmith.engine.native.build import library
+from lossmith.engine.statistics.raw import View, closed, raw_dtype, raw_names
 
 _OUTPUTS = (
     "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.checks import refuse_batched
-from lossmith.engine.chunks import HeadGradient, Rows
-from lossmith.engine.head_stats import HeadStats, HeadSweep, once
-from lossmith.engine.raw_stats import RawStats
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.head.chunks import HeadGradient, Rows
+from lossmith.engine.head.two_sweeps import HeadStats, HeadSweep, once
+from lossmith.engine.statistics.raw_stats import RawStats
+from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep import by_view
 
 # Elements of a gradient that are scaled at a time where it is narrower than the factor.

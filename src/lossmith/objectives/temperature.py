@@ -8,10 +8,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from lossmith.distributed import sum_over_ranks
+from lossmith.core.distributed import sum_over_ranks
+from lossmith.core.stepping import Stepped
 from lossmith.options import option, strict_options
 from lossmith.options.shared import LOWEST_DIVISOR, TemperatureBounds
-from lossmith.stepping import Stepped
 
 
 class AdaptiveTemperature(Stepped):

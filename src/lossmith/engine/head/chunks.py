@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lossmith.engine.blocks import accumulation_dtype
+from lossmith.engine.head.plan import rows_of_a_chunk
+from lossmith.engine.head.products import multiplies_halves, wide_product
 from lossmith.engine.memory import fresh
-from lossmith.engine.plan import rows_of_a_chunk
-from lossmith.engine.products import multiplies_halves, wide_product
+from lossmith.engine.rows.blocks import accumulation_dtype
 
 Rows = slice | Tensor
 

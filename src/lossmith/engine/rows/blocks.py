@@ -1,4 +1,4 @@
-"""``rows_torch`` over a batch: which rows are visited, how many at a time, how they are read and written."""
+"""``torch_rows`` over a batch: which rows are visited, how many at a time, how they are read and written."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.memory import fresh
-from lossmith.engine.raw import View, ignored_fill
-from lossmith.engine.rows_torch import Scratch, row_grad, row_stats
+from lossmith.engine.rows.torch_rows import Scratch, row_grad, row_stats
+from lossmith.engine.statistics.raw import View, ignored_fill
 
 Block = slice | Tensor
 

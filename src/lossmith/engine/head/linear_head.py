@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lossmith.engine.blocks import accumulation_dtype
 from lossmith.engine.checks import check_head, check_targets_of_hidden
-from lossmith.engine.chunks import Chunks, pack
-from lossmith.engine.head_stats import HeadStats, HeadSweep, head_stats_op
-from lossmith.engine.one_sweep import LossOf, SweptOnce, sweep_once
-from lossmith.engine.plan import Plan, Strategy, check_strategy, rows_of_a_chunk
+from lossmith.engine.head.chunks import Chunks, pack
+from lossmith.engine.head.one_sweep import LossOf, SweptOnce, sweep_once
+from lossmith.engine.head.plan import Plan, Strategy, check_strategy, rows_of_a_chunk
+from lossmith.engine.head.two_sweeps import HeadStats, HeadSweep, head_stats_op
 from lossmith.engine.predictions import Predictions
-from lossmith.engine.raw import Needs
-from lossmith.engine.raw_stats import AskedFor, RawStats
+from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.sampling import draw, uniform_numbers
-from lossmith.engine.stats import TokenStats
+from lossmith.engine.statistics.raw import Needs
+from lossmith.engine.statistics.raw_stats import AskedFor, RawStats
+from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep import Unchanged, by_view, check_all_ids, flat_ids
 from lossmith.options import kind_of
 from lossmith.options.shared import Softcap

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lossmith.former_names import REDUCTIONS
+from lossmith.core.former_names import REDUCTIONS
 from lossmith.options import kind_of, option
 
 Reduction = Annotated[

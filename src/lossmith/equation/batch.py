@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.checks import check_ids, check_targets, check_whole
-from lossmith.options import kind_of
-from lossmith.options.shared import IgnoreIndex, Shift, TokenWeight
-from lossmith.reduction import (
+from lossmith.equation.reduction import (
     Denominator,
     Empty,
     Reduction,
@@ -21,6 +19,8 @@ from lossmith.reduction import (
     scalar_share,
     token_scale,
 )
+from lossmith.options import kind_of
+from lossmith.options.shared import IgnoreIndex, Shift, TokenWeight
 
 _IGNORE_INDEX, _TOKEN_WEIGHT = kind_of(IgnoreIndex, "ignore_index"), kind_of(TokenWeight, "token_weight")
 _SHIFT = kind_of(Shift, "shift")
@@ -152,7 +152,7 @@ def align(
         eos_token_id: see ``pad_token_id``.
         num_classes: V, to check the targets where the caller would look for them.
         shift: how many steps ahead logits[t] predict: True is 1, False is 0.
-        reduction, denominator, empty, dtype: see :func:`lossmith.reduction.token_scale`.
+        reduction, denominator, empty, dtype: see :func:`lossmith.equation.reduction.token_scale`.
         class_weight: [V] what a target counts for in the denominator.
 
     Raises:

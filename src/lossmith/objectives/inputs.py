@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from lossmith.engine.linear import LinearHead
+from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.predictions import Logits, Predictions
 from lossmith.options import kind_of, option
 from lossmith.options.shared import Softcap

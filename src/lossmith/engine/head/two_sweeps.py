@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.checks import refuse_batched
-from lossmith.engine.chunks import Chunks, HeadGradient, Rows
-from lossmith.engine.raw import raw_names
-from lossmith.engine.rows import fill_stats, gradient
+from lossmith.engine.head.chunks import Chunks, HeadGradient, Rows
+from lossmith.engine.rows.backends import fill_stats, gradient
+from lossmith.engine.statistics.raw import raw_names
 from lossmith.engine.sweep import SAVED, DifferentiableOnce, allocate, check_all_ids, make_views
 
 # hidden, weight, bias; a list of gradients in the operators' order

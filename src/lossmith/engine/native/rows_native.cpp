@@ -1,6 +1,6 @@
-// The arithmetic of rows_torch.py for a CPU, a row at a time: the logits are read from memory
+// The arithmetic of torch_rows.py for a CPU, a row at a time: the logits are read from memory
 // once, everything else happens in a row that stays in the core's own cache, and threads meet
-// only at the end. The formulas, and the names, are those of rows_torch.py.
+// only at the end. The formulas, and the names, are those of torch_rows.py.
 
 #include "lanes_native.h"
 
