@@ -18,8 +18,9 @@ import lossmith
 from lossmith.engine.head import native_products
 from lossmith.engine.native import build
 from lossmith.engine.rows import native_rows
+from lossmith.engine.rows.operators import row_grad_op, row_stats_op
 from lossmith.engine.statistics.raw import raw_names
-from lossmith.engine.sweep import row_grad_op, row_stats_op
+from lossmith.engine.sweep import Sweep
 
 warnings.simplefilter("ignore")
 INF, NAN = float("inf"), float("nan")
@@ -167,7 +168,9 @@ def wrong_memory() -> Iterator[None]:
         ]
         for change in wrong:
             if num_classes > 1 or "gradient" not in change:
-                expect(ValueError, native_rows.sweep, z, **(right | change), ignore_index=-100, views=[])
+                given = right | change
+                gradient = given.pop("gradient", None)
+                expect(ValueError, native_rows.run, z, Sweep(**given), [], gradient)
             yield
 
 

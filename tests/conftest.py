@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossmith.engine.head import native_products
 from lossmith.engine.native import build
-from lossmith.engine.rows import backends, native_rows
+from lossmith.engine.rows import blocks, native_rows
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -45,7 +45,7 @@ def set_block_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None
     """Make PyTorch's rows be computed this many of ``num_classes`` at a time."""
 
     def set_to(num_rows: int, num_classes: int) -> None:
-        monkeypatch.setitem(backends.BLOCK_ELEMENTS, "cpu", num_rows * num_classes)
+        monkeypatch.setitem(blocks.BLOCK_ELEMENTS, "cpu", num_rows * num_classes)
 
     return set_to
 

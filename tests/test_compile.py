@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lossmith
 from lossmith import Objective, Term
-from lossmith.engine.sweep import row_stats_op
+from lossmith.engine.rows.operators import row_stats_op
 
 IGNORE, B, T, V = -100, 2, 4, 6
 

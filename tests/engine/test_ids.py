@@ -7,6 +7,7 @@ import torch
 import lossmith
 from lossmith import Objective, Term, UnifiedLoss
 from lossmith.engine.rows import native_rows
+from lossmith.engine.sweep import Sweep
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
@@ -229,8 +230,7 @@ def test_the_compiled_rows_refuse_memory_that_is_not_what_they_take_it_for(place
     if arithmetic == "pytorch":
         pytest.skip("PyTorch asks by itself")
     logits, targets = batch()
-    given = {"targets": targets.reshape(-1), "candidates": None, "class_weight": None, "gradient": None}
+    given = {"targets": targets.reshape(-1), "candidates": None, "class_weight": None} | {place: value}
+    gradient = given.pop("gradient", None)
     with pytest.raises(ValueError, match="the compiled rows take"):
-        native_rows.sweep(
-            logits.detach().reshape(24, V), **(given | {place: value}), ignore_index=-100, views=[]
-        )
+        native_rows.run(logits.detach().reshape(24, V), Sweep(**given), [], gradient)

@@ -69,11 +69,11 @@ def test_the_size_of_a_block_changes_nothing_but_the_last_bits(dtype, options, r
 
 
 def test_a_vocabulary_larger_than_a_block(rng, monkeypatch):
-    from lossmith.engine.rows import backends
+    from lossmith.engine.rows import blocks
 
     logits, targets = batch(rng, 6, 40)
     whole = value_and_gradient(logits, targets)
-    monkeypatch.setitem(backends.BLOCK_ELEMENTS, "cpu", 7)
+    monkeypatch.setitem(blocks.BLOCK_ELEMENTS, "cpu", 7)
     for a, b in zip(whole, value_and_gradient(logits, targets), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lossmith.engine.checks import check_logits
 from lossmith.engine.rows.blocks import accumulation_dtype
+from lossmith.engine.rows.operators import row_stats_op
 from lossmith.engine.sampling import sample_ids
 from lossmith.engine.statistics.raw import Needs
+from lossmith.engine.statistics.raw_stats import ByView, RawStats
 from lossmith.engine.statistics.stats import TokenStats
-from lossmith.engine.sweep import logits_stats
+from lossmith.engine.sweep import Rows, Sweep
+from lossmith.engine.unchanged import Unchanged
+
+if TYPE_CHECKING:
+    from lossmith.engine.head.one_sweep import SweptOnce
+
+# (statistics of some tokens, which they are) -> the sum of those tokens' shares of the loss
+LossOf = Callable[[TokenStats, Rows], Tensor]
 
 
 class Predictions(ABC):
-    """A distribution over V classes at every position [...]."""
+    """A distribution over V classes at every position [...].
+
+    Attributes:
+        is_costly: whether a statistic that was not announced takes a matrix product more.
+    """
+
+    is_costly = False
 
     @property
     @abstractmethod
@@ -34,6 +51,11 @@ class Predictions(ABC):
     def dtype(self) -> torch.dtype:
         """That of the statistics and of the loss."""
 
+    @property
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor | None]:
+        """What they are made of, by name."""
+
     @abstractmethod
     def check(self, targets: Tensor) -> None:
         """
@@ -42,18 +64,8 @@ class Predictions(ABC):
         """
 
     @abstractmethod
-    def stats(
-        self,
-        targets: Tensor,
-        *,
-        candidates: Tensor | None,
-        class_weight: Tensor | None,
-        temperature: Tensor | None,
-        softcap: float | None,
-        ignore_index: int,
-        default_needs: Needs,
-    ) -> TokenStats:
-        """Lazy statistics at ``targets`` [...]; see :func:`lossmith.engine.sweep.logits_stats`."""
+    def fetch(self, sweep: Sweep) -> Sequence[Tensor]:
+        """The raw statistics [N] that a sweep asks for, differentiable, in the operators' order."""
 
     @abstractmethod
     def sample(self, softcap: float | None) -> Tensor:
@@ -62,6 +74,43 @@ class Predictions(ABC):
     @abstractmethod
     def logits(self) -> Tensor:
         """[..., V], differentiable."""
+
+    def capped(self, softcap: float | None) -> float | None:
+        """The cap of the logits, where an objective asks for ``softcap``."""
+        return softcap
+
+    def sweep_once(self, sweep: Sweep, loss_of: LossOf, unless: str | None) -> SweptOnce | None:
+        """The statistics, and the gradient of ``loss_of`` with them, where that saves a matrix product; None
+        elsewhere.
+
+        Args:
+            sweep: what is asked.
+            loss_of: the loss of some tokens.
+            unless: what forbids it, in words, if anything does.
+
+        Raises:
+            ValueError: it was asked for, and is forbidden.
+        """
+        return None
+
+    def stats(
+        self, sweep: Sweep, shape: torch.Size | None = None, default_needs: Needs = Needs.CORE
+    ) -> TokenStats:
+        """Lazy statistics, fetched when they are announced, or first read.
+
+        Args:
+            sweep: the tokens, and how their logits are read.
+            shape: [...] in which the statistics come; [N] if not given.
+            default_needs: groups that are fetched along with the first that was not announced.
+        """
+        read = Unchanged(**self.tensors, **sweep.tensors)
+
+        def fetch(needs: Needs, needs_unscaled: Needs | None) -> ByView:
+            read.check()
+            asked = sweep.asking(needs, needs_unscaled)
+            return asked.by_view(self.fetch(asked))
+
+        return TokenStats(RawStats(sweep, fetch, default_needs), shape=shape)
 
 
 @dataclass(frozen=True)
@@ -82,30 +131,15 @@ class Logits(Predictions):
     def dtype(self) -> torch.dtype:
         return accumulation_dtype(self.values.dtype)
 
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        return {"logits": self.values}
+
     def check(self, targets: Tensor) -> None:
         check_logits(self.values, targets)
 
-    def stats(
-        self,
-        targets: Tensor,
-        *,
-        candidates: Tensor | None,
-        class_weight: Tensor | None,
-        temperature: Tensor | None,
-        softcap: float | None,
-        ignore_index: int,
-        default_needs: Needs,
-    ) -> TokenStats:
-        return logits_stats(
-            self.values,
-            targets,
-            candidates=candidates,
-            class_weight=class_weight,
-            temperature=temperature,
-            softcap=softcap,
-            ignore_index=ignore_index,
-            default_needs=default_needs,
-        )
+    def fetch(self, sweep: Sweep) -> Sequence[Tensor]:
+        return row_stats_op(self.values, *sweep.arguments)
 
     def sample(self, softcap: float | None) -> Tensor:
         return sample_ids(self.values, softcap=softcap)

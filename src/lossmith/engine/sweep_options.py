@@ -1,4 +1,4 @@
-"""``SweepOptions``: how logits are read before anything is made of them."""
+"""``SweepOptions``: how an objective reads logits before anything is made of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lossmith.engine.checks import check_targets, whole_candidates
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.statistics.raw import Needs
 from lossmith.engine.statistics.stats import TokenStats
+from lossmith.engine.sweep import Sweep
 from lossmith.options import strict_options
 from lossmith.options.shared import ClassWeight, Softcap, Temperature
 
@@ -24,6 +25,33 @@ class SweepOptions:
     softcap: Softcap = None
     class_weight: ClassWeight = None
 
+    def sweep(
+        self,
+        predictions: Predictions,
+        targets: Tensor,
+        *,
+        ignore_index: int,
+        candidates: Tensor | None,
+    ) -> Sweep:
+        """The sweep of predictions [...] read this way, at ids of any integer dtype.
+
+        Raises:
+            TypeError: ids that are not integers.
+            ValueError: candidates that do not belong to the targets.
+        """
+        check_targets(targets)
+        if candidates is not None:
+            candidates = whole_candidates(candidates, targets)
+            candidates = candidates.reshape(targets.numel(), candidates.shape[-1])
+        return Sweep(
+            targets.long().reshape(-1),
+            candidates,
+            self.checked_class_weight(predictions),
+            self._temperature_tensor(predictions),
+            predictions.capped(self.softcap),
+            ignore_index,
+        )
+
     def stats(
         self,
         predictions: Predictions,
@@ -33,22 +61,9 @@ class SweepOptions:
         candidates: Tensor | None = None,
         default_needs: Needs = Needs.CORE,
     ) -> TokenStats:
-        """Lazy statistics of predictions [...] read this way, at ids of any integer dtype.
-
-        Raises:
-            TypeError: ids that are not integers.
-            ValueError: candidates that do not belong to the targets.
-        """
-        check_targets(targets)
-        return predictions.stats(
-            targets.long(),
-            candidates=None if candidates is None else whole_candidates(candidates, targets),
-            class_weight=self.checked_class_weight(predictions),
-            temperature=self._temperature_tensor(predictions),
-            softcap=self.softcap,
-            ignore_index=ignore_index,
-            default_needs=default_needs,
-        )
+        """Lazy statistics of predictions [...] read this way, in the targets' shape; see :meth:`sweep`."""
+        sweep = self.sweep(predictions, targets, ignore_index=ignore_index, candidates=candidates)
+        return predictions.stats(sweep, targets.shape, default_needs)
 
     def _temperature_tensor(self, predictions: Predictions) -> Tensor | None:
         if isinstance(self.temperature, Tensor):

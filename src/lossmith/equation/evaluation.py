@@ -15,8 +15,10 @@ from lossmith.core.metrics import Metrics
 from lossmith.engine.checks import whole_candidates
 from lossmith.engine.head.one_sweep import OtherGradient
 from lossmith.engine.predictions import Predictions
+from lossmith.engine.statistics.raw_stats import ByView
 from lossmith.engine.statistics.statistic import Columns
 from lossmith.engine.statistics.stats import TokenStats
+from lossmith.engine.sweep import Sweep
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.output import LossOutput
@@ -63,26 +65,31 @@ def evaluate(
             f"the scalars {', '.join(scalars)} belong to no token; reduction='none' has no place for them"
         )
     candidates, of_terms = _gather_candidates(terms, batch)
+    sweep = options.sweep(
+        predictions, batch.read_targets, ignore_index=batch.ignore_index, candidates=candidates
+    )
+    is_given = stats is not None
     if stats is None:
-        stats = options.stats(
-            predictions, batch.read_targets, ignore_index=batch.ignore_index, candidates=candidates
-        )
+        stats = predictions.stats(sweep)
     elif candidates is not None and not stats.has_candidates:
         raise ValueError(
             "a term reads the logits of candidate ids, which the given stats do not have; leave stats out"
         )
     asked = stats.groups_of(
-        joined(*(term.reads for term in terms), reads, METRICS if stats.is_costly else ()),
+        joined(
+            *(term.reads for term in terms), reads, METRICS if predictions.is_costly and not is_given else ()
+        ),
         has_candidates=candidates is not None,
     )
     unless = whole_batch_reason(terms, batch, weigh, per_token)
-    swept = _in_one_sweep(of_terms, stats, batch, asked, unless)
-    if swept is None:
-        stats.add(asked)
-    seen = _supervised(stats, batch)
+    swept = None if is_given else _in_one_sweep(of_terms, predictions, sweep.asking(*asked), batch, unless)
     if swept is not None:
-        (total, parts, contributions), weight = swept, None
+        total, parts, contributions, known = swept
+        stats.hold(known)
+        seen, weight = _supervised(stats, batch), None
     else:
+        stats.add(asked)
+        seen = _supervised(stats, batch)
         parts, contributions, weight = _parts(of_terms, seen, batch, weigh, per_token)
         total = reduce(operator.add, parts.values()) if parts else _nothing(seen, batch, per_token)
     parts |= scalars
@@ -170,14 +177,10 @@ def _parts(
 
 
 def _in_one_sweep(
-    of_terms: Sequence[OfTerm],
-    stats: TokenStats,
-    batch: TokenBatch,
-    asked: tuple,
-    unless: str | None,
-) -> tuple[Tensor, dict[str, Tensor], Tensor] | None:
+    of_terms: Sequence[OfTerm], predictions: Predictions, sweep: Sweep, batch: TokenBatch, unless: str | None
+) -> tuple[Tensor, dict[str, Tensor], Tensor, ByView] | None:
     """The sum of the terms, each term, and what each token contributes, with gradients that were made
-    together with the statistics; None where that cannot be."""
+    together with the statistics, which come last; None where that cannot be."""
     if not of_terms:
         return None
     shares = batch.scale.new_zeros(len(of_terms), len(batch.scale))
@@ -193,7 +196,7 @@ def _in_one_sweep(
         return loss
 
     try:
-        swept = stats.sweep_once(asked, loss_of, unless)
+        swept = predictions.sweep_once(sweep, loss_of, unless)
     except OtherGradient:
         names = ", ".join(repr(term.name) for term, _ in of_terms)
         raise ValueError(
@@ -209,7 +212,7 @@ def _in_one_sweep(
         )
         for of_term, value in zip(of_terms, values, strict=True)
     }
-    return swept.loss(reduce(operator.add, values)), parts, shares.sum(0)
+    return swept.loss(reduce(operator.add, values)), parts, shares.sum(0), swept.known
 
 
 def _nothing(stats: TokenStats, batch: TokenBatch, per_token: bool) -> Tensor:

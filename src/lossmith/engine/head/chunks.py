@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,50 +12,63 @@ from lossmith.engine.head.plan import rows_of_a_chunk
 from lossmith.engine.head.products import multiplies_halves, wide_product
 from lossmith.engine.memory import fresh
 from lossmith.engine.rows.blocks import accumulation_dtype
-
-Rows = slice | Tensor
+from lossmith.engine.sweep import Rows
 
 # Elements of a gradient that are narrowed at a time.
 NARROWED_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """What logits are the product of, hidden @ weight.T + bias, and how it is computed.
+
+    Attributes:
+        hidden: [..., D].
+        weight: [V, D].
+        bias: [V], or None.
+        compute_dtype: that of the products.
+        memory_budget: bytes of logits held at a time; None for the device's default.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    compute_dtype: torch.dtype
+    memory_budget: int | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
+    @property
+    def wide(self) -> torch.dtype:
+        """That of the logits: fp32 at least."""
+        return accumulation_dtype(self.compute_dtype)
 
 
 class Chunks:
     """The tokens of a batch that have a target, in chunks, and the logits of one chunk at a time.
 
     Args:
-        hidden: [N, D].
-        weight: [V, D].
-        bias: [V], or None.
+        factors: what the logits are made of.
         targets: [N].
         ignore_index: the target of tokens that take no part.
-        compute_dtype: that of the products.
-        memory_budget: bytes of logits held at a time.
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        *,
-        ignore_index: int,
-        compute_dtype: torch.dtype,
-        memory_budget: int | None,
-    ) -> None:
-        self.hidden, self.targets = hidden, targets
-        self.ignore_index = ignore_index
-        self.weight = weight.to(compute_dtype).resolve_neg()  # once, not for every chunk
-        self.bias = None if bias is None else bias.to(compute_dtype)
-        self.dtype = compute_dtype
-        self.wide = accumulation_dtype(compute_dtype)
+    def __init__(self, factors: Factors, targets: Tensor, ignore_index: int) -> None:
+        self.factors, self.targets, self.ignore_index = factors, targets, ignore_index
+        hidden, weight, bias = factors.tensors
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.weight = weight.to(factors.compute_dtype).resolve_neg()  # once, not for every chunk
+        self.bias = None if bias is None else bias.to(factors.compute_dtype)
+        self.dtype, self.wide = factors.compute_dtype, factors.wide
         self.num_classes = weight.shape[0]
         self.packed = pack(targets, ignore_index)
         self.is_packed = packs(targets)  # no ignored token is left
         num_rows = targets.numel() if self.packed is None else self.packed.numel()
         self.num_rows = num_rows
         self.size = rows_of_a_chunk(
-            num_rows, self.num_classes, self.wide.itemsize, hidden.device, memory_budget
+            num_rows, self.num_classes, self.wide.itemsize, hidden.device, factors.memory_budget
         )
         self._buffer: Tensor | None = None
 
@@ -159,10 +173,9 @@ class HeadGradient:
             self.weight.zero_()
         self._is_first = False
 
-    def finish(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients in the shapes and dtypes of what they are the gradients of."""
+        hidden, weight, bias = self.chunks.factors.tensors
         return (
             None if self.hidden is None else self.hidden.view(hidden.shape),
             None if self.weight is None else self.weight.to(weight.dtype),

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lossmith.engine.checks import check_head, check_targets_of_hidden
-from lossmith.engine.head.chunks import Chunks, pack
-from lossmith.engine.head.one_sweep import LossOf, SweptOnce, sweep_once
+from lossmith.engine.head.chunks import Chunks, Factors, pack
+from lossmith.engine.head.one_sweep import SweptOnce, sweep_once
 from lossmith.engine.head.plan import Plan, Strategy, check_strategy, rows_of_a_chunk
-from lossmith.engine.head.two_sweeps import HeadStats, HeadSweep, head_stats_op
-from lossmith.engine.predictions import Predictions
-from lossmith.engine.rows.blocks import accumulation_dtype
+from lossmith.engine.head.two_sweeps import head_stats_op, stats_of_head
+from lossmith.engine.predictions import LossOf, Predictions
 from lossmith.engine.sampling import draw, uniform_numbers
-from lossmith.engine.statistics.raw import Needs
-from lossmith.engine.statistics.raw_stats import AskedFor, RawStats
-from lossmith.engine.statistics.stats import TokenStats
-from lossmith.engine.sweep import Unchanged, by_view, check_all_ids, flat_ids
+from lossmith.engine.sweep import Sweep
 from lossmith.options import kind_of
 from lossmith.options.shared import Softcap
 
@@ -42,6 +37,9 @@ class LinearHead(Predictions):
         memory_budget: bytes of logits held at a time; None for the device's default.
         softcap: c for c tanh(z / c), or None; a part of the model, before whatever an objective does.
 
+    Attributes:
+        compute_dtype: that of the products: autocast's, where it is on, or the hidden states'.
+
     Raises:
         TypeError, ValueError: they do not belong together; the message says which.
     """
@@ -52,11 +50,18 @@ class LinearHead(Predictions):
     strategy: Strategy = "auto"
     memory_budget: int | None = None
     softcap: float | None = None
+    compute_dtype: torch.dtype = field(init=False)
+
+    is_costly = True
 
     def __post_init__(self) -> None:
         check_strategy(self.strategy, self.memory_budget)
-        check_head(self.hidden, self.weight, self.bias, is_autocast=lambda: self._autocast_dtype is not None)
+        check_head(
+            self.hidden, self.weight, self.bias, is_autocast=lambda: _autocast_dtype(self.hidden) is not None
+        )
         _SOFTCAP.check(self.softcap)
+        # of now, not of when a statistic is read
+        object.__setattr__(self, "compute_dtype", _autocast_dtype(self.hidden) or self.hidden.dtype)
 
     @property
     def num_classes(self) -> int:
@@ -68,19 +73,16 @@ class LinearHead(Predictions):
 
     @property
     def dtype(self) -> torch.dtype:
-        return accumulation_dtype(self.compute_dtype)
+        return self.factors.wide
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """That of the products: the hidden states', or autocast's."""
-        return self._autocast_dtype or self.hidden.dtype
+    def tensors(self) -> dict[str, Tensor | None]:
+        return {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
 
     @property
-    def _autocast_dtype(self) -> torch.dtype | None:
-        kind = self.hidden.device.type
-        if self.hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-            return None
-        return torch.get_autocast_dtype(kind)
+    def factors(self) -> Factors:
+        """What its logits are the product of."""
+        return Factors(self.hidden, self.weight, self.bias, self.compute_dtype, self.memory_budget)
 
     @property
     def needed(self) -> tuple[bool, bool, bool]:
@@ -97,7 +99,7 @@ class LinearHead(Predictions):
         logits = F.linear(self.hidden, self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def _capped_once(self, softcap: float | None) -> float | None:
+    def capped(self, softcap: float | None) -> float | None:
         """
         Raises:
             ValueError: both the model and the objective cap the logits.
@@ -111,93 +113,26 @@ class LinearHead(Predictions):
 
     @torch.no_grad()
     def sample(self, softcap: float | None) -> Tensor:
-        softcap = self._capped_once(softcap)
-        flat = self.hidden.reshape(-1, self.hidden.shape[-1])
-        chunks = self._chunks(torch.zeros(len(flat), dtype=torch.long, device=self.device))
-        uniform = uniform_numbers(len(flat), self.dtype, self.device)
+        softcap, shape = self.capped(softcap), self.hidden.shape[:-1]
+        targets = torch.zeros(shape.numel(), dtype=torch.long, device=self.device)
+        chunks = Chunks(self.factors, targets, ignore_index=-100)
+        uniform = uniform_numbers(shape.numel(), self.dtype, self.device)
         drawn = [draw(chunks.logits(chunks.inputs(rows)), uniform[rows], softcap) for rows in chunks.all()]
-        return torch.cat(drawn).reshape(self.hidden.shape[:-1])
+        return torch.cat(drawn).reshape(shape)
 
-    def _chunks(self, targets: Tensor) -> Chunks:
-        return Chunks(
-            self.hidden.reshape(-1, self.hidden.shape[-1]),
-            self.weight,
-            self.bias,
-            targets,
-            ignore_index=-100,
-            compute_dtype=self.compute_dtype,
-            memory_budget=self.memory_budget,
-        )
+    def fetch(self, sweep: Sweep) -> Sequence[Tensor]:
+        factors = self.factors
+        if torch.compiler.is_compiling():
+            options = (factors.compute_dtype, factors.memory_budget)
+            return head_stats_op(*factors.tensors, *sweep.arguments, *options)
+        sweep.check_ids(self.num_classes, self.hidden.shape[:-1])
+        return stats_of_head(factors, sweep)
 
-    def stats(
-        self,
-        targets: Tensor,
-        *,
-        candidates: Tensor | None,
-        class_weight: Tensor | None,
-        temperature: Tensor | None,
-        softcap: float | None,
-        ignore_index: int,
-        default_needs: Needs,
-    ) -> TokenStats:
-        softcap = self._capped_once(softcap)
-        read = Unchanged(
-            hidden=self.hidden,
-            weight=self.weight,
-            bias=self.bias,
-            targets=targets,
-            candidates=candidates,
-            class_weight=class_weight,
-            temperature=temperature,
-        )
-        compute_dtype = self.compute_dtype  # autocast's is that of now, not of when a statistic is read
-
-        def asked(needs: Needs, needs_unscaled: Needs | None) -> HeadSweep:
-            read.check()
-            return HeadSweep(
-                targets.reshape(-1),
-                flat_ids(candidates),
-                class_weight,
-                temperature,
-                softcap,
-                ignore_index,
-                int(needs),
-                -1 if needs_unscaled is None else int(needs_unscaled),
-                compute_dtype,
-                self.memory_budget,
-            )
-
-        def fetch(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
-            sweep = asked(needs, needs_unscaled)
-            if torch.compiler.is_compiling():
-                values = head_stats_op(self.hidden, self.weight, self.bias, *sweep.options)
-            else:
-                check_all_ids(targets, candidates, self.num_classes, ignore_index)
-                values = HeadStats.apply(sweep, None, self.hidden, self.weight, self.bias)
-            scaled, unscaled = by_view(values, sweep.needs, sweep.needs_unscaled)
-            return scaled, None if needs_unscaled is None else unscaled
-
-        def make(targets: Tensor, candidates: Tensor | None, fetch: Callable[..., Any]) -> RawStats:
-            return RawStats(
-                targets,
-                fetch,
-                ignore_index=ignore_index,
-                candidates=candidates,
-                has_temperature=temperature is not None,
-                dtype=accumulation_dtype(compute_dtype),
-                default_needs=default_needs,
-            )
-
-        def once(needs: AskedFor, loss_of: LossOf, unless: str | None) -> SweptOnce | None:
-            if self._why_not_once(unless) is not None:
-                return None
-            check_all_ids(targets, candidates, self.num_classes, ignore_index)
-            sweep = asked(needs[0] or Needs.CORE, needs[1])
-            return sweep_once(sweep, self.hidden, self.weight, self.bias, loss_of, self.needed, make)
-
-        raw = make(targets, candidates, fetch)
-        raw.once = once
-        return TokenStats(raw)
+    def sweep_once(self, sweep: Sweep, loss_of: LossOf, unless: str | None) -> SweptOnce | None:
+        if self._why_not_once(unless) is not None:
+            return None
+        sweep.check_ids(self.num_classes, self.hidden.shape[:-1])
+        return sweep_once(self.factors, sweep, loss_of, self.needed)
 
     # ── the choice ────────────────────────────────────────────────────────────────────────────────
 
@@ -233,7 +168,7 @@ class LinearHead(Predictions):
         Args:
             unless: what forbids one sweep, in words, if anything does.
         """
-        check_all_ids(targets, None, self.num_classes, ignore_index)
+        Sweep(targets, ignore_index=ignore_index).check_ids(self.num_classes, targets.shape)
         reason = self._why_not_once(unless)
         packed = pack(targets.reshape(-1), ignore_index)
         num_tokens = targets.numel() if packed is None else packed.numel()
@@ -257,3 +192,10 @@ class LinearHead(Predictions):
             logits_bytes=rows * self.num_classes * itemsize,
             accumulator_bytes=self.weight.numel() * self.dtype.itemsize if is_wider else 0,
         )
+
+
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.checks import refuse_batched
-from lossmith.engine.head.chunks import HeadGradient, Rows
-from lossmith.engine.head.two_sweeps import HeadStats, HeadSweep, once
-from lossmith.engine.statistics.raw_stats import RawStats
+from lossmith.engine.differentiable_once import once
+from lossmith.engine.head.chunks import Chunks, Factors, HeadGradient
+from lossmith.engine.head.two_sweeps import Needed, stats_of_head
+from lossmith.engine.predictions import LossOf
+from lossmith.engine.rows.backends import gradient_of_rows, stats_of_rows
+from lossmith.engine.statistics.raw_stats import ByView, RawStats
 from lossmith.engine.statistics.stats import TokenStats
-from lossmith.engine.sweep import by_view
+from lossmith.engine.sweep import Rows, Sweep
 
 # Elements of a gradient that are scaled at a time where it is narrower than the factor.
 PIECE = 2**22
-
-# (statistics of some tokens, which they are) -> the sum of those tokens' shares of the loss
-LossOf = Callable[[TokenStats, Rows], Tensor]
 
 
 class OtherGradient(Exception):
@@ -33,89 +33,65 @@ class SweptOnce:
     """What one sweep leaves: the gradient of one loss, and the statistics.
 
     Attributes:
-        views: the statistics by name, of each view, with gradients (by a second sweep, if one is asked for).
+        known: the raw statistics, with gradients (by a second sweep, if one is asked for).
         of_parts: the same statistics in a graph of their own, which ``part`` may go through again and again.
     """
 
-    views: tuple[dict[str, Tensor], dict[str, Tensor]]
+    known: ByView
     of_parts: TokenStats
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    factors: Factors
     gradients: list[Tensor | None]
 
     def loss(self, value: Tensor) -> Tensor:
         """``value`` as the loss whose gradient is known."""
-        return _KnownGradient.apply(value.detach(), self.gradients, self.hidden, self.weight, self.bias)
+        return _KnownGradient.apply(value.detach(), self.gradients, *self.factors.tensors)
 
     def part(self, value: Tensor, again: Callable[[TokenStats], Tensor]) -> Tensor:
         """``value``, a part of the loss that ``again`` computes from the statistics; its gradient, of which
         nothing is known, takes a second sweep if anybody asks for it."""
-        return _LazyGradient.apply(
-            value.detach(), lambda: again(self.of_parts), self.hidden, self.weight, self.bias
-        )
+        return _LazyGradient.apply(value.detach(), lambda: again(self.of_parts), *self.factors.tensors)
 
 
-def sweep_once(
-    sweep: HeadSweep,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    loss_of: LossOf,
-    needed: tuple[bool, bool, bool],
-    make_stats: Callable[..., RawStats],
-) -> SweptOnce | None:
+def sweep_once(factors: Factors, sweep: Sweep, loss_of: LossOf, needed: Needed) -> SweptOnce | None:
     """Sweep a head's logits once, for the statistics and for the gradient of ``loss_of``; None where there
     are no tokens to do it for.
-
-    Args:
-        make_stats: (targets, candidates, fetch) -> the raw statistics of some tokens.
 
     Raises:
         OtherGradient: the loss has gradients that would be lost.
     """
     with torch.no_grad():
-        chunks = sweep.chunks(hidden, weight, bias)
+        chunks = Chunks(factors, sweep.targets, sweep.ignore_index)
         if not chunks.num_rows:
             return None
         result = HeadGradient(chunks, needed)
-        outputs = sweep.blank(hidden)
+        outputs = sweep.blank(factors.wide, factors.hidden.device)
         for rows in chunks.all():
-            x = chunks.inputs(rows)
+            x, some = chunks.inputs(rows), sweep.of(rows)
             z = chunks.logits(x)
-            raw = sweep.stats_of(rows, z)
+            raw = stats_of_rows(z, some)
             for out, value in zip(outputs, raw, strict=True):
                 out[rows] = value
-            grads = _gradients(sweep, rows, raw, loss_of, make_stats)
+            grads = _gradients(some, rows, raw, loss_of)
             if any(g is not None for g in grads):
-                result.add(rows, x, sweep.gradient_of(rows, z, raw, grads))
+                result.add(rows, x, gradient_of_rows(z, some, raw, grads, in_place=True))
             else:
                 result.add_nothing(rows)
-        gradients = list(result.finish(hidden, weight, bias))
+        gradients = list(result.finish())
 
-    def known() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        values = HeadStats.apply(sweep, [out.detach() for out in outputs], hidden, weight, bias)
-        return by_view(values, sweep.needs, sweep.needs_unscaled)
+    def known() -> ByView:
+        return sweep.by_view(stats_of_head(factors, sweep, [out.detach() for out in outputs]))
 
     of_parts = known()
-    stats = TokenStats(make_stats(sweep.targets, sweep.candidates, lambda *_: of_parts))
-    return SweptOnce(known(), stats, hidden, weight, bias, gradients)
+    stats = TokenStats(RawStats(sweep, lambda *_: of_parts))
+    return SweptOnce(known(), stats, factors, gradients)
 
 
-def _gradients(
-    sweep: HeadSweep,
-    rows: Rows,
-    raw: list[Tensor],
-    loss_of: LossOf,
-    make_stats: Callable[..., RawStats],
-) -> list[Tensor | None]:
+def _gradients(sweep: Sweep, rows: Rows, raw: list[Tensor], loss_of: LossOf) -> list[Tensor | None]:
     """The gradients of a chunk's statistics, by autograd on [n] tensors."""
     leaves = [value.requires_grad_() if value.is_floating_point() else value for value in raw]
-    views = by_view(leaves, sweep.needs, sweep.needs_unscaled)
-    candidates = None if sweep.candidates is None else sweep.candidates[rows]
-    stats = make_stats(sweep.targets[rows], candidates, lambda *_: views)
+    views = sweep.by_view(leaves)
     with torch.enable_grad():
-        loss = loss_of(TokenStats(stats), rows)
+        loss = loss_of(TokenStats(RawStats(sweep, lambda *_: views)), rows)
     if not loss.requires_grad:
         return [None] * len(raw)
     ours = [value for value in leaves if value.requires_grad]

@@ -1,75 +1,68 @@
-"""Rows of logits to raw statistics and back, by whichever arithmetic takes them.
+"""Rows of logits to raw statistics and back, by the first arithmetic of a list that takes them.
 
-``native_rows`` takes fp32 and bf16 rows on a CPU, and ``torch_rows``, in blocks, everything.
+To add one: a module with ``takes``, ``fill_stats`` and ``gradient``, and a line in ``BACKENDS``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lossmith.engine.checks import check_ids_again
-from lossmith.engine.memory import fresh
-from lossmith.engine.rows import native_rows
-from lossmith.engine.rows.blocks import Blocks, grad_in_blocks, stats_in_blocks
+from lossmith.engine.rows import blocks, native_rows
+from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.statistics.raw import View
-
-# Elements in a block: on a CPU two fp32 buffers of it stay in the last-level cache; elsewhere
-# launches are what a small block would cost, and this bounds the extra memory.
-BLOCK_ELEMENTS = {"cpu": 2**20}
-BLOCK_ELEMENTS_ELSEWHERE = 2**26
+from lossmith.engine.sweep import Maybe, Sweep
 
 
-def fill_stats(
-    logits: Tensor,
-    targets: Tensor,
-    candidates: Tensor | None,
-    class_weight: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    views: Sequence[View],
-) -> None:
-    """Fill in the raw statistics [N] of every view of ``logits`` [..., V] at ``targets`` [N]."""
-    if native_rows.takes(logits, softcap):
-        native_rows.sweep(logits, targets, candidates, class_weight, ignore_index, views)
-    else:
-        blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
-        stats_in_blocks(blocks, candidates, class_weight, softcap, views)
+class Backend(Protocol):
+    """The arithmetic on rows; of logits [..., V] and a sweep [N]."""
+
+    def takes(self, logits: Tensor, softcap: float | None, /) -> bool:
+        """Whether these rows are computed here."""
+        ...
+
+    def fill_stats(self, logits: Tensor, sweep: Sweep, views: Sequence[View], /) -> None:
+        """Fill in the raw statistics [N] of every view."""
+        ...
+
+    def gradient(self, logits: Tensor, sweep: Sweep, views: Sequence[View], /, *, in_place: bool) -> Tensor:
+        """The gradient [N, V] of the logits from those of every view's statistics; exactly 0 in ignored rows,
+        also where their logits are no numbers."""
+        ...
 
 
-def gradient(
-    logits: Tensor,
-    targets: Tensor,
-    candidates: Tensor | None,
-    class_weight: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    views: Sequence[View],
-    *,
-    in_place: bool = False,
+# fp32 and bf16 rows on a CPU, compiled; and everything, in blocks of PyTorch operations.
+BACKENDS: dict[str, Backend] = {"native": native_rows, "torch": blocks}
+
+
+def stats_of_rows(logits: Tensor, sweep: Sweep) -> list[Tensor]:
+    """The raw statistics [N] of ``logits`` [..., V], in the operators' order."""
+    outputs = sweep.blank(accumulation_dtype(logits.dtype), logits.device)
+    _backend(logits, sweep).fill_stats(logits, sweep, sweep.views(outputs))
+    return outputs
+
+
+def gradient_of_rows(
+    logits: Tensor, sweep: Sweep, raw: Maybe, grads: Maybe, *, in_place: bool = False
 ) -> Tensor:
-    """The gradient [N, V] of ``logits`` from those of every view's raw statistics; exactly 0 in rows that
-    are ignored, or that nobody has a gradient for, also where their logits are no numbers.
+    """The gradient [N, V] of ``logits`` [..., V]; exactly 0 in rows that are ignored, or that nobody has a
+    gradient for.
 
     Args:
+        raw, grads: the raw statistics, and their gradients, in the operators' order.
         in_place: ``logits`` [N, V] are nobody else's, and become the gradient.
     """
+    views = sweep.views(raw, grads)
     given = [value != 0 for view in views for value in view.grads.values()]
     wanted = [rows if rows.dim() == 1 else rows.any(-1) for rows in given]
-    targets = targets.masked_fill(~torch.stack(wanted).any(0), ignore_index)
-    if native_rows.takes(logits, softcap):
-        shape = (targets.numel(), logits.shape[-1])
-        into = logits if in_place else fresh(shape, dtype=logits.dtype, device=logits.device, zero=False)
-        native_rows.sweep(logits, targets, candidates, class_weight, ignore_index, views, into)
-        return into
-    check_ids_again("targets", targets, logits.shape[-1], exempt=ignore_index)
-    if candidates is not None:
-        check_ids_again("candidates", candidates, logits.shape[-1], exempt=-1)
-    blocks = Blocks(logits, targets, ignore_index, _block_elements(logits))
-    return grad_in_blocks(blocks, candidates, class_weight, softcap, views, in_place=in_place)
+    targets = sweep.targets.masked_fill(~torch.stack(wanted).any(0), sweep.ignore_index)
+    sweep = replace(sweep, targets=targets)
+    return _backend(logits, sweep).gradient(logits, sweep, views, in_place=in_place)
 
 
-def _block_elements(logits: Tensor) -> int:
-    return BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS_ELSEWHERE)
+def _backend(logits: Tensor, sweep: Sweep) -> Backend:
+    return next(backend for backend in BACKENDS.values() if backend.takes(logits, sweep.softcap))

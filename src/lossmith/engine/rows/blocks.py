@@ -7,11 +7,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lossmith.engine.checks import check_ids_again
 from lossmith.engine.memory import fresh
 from lossmith.engine.rows.torch_rows import Scratch, row_grad, row_stats
 from lossmith.engine.statistics.raw import View, ignored_fill
+from lossmith.engine.sweep import Sweep
 
 Block = slice | Tensor
+
+# Elements in a block: on a CPU two fp32 buffers of it stay in the last-level cache; elsewhere
+# launches are what a small block would cost, and this bounds the extra memory.
+BLOCK_ELEMENTS = {"cpu": 2**20}
+BLOCK_ELEMENTS_ELSEWHERE = 2**26
 
 # Picking rows by index costs a copy of them; this share of ignored rows pays for it.
 WORTH_LEAVING_OUT = 1 / 8
@@ -25,7 +32,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class Blocks:
     """The rows of ``logits`` [..., V] that a sweep visits, and how it reads and writes them."""
 
-    def __init__(self, logits: Tensor, targets: Tensor, ignore_index: int, block_elements: int) -> None:
+    def __init__(self, logits: Tensor, targets: Tensor, ignore_index: int) -> None:
         self.num_classes = logits.shape[-1]
         self.num_rows = targets.numel()
         self.logits = logits
@@ -37,10 +44,10 @@ class Blocks:
             self.is_flat = False
         self.device, self.dtype = logits.device, logits.dtype
         self.compute_dtype = accumulation_dtype(logits.dtype)
-        targets = targets.reshape(-1)
         self.is_ignored = is_ignored = targets == ignore_index
         self.targets = targets.masked_fill(is_ignored, 0)
-        self.block_rows = max(1, min(self.num_rows, block_elements // self.num_classes))
+        elements = BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS_ELSEWHERE)
+        self.block_rows = max(1, min(self.num_rows, elements // self.num_classes))
         # Few ignored rows are computed and then cleared; many are left out, on a CPU: an
         # accelerator would have to tell the host how many there are.
         self.visited: Tensor | None = None
@@ -99,23 +106,23 @@ class Blocks:
         return torch.empty((self.block_rows, self.num_classes), dtype=self.compute_dtype, device=self.device)
 
 
-def stats_in_blocks(
-    blocks: Blocks,
-    candidates: Tensor | None,
-    class_weight: Tensor | None,
-    softcap: float | None,
-    views: Sequence[View],
-) -> None:
+def takes(logits: Tensor, softcap: float | None) -> bool:
+    """Everything."""
+    return True
+
+
+def fill_stats(logits: Tensor, sweep: Sweep, views: Sequence[View]) -> None:
     """Fill in the raw statistics of every view."""
+    blocks = Blocks(logits, sweep.targets, sweep.ignore_index)
     scratch = Scratch(blocks.buffer(), blocks.buffer())
-    reader = _Reader(blocks, softcap, views)
+    reader = _Reader(blocks, sweep.softcap, views)
     for block in blocks.all():
         z = reader.load(block)
         target = blocks.targets[block].unsqueeze(1)
-        ids = None if candidates is None else candidates[block]
+        ids = None if sweep.candidates is None else sweep.candidates[block]
         for view in views:
             scaled = reader.over(view.temperature, z)
-            raw = row_stats(scaled, target, ids, class_weight, view.needs, scratch.first(len(z)))
+            raw = row_stats(scaled, target, ids, sweep.class_weight, view.needs, scratch.first(len(z)))
             for name, out in view.raw.items():
                 out[block] = raw[name] if out.dim() == 2 else raw[name].squeeze(1)
     for view in views:
@@ -123,29 +130,30 @@ def stats_in_blocks(
             blocks.clear(out, ignored_fill(name))
 
 
-def grad_in_blocks(
-    blocks: Blocks,
-    candidates: Tensor | None,
-    class_weight: Tensor | None,
-    softcap: float | None,
-    views: Sequence[View],
-    *,
-    in_place: bool = False,
-) -> Tensor:
+def gradient(logits: Tensor, sweep: Sweep, views: Sequence[View], *, in_place: bool) -> Tensor:
     """The gradient of the logits [N, V], from those of every view's raw statistics; ``in_place`` in the
-    memory of the logits."""
+    memory of the logits.
+
+    Raises:
+        RuntimeError: somebody has written over the ids.
+    """
+    num_classes, softcap = logits.shape[-1], sweep.softcap
+    check_ids_again("targets", sweep.targets, num_classes, exempt=sweep.ignore_index)
+    if sweep.candidates is not None:
+        check_ids_again("candidates", sweep.candidates, num_classes, exempt=-1)
+    blocks = Blocks(logits, sweep.targets, sweep.ignore_index)
     result = blocks.logits if in_place else blocks.empty_gradient()
     scratch = blocks.buffer()
     is_direct = blocks.writes_in_place and softcap is None and not in_place
-    gradient = None if is_direct else blocks.buffer()
+    buffer = None if is_direct else blocks.buffer()
     second = blocks.buffer() if len(views) > 1 else scratch
     reader = _Reader(blocks, softcap, views)
     for block in blocks.all():
         z = reader.load(block)
         n = len(z)
         target = blocks.targets[block].unsqueeze(1)
-        ids = None if candidates is None else candidates[block]
-        out = result[block] if gradient is None else gradient[:n]
+        ids = None if sweep.candidates is None else sweep.candidates[block]
+        out = result[block] if buffer is None else buffer[:n]
         for k, view in enumerate(views):
             into = out if k == 0 else second[:n]
             raw = {name: _column(value[block]) for name, value in view.raw.items()}
@@ -153,12 +161,12 @@ def grad_in_blocks(
             if view.temperature is not None:
                 grads = {name: g / view.temperature for name, g in grads.items()}
             scaled = reader.over(view.temperature, z)
-            row_grad(scaled, into, scratch[:n], target, ids, class_weight, raw, grads)
+            row_grad(scaled, into, scratch[:n], target, ids, sweep.class_weight, raw, grads)
             if k > 0:
                 out.add_(into)
         if softcap is not None:  # its derivative, sech^2(z / c); 1 - (softcap(z) / c)^2 would cancel
             out.div_(reader.uncapped(block, scratch[:n]).mul_(1 / softcap).cosh_().square_())
-        if gradient is not None:
+        if buffer is not None:
             blocks.put(result, block, out)
     if in_place:
         result.masked_fill_(blocks.is_ignored.unsqueeze(1), 0.0)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.checks import written_over
+from lossmith.engine.memory import fresh
 from lossmith.engine.native.build import library
 from lossmith.engine.statistics.raw import View, closed, raw_dtype, raw_names
+from lossmith.engine.sweep import Sweep
 
 _OUTPUTS = (
     "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight",
@@ -81,25 +83,29 @@ def takes(logits: Tensor, softcap: float | None) -> bool:
     )
 
 
-def sweep(
-    logits: Tensor,
-    targets: Tensor,
-    candidates: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    views: Sequence[View],
-    gradient: Tensor | None = None,
-) -> None:
+def fill_stats(logits: Tensor, sweep: Sweep, views: Sequence[View]) -> None:
+    """Fill in the raw statistics of every view."""
+    run(logits, sweep, views)
+
+
+def gradient(logits: Tensor, sweep: Sweep, views: Sequence[View], *, in_place: bool) -> Tensor:
+    """The gradient of the logits [N, V], from those of every view's raw statistics; ``in_place`` in the
+    memory of the logits."""
+    shape = (sweep.targets.numel(), logits.shape[-1])
+    into = logits if in_place else fresh(shape, dtype=logits.dtype, device=logits.device, zero=False)
+    run(logits, sweep, views, into)
+    return into
+
+
+def run(logits: Tensor, sweep: Sweep, views: Sequence[View], gradient: Tensor | None = None) -> None:
     """Fill in the raw statistics of each view or, with ``gradient`` [N, V], the gradient of the logits.
 
     Whatever is given, nothing outside these tensors is read or written.
 
     Args:
         logits: [..., V], fp32 or bf16; each row contiguous, the rows anywhere.
-        targets: [N] int64 ids in range, or ``ignore_index``: those rows are not read, their
-            statistics not touched and their gradient 0.
-        candidates: [N, K] int64 ids, -1 where there is none.
-        class_weight: [V] fp32.
+        sweep: what is asked of them; class weights fp32. Rows without a target are not read, their statistics
+            not touched and their gradient 0.
         views: what is asked of the rows; all fp32, ids int64.
 
     Raises:
@@ -109,8 +115,8 @@ def sweep(
     """
     compiled = library()
     assert compiled is not None
-    num_rows, num_classes = targets.numel(), logits.shape[-1]
-    num_candidates = 0 if candidates is None else candidates.shape[-1]
+    num_rows, num_classes = sweep.targets.numel(), logits.shape[-1]
+    num_candidates = 0 if sweep.candidates is None else sweep.candidates.shape[-1]
     memory = _Memory()
     structs = (_View * len(views))()
     for struct, view in zip(structs, views, strict=True):
@@ -118,7 +124,7 @@ def sweep(
         if view.temperature is not None:
             struct.temperature = memory.of("temperature", view.temperature.float(), torch.float32, 1)
         missing = [name for name in _wanted(view, gradient is not None) if name not in view.raw]
-        if missing or ("candidate_logits" in view.raw and candidates is None):
+        if missing or ("candidate_logits" in view.raw and sweep.candidates is None):
             raise ValueError(f"the compiled rows need {', '.join(missing) or 'candidates'}")
         for prefix, values in (("", view.raw), ("g_", view.grads)):
             for name, value in values.items():
@@ -135,11 +141,11 @@ def sweep(
         row_offsets=memory.of("row offsets", _row_offsets(logits), torch.int64, num_rows),
         num_rows=num_rows,
         num_classes=num_classes,
-        targets=memory.of("targets", targets, torch.int64, num_rows),
-        ignore_index=ignore_index,
-        candidates=memory.of("candidates", candidates, torch.int64, num_rows * num_candidates),
+        targets=memory.of("targets", sweep.targets, torch.int64, num_rows),
+        ignore_index=sweep.ignore_index,
+        candidates=memory.of("candidates", sweep.candidates, torch.int64, num_rows * num_candidates),
         num_candidates=num_candidates,
-        class_weight=memory.of("class_weight", class_weight, torch.float32, num_classes),
+        class_weight=memory.of("class_weight", sweep.class_weight, torch.float32, num_classes),
         views=structs,
         num_views=len(views),
         num_threads=torch.get_num_threads(),

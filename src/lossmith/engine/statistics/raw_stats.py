@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.statistics.raw import GROUP_OF, Needs, ignored_fill, raw_names
+from lossmith.engine.sweep import Sweep
 
-# Computes groups of raw statistics: (of the logits over the temperature, of the logits as they are).
-Fetch = Callable[[Needs, "Needs | None"], "tuple[dict[str, Tensor], dict[str, Tensor] | None]"]
-
-# Groups of each of the two views; None where not even the core is wanted.
+# The raw statistics by name: of the logits over the temperature, and of the logits as they are.
+ByView = tuple[dict[str, Tensor], dict[str, Tensor]]
+# Computes groups of each of the two.
+Fetch = Callable[[Needs, "Needs | None"], ByView]
+# Groups of each of the two; None where not even the core is wanted.
 AskedFor = tuple["Needs | None", "Needs | None"]
 
 
@@ -24,29 +27,22 @@ class RawStats:
 
     Two views of the same logits: 0, over the temperature, and 1, as they are. They are one
     where there is no temperature. What is fetched together shares one pass.
+
+    Args:
+        sweep: the tokens, and how their logits are read.
+        fetch: computes what is not here yet.
+        default_needs: groups that come along with the first that was not announced.
     """
 
-    def __init__(
-        self,
-        targets: Tensor,
-        fetch: Fetch,
-        *,
-        ignore_index: int = -100,
-        candidates: Tensor | None = None,
-        has_temperature: bool = False,
-        dtype: torch.dtype = torch.float32,
-        default_needs: Needs = Needs.CORE,
-    ) -> None:
-        self.targets = targets
-        self.ignore_index = ignore_index
-        self.candidates = candidates
-        self.has_temperature = has_temperature
-        self.dtype = dtype
+    def __init__(self, sweep: Sweep, fetch: Fetch, default_needs: Needs = Needs.CORE) -> None:
+        self.sweep = sweep
         self._fetch = fetch
         self._default_needs = default_needs
-        # How to sweep a linear head once, where there is one: see lossmith.engine.head.linear_head.
-        self.once: Callable[[AskedFor, Any, str | None], Any] | None = None
-        self._values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._values: ByView = ({}, {})
+
+    @property
+    def has_temperature(self) -> bool:
+        return self.sweep.temperature is not None
 
     def add(self, needs: Needs | None, needs_unscaled: Needs | None = None) -> None:
         """Fetch what of these groups is not here yet, in one pass."""
@@ -55,17 +51,17 @@ class RawStats:
             return
         fetched = self._fetch(missing or Needs.CORE, missing_unscaled)
         for values, new in zip(self._values, fetched, strict=True):
-            values.update({name: v for name, v in (new or {}).items() if name not in values})
+            values.update({name: v for name, v in new.items() if name not in values})
 
-    def hold(self, scaled: dict[str, Tensor], unscaled: dict[str, Tensor]) -> None:
+    def hold(self, known: ByView) -> None:
         """Take what is known already."""
-        for values, new in zip(self._values, (scaled, unscaled), strict=True):
+        for values, new in zip(self._values, known, strict=True):
             values.update(new)
 
     def __getstate__(self) -> dict[str, Any]:
         """The values that are here, without a graph: for pickle and ``copy.deepcopy``."""
         values = tuple({name: value.detach() for name, value in view.items()} for view in self._values)
-        return {**self.__dict__, "_values": values, "_fetch": _gone, "once": None}
+        return {**self.__dict__, "_values": values, "_fetch": _gone}
 
     def has(self, view: int, needs: Needs) -> bool:
         """Whether these groups of a view have been fetched."""
@@ -87,21 +83,17 @@ class RawStats:
         """The same, as if only these ``targets`` [N] had been given: elsewhere those of an ignored row."""
         valid = targets != ignore_index
 
-        def fetch(needs: Needs, needs_unscaled: Needs | None) -> tuple[dict, dict | None]:
+        def fetch(needs: Needs, needs_unscaled: Needs | None) -> ByView:
             self.add(needs, needs_unscaled)
-            return tuple(  # type: ignore[return-value]
-                None if group is None else {n: _where(valid, self.read(view, n), n) for n in raw_names(group)}
-                for view, group in enumerate((needs, needs_unscaled))
+            names = (raw_names(needs), () if needs_unscaled is None else raw_names(needs_unscaled))
+            scaled, unscaled = (
+                {name: _where(valid, self.read(view, name), name) for name in names[view]} for view in (0, 1)
             )
+            return scaled, unscaled
 
-        return RawStats(
-            targets,
-            fetch,
-            ignore_index=ignore_index,
-            candidates=self.candidates if keeps_candidates else None,
-            has_temperature=self.has_temperature,
-            dtype=self.dtype,
-        )
+        candidates = self.sweep.candidates if keeps_candidates else None
+        sweep = replace(self.sweep, targets=targets, ignore_index=ignore_index, candidates=candidates)
+        return RawStats(sweep, fetch)
 
 
 def _gone(needs: Needs, needs_unscaled: Needs | None) -> Any:

@@ -8,7 +8,7 @@ any loss into gradients of the raw statistics, which the sweep's one backward ta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import reduce
 from operator import or_
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from lossmith.engine.statistics.raw import Needs
-from lossmith.engine.statistics.raw_stats import AskedFor, RawStats
+from lossmith.engine.statistics.raw_stats import AskedFor, ByView, RawStats
 from lossmith.engine.statistics.statistic import UNSCALED, Columns, Declared, Statistic, derived, statistic
 
 # A gap this wide leaves nothing of the smaller side, in any dtype; +-inf would make 0 * inf.
@@ -79,10 +79,10 @@ class TokenStats:
         self._raw = raw
         self._view = view
         self._detached = detached
-        self._shape = raw.targets.shape if shape is None else shape
+        self._shape = raw.sweep.targets.shape if shape is None else shape
         self._declared = declared
         self._unscaled: TokenStats | None = None
-        self._targets = raw.targets.reshape(self._shape)
+        self._targets = raw.sweep.targets.reshape(self._shape)
         self._without_gradient: dict[str, Tensor] = {}
 
     def compute(self, *names: str) -> TokenStats:
@@ -117,34 +117,14 @@ class TokenStats:
         """Compute these groups in one pass, as far as they are not here."""
         self._raw.add(*asked)
 
-    def sweep_once(self, asked: AskedFor, loss_of: Callable[..., Tensor], unless: str | None) -> Any:
-        """Compute groups of statistics, and the gradient of ``loss_of``, in one sweep of a linear head; see
-        :class:`lossmith.engine.head.one_sweep.SweptOnce`. None where that is not to be.
-
-        Args:
-            asked: the groups.
-            loss_of: (statistics of some tokens, which they are) -> the sum of their shares of the loss.
-            unless: what forbids it, in words, if anything does.
-
-        Raises:
-            ValueError: it was asked for, and is forbidden.
-        """
-        if self._raw.once is None:
-            return None
-        swept = self._raw.once(asked, loss_of, unless)
-        if swept is not None:
-            self._raw.hold(*swept.views)
-        return swept
+    def hold(self, known: ByView) -> None:
+        """Take raw statistics that are known already."""
+        self._raw.hold(known)
 
     @property
     def has_candidates(self) -> bool:
         """Whether there are candidates to give statistics of."""
-        return self._raw.candidates is not None
-
-    @property
-    def is_costly(self) -> bool:
-        """Whether a statistic that was not announced takes a matrix product more."""
-        return self._raw.once is not None
+        return self._raw.sweep.candidates is not None
 
     @property
     def unscaled(self) -> TokenStats:
@@ -189,7 +169,7 @@ class TokenStats:
     @property
     def is_valid(self) -> Tensor:
         """Whether a position has a target (bool)."""
-        return self._targets != self._raw.ignore_index
+        return self._targets != self._raw.sweep.ignore_index
 
     def _also(self, **changes: Any) -> TokenStats:
         now = {"view": self._view, "detached": self._detached, "shape": self._shape}
@@ -221,7 +201,7 @@ class TokenStats:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._targets = self._raw.targets.reshape(self._shape)
+        self._targets = self._raw.sweep.targets.reshape(self._shape)
         self._unscaled, self._without_gradient = None, {}
 
     # -- derived, measured from the largest wrong logit ------------------------------------
@@ -350,7 +330,7 @@ class TokenStats:
         return torch.where(is_target, self.target_log1m_prob.unsqueeze(-1), log1m)
 
     def _candidate_ids(self) -> Tensor:
-        ids = self._raw.candidates
+        ids = self._raw.sweep.candidates
         if ids is None:
             raise ValueError("there are no candidates to give statistics of; pass candidates=[..., K] ids")
         return ids.reshape(*self._shape, ids.shape[-1])

@@ -1,0 +1,90 @@
+"""Logits to raw statistics and back as two custom operators, ``lossmith::row_stats`` and its backward
+``lossmith::row_grad``: autograd, autocast and ``torch.compile(fullgraph=True)`` see one opaque step."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmith.engine.checks import refuse_batched
+from lossmith.engine.differentiable_once import once
+from lossmith.engine.rows.backends import gradient_of_rows, stats_of_rows
+from lossmith.engine.rows.blocks import accumulation_dtype
+from lossmith.engine.sweep import Sweep, saved, unsaved
+
+
+@torch.library.custom_op("lossmith::row_stats", mutates_args=())
+def row_stats_op(
+    logits: Tensor,
+    targets: Tensor,
+    candidates: Tensor | None,
+    class_weight: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    needs: int,
+    needs_unscaled: int,
+) -> typing.List[Tensor]:  # noqa: UP006, the one that PyTorch 2.6 reads in an operator's signature
+    rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled)
+    sweep = _flat(targets, candidates, *rest)
+    sweep.check_ids(logits.shape[-1], logits.shape[:-1])
+    return stats_of_rows(logits, sweep)
+
+
+@torch.library.custom_op("lossmith::row_grad", mutates_args=())
+def row_grad_op(
+    logits: Tensor,
+    targets: Tensor,
+    candidates: Tensor | None,
+    class_weight: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    needs: int,
+    needs_unscaled: int,
+    raw: typing.Sequence[Tensor | None],
+    grads: typing.Sequence[Tensor | None],
+) -> Tensor:
+    """Gradient of the logits from those of the raw statistics, listed as ``row_stats`` returns them."""
+    rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled)
+    sweep = _flat(targets, candidates, *rest)
+    return gradient_of_rows(logits, sweep, raw, grads).view(logits.shape)
+
+
+def _flat(targets: Tensor, candidates: Tensor | None, *rest: Any) -> Sweep:
+    """The sweep at targets [...] and candidates [..., K]."""
+    if candidates is not None:
+        candidates = candidates.reshape(candidates.shape[:-1].numel(), candidates.shape[-1])
+    return Sweep(targets.reshape(-1), candidates, *rest)
+
+
+@row_stats_op.register_fake
+def _(logits, *arguments):
+    return Sweep(*arguments).blank(accumulation_dtype(logits.dtype), logits.device)
+
+
+@row_grad_op.register_fake
+def _(logits, *_unused):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    ctx.options, ctx.is_saved = inputs[5:], Sweep(*inputs[1:]).is_saved
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5], *saved(output, ctx.is_saved))
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    refuse_batched(*grads)
+    inputs, stats = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    gradient = None
+    if ctx.needs_input_grad[0] and any(g is not None for g in grads):
+        made = row_grad_op(*inputs, *ctx.options, unsaved(stats, ctx.is_saved), grads)
+        (gradient,) = once([made], (inputs[0], *grads))
+    return (gradient, *[None] * 8)
+
+
+row_stats_op.register_autograd(_backward, setup_context=_save_for_backward)
