@@ -1,6 +1,7 @@
 """The rooms of the package import in one direction; the core depends on torch alone."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -20,14 +21,15 @@ ORDER = [
     {"objectives"},
     {"modifiers"},
     {"functional"},
-    {"linear_functional"},
-    {"corpus_perplexity", "testing"},
+    {"perplexities", "testing"},
     {"integrations"},
     {"training"},
 ]
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 OUTSIDE_THE_CORE = {"integrations", "training", "report"}
 FILES = sorted(SOURCE.rglob("*.py"))
+# Upwards, and only when it is asked for: a judge that is a checkpoint is loaded by the integration.
+ASKED_FOR = {("modifiers", "lossmith.integrations.judge")}
 
 
 def room_of(path: Path) -> str:
@@ -47,12 +49,26 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+def opened_later(path: Path) -> set[str]:
+    """Modules that are imported by name while the program runs."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    named = (
+        call for call in calls if ast.unparse(call.func).split(".")[-1] in ("import_module", "__import__")
+    )
+    return {
+        call.args[0].value
+        for call in named
+        if isinstance(call.args[0], ast.Constant) and call.args[0].value.startswith("lossmith.")
+    }
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_rooms_import_downwards(path):
     room = room_of(path)
     if room in ("__init__", "__main__"):
         return
-    for name in imports_of(path):
+    later = {name for name in opened_later(path) if (room, name) not in ASKED_FOR}
+    for name in imports_of(path) | later:
         other = name.split(".")[1] if name.startswith("lossmith.") else None
         if other is None or other == room:
             continue
@@ -70,12 +86,39 @@ def test_the_core_depends_on_torch_alone(path):
     if room_of(path) in OUTSIDE_THE_CORE:
         return
     top = {name.split(".")[0] for name in imports_of(path)}
-    assert top <= set(sys.stdlib_module_names) | {"torch", "lossmith"}
+    # torch itself depends on typing_extensions
+    assert top <= set(sys.stdlib_module_names) | {"torch", "lossmith", "typing_extensions"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_functions_stay_short_and_nothing_is_global(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Global), f"line {node.lineno}: state of the whole process"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            has_docstring = ast.get_docstring(node) is not None
+            first = node.body[0].end_lineno if has_docstring else node.lineno
+            assert node.end_lineno - first <= 60, f"{node.name} in line {node.lineno} is too long"
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Imports for type checkers alone do not count."""
+    known = {".".join(("lossmith", *path.relative_to(SOURCE).with_suffix("").parts)) for path in FILES}
+    edges = {}
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        for node in [
+            n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)
+        ]:
+            node.body = [ast.Pass()]
+        modules = (n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module)
+        name = ".".join(("lossmith", *path.relative_to(SOURCE).with_suffix("").parts))
+        edges[name] = {module for module in modules if module in known}
+    graphlib.TopologicalSorter(edges).prepare()  # raises CycleError, which names the circle
 
 
 def test_importing_the_package_is_cheap():

@@ -17,7 +17,6 @@ from lossmith.components.token_losses import (
     ZLoss as ZLoss,
 )
 from lossmith.core.metrics import Metrics as Metrics
-from lossmith.corpus_perplexity import Perplexity as Perplexity
 from lossmith.engine.head.plan import Plan as Plan
 from lossmith.engine.statistics.stats import TokenStats as TokenStats
 from lossmith.equation.batch import TokenBatch as TokenBatch
@@ -25,13 +24,10 @@ from lossmith.equation.output import LossOutput as LossOutput
 from lossmith.equation.term import Term as Term
 from lossmith.functional import (
     cross_entropy as cross_entropy,
-    perplexity as perplexity,
-    ranking_loss as ranking_loss,
-    token_stats as token_stats,
-)
-from lossmith.linear_functional import (
     linear_cross_entropy as linear_cross_entropy,
     linear_token_stats as linear_token_stats,
+    ranking_loss as ranking_loss,
+    token_stats as token_stats,
 )
 from lossmith.modifiers.base import BaseLossModifier as BaseLossModifier, ModelMode as ModelMode
 from lossmith.modifiers.config import create_loss_modifier_pipeline as create_loss_modifier_pipeline
@@ -64,5 +60,6 @@ from lossmith.objectives.renamed import (
 from lossmith.objectives.temperature import AdaptiveTemperature as AdaptiveTemperature
 from lossmith.objectives.unified import UnifiedLoss as UnifiedLoss, create_unified_loss as create_unified_loss
 from lossmith.objectives.wrapped import WrappedObjective as WrappedObjective
+from lossmith.perplexities import Perplexity as Perplexity, perplexity as perplexity
 
 __version__: str

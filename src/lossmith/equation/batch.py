@@ -164,19 +164,8 @@ def align(
     check_reduction(reduction, empty)
     ignore_index, token_weight = _IGNORE_INDEX.check(ignore_index), _TOKEN_WEIGHT.check(token_weight)
     shift = num_steps(shift)
-    given = {"mask": mask, "token_weight": token_weight, "input_ids": input_ids, "segment_ids": segment_ids}
-    for name, value in (given | dict(features or {})).items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be a tensor of shape {list(targets.shape)}; got {type(value).__name__}"
-            )
-        if value is not None and value.shape != targets.shape:
-            raise ValueError(
-                f"{name} must have the targets' shape {list(targets.shape)}; got {list(value.shape)}"
-            )
-    for name, ids in (("input_ids", input_ids), ("segment_ids", segment_ids)):
-        if ids is not None:
-            check_whole(name, ids, "ids")
+    ids = {"input_ids": input_ids, "segment_ids": segment_ids}
+    _check_given(targets, {"mask": mask, "token_weight": token_weight, **ids, **(features or {})}, ids)
     targets = targets.long()
     valid = targets != ignore_index
     if mask is not None:
@@ -224,6 +213,28 @@ def align(
         pad_token_id=None if pad_token_id == eos_token_id else pad_token_id,
         shift=shift,
     )
+
+
+def _check_given(
+    targets: Tensor, given: Mapping[str, Tensor | None], ids: Mapping[str, Tensor | None]
+) -> None:
+    """
+    Raises:
+        TypeError: something is no tensor, or ids are no integers.
+        ValueError: a shape differs from the targets'.
+    """
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor of shape {list(targets.shape)}; got {type(value).__name__}"
+            )
+        if value is not None and value.shape != targets.shape:
+            raise ValueError(
+                f"{name} must have the targets' shape {list(targets.shape)}; got {list(value.shape)}"
+            )
+    for name, value in ids.items():
+        if value is not None:
+            check_whole(name, value, "ids")
 
 
 def check_mask(name: str, mask: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
@@ -27,6 +28,24 @@ from lossmith.terms.confidence import confidence_penalty as negative_entropy
 from lossmith.terms.cross_entropy import SmoothingMode, cross_entropy, smooth
 from lossmith.terms.focal import focal
 from lossmith.terms.z_loss import z_loss as squared_logsumexp
+
+
+class CrossEntropyOptions(TypedDict, total=False):
+    """The options of the family, as type checkers read them; the defaults are :class:`CrossEntropyLoss`'s."""
+
+    reduction: Reduction
+    ignore_index: IgnoreIndex
+    label_smoothing: LabelSmoothing
+    smoothing_mode: SmoothingMode
+    special_tokens: SpecialTokens
+    class_weight: ClassWeight
+    temperature: Temperature | AdaptiveTemperature
+    softcap: Softcap
+    z_loss: ZLossCoefficient
+    focal_gamma: FocalGamma
+    confidence_penalty: ConfidencePenaltyCoefficient
+    shift: Shift | None
+    empty: Empty
 
 
 class CrossEntropyLoss(Objective):

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping
 from functools import reduce
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +17,17 @@ from lossmith.engine.predictions import Predictions
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import Denominator, Empty, Reduction
+from lossmith.objectives import unified_options as flags
 from lossmith.objectives.composed import ComposedLoss
 from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.objectives.unified_parts import (
-    FocalMode,
-    MTPType,
-    PrimaryLossType,
     check_options,
     describe_without_effect,
     make_components,
     make_primary,
 )
-from lossmith.options import option, options_of, strict_options
+from lossmith.options import options_of, strict_options
 from lossmith.options.shared import (
-    LOWEST_DIVISOR,
     BalanceMode,
     ConfidenceThreshold,
     CosineMargin,
@@ -43,7 +40,6 @@ from lossmith.options.shared import (
     LabelSmoothing,
     MinLength,
     NgramSize,
-    NgramWindow,
     NumExperts,
     NumFutureTokens,
     NumRouters,
@@ -52,7 +48,6 @@ from lossmith.options.shared import (
     SharedProjection,
     Shift,
     TemperatureBounds,
-    TokenId,
     VocabSize,
     WeightRange,
     ZLossCoefficient,
@@ -69,9 +64,6 @@ INPUTS = (
     SCORES,
     "contrastive_pairs",
 )
-InitialTemperature = Annotated[
-    float, option("temperature of a `deepseek` main loss, or where it begins", low=LOWEST_DIVISOR)
-]
 
 
 def _switch(name: str) -> property:
@@ -153,83 +145,73 @@ class UnifiedLoss(ComposedLoss):
         self,
         vocab_size: VocabSize,
         hidden_size: HiddenSize = None,
-        primary_loss_type: PrimaryLossType = "deepseek",
+        primary_loss_type: flags.PrimaryLossType = "deepseek",
         *,
         label_smoothing: LabelSmoothing = 0.0,
         ignore_index: IgnoreIndex = -100,
-        initial_temperature: InitialTemperature = 1.0,
-        adaptive_temperature: Annotated[
-            bool, option("let the temperature follow how steady training is")
-        ] = False,
+        initial_temperature: flags.InitialTemperature = 1.0,
+        adaptive_temperature: flags.AdaptiveTemperature = False,
         temperature_bounds: TemperatureBounds = (0.5, 2.0),
-        use_mtp: Annotated[bool, option("train heads that predict tokens further ahead")] = False,
+        use_mtp: flags.UseMTP = False,
         num_future_tokens: NumFutureTokens = 3,
-        mtp_weight: Annotated[float, option("weight of the loss of these heads")] = 0.1,
-        mtp_type: MTPType = "deepseek",
+        mtp_weight: flags.MTPWeight = 0.1,
+        mtp_type: flags.MTPType = "deepseek",
         shared_projection: SharedProjection = False,
         adaptive_threshold: ConfidenceThreshold = 0.7,
         adaptive_weight_range: WeightRange = (0.5, 1.5),
-        use_ngram_penalty: Annotated[bool, option("penalise what would complete an n-gram again")] = False,
+        use_ngram_penalty: flags.UseNgramPenalty = False,
         ngram_size: NgramSize = 4,
-        ngram_penalty_weight: Annotated[float, option("weight of the n-gram penalty")] = 0.1,
-        ngram_window_size: Annotated[
-            NgramWindow, option("how many tokens it looks back; at least `ngram_size`")
-        ] = 50,
-        use_immediate_repetition_penalty: Annotated[
-            bool, option("penalise the token that has just been repeated")
-        ] = False,
-        immediate_repetition_weight: Annotated[float, option("weight of that penalty")] = 0.5,
+        ngram_penalty_weight: flags.NgramPenaltyWeight = 0.1,
+        ngram_window_size: flags.NgramWindowSize = 50,
+        use_immediate_repetition_penalty: flags.UseImmediateRepetitionPenalty = False,
+        immediate_repetition_weight: flags.ImmediateRepetitionWeight = 0.5,
         immediate_repetition_threshold: RepetitionThreshold = 2,
-        eos_token_id: Annotated[
-            TokenId | None, option("id of the end of text, which then costs something early; None is off")
-        ] = None,
-        pad_token_id: Annotated[
-            TokenId | None, option("id of targets that do not count; None for none")
-        ] = None,
+        eos_token_id: flags.EosTokenId = None,
+        pad_token_id: flags.PadTokenId = None,
         min_sequence_length: MinLength = 20,
-        eos_penalty_weight: Annotated[float, option("weight of the penalty on an early end")] = 0.05,
-        use_moe_balancing: Annotated[bool, option("even out which experts the routers use")] = False,
+        eos_penalty_weight: flags.EosPenaltyWeight = 0.05,
+        use_moe_balancing: flags.UseMoEBalancing = False,
         num_experts: NumExperts | None = None,
-        gradient_balance_weight: Annotated[float, option("weight of the balance")] = 0.1,
+        gradient_balance_weight: flags.GradientBalanceWeight = 0.1,
         target_expert_usage: ExpertUsage = None,
         moe_top_k: ExpertsPerToken = None,
         moe_num_layers: NumRouters = None,
         moe_balance_mode: BalanceMode = "loss",
-        router_z_loss_weight: Annotated[float, option("weight of the routers' squared log-sum-exp")] = 0.0,
-        use_focal_loss: Annotated[
-            bool, option("add a focal loss, or put it in place of the main one")
-        ] = False,
+        router_z_loss_weight: flags.RouterZLossWeight = 0.0,
+        use_focal_loss: flags.UseFocalLoss = False,
         focal_gamma: FocalGamma = 2.0,
         focal_alpha: FocalAlpha = 1.0,
-        focal_weight: Annotated[float, option("weight of the focal loss beside the main one")] = 0.2,
-        focal_mode: FocalMode = "add",
-        use_diversity_loss: Annotated[bool, option("keep experts apart, by their outputs")] = False,
-        diversity_weight: Annotated[float, option("weight of the diversity loss")] = 0.05,
-        use_contrastive_loss: Annotated[bool, option("keep the last hidden states of a block apart")] = False,
-        contrastive_weight: Annotated[float, option("weight of the contrastive loss")] = 0.1,
+        focal_weight: flags.FocalWeight = 0.2,
+        focal_mode: flags.FocalMode = "add",
+        use_diversity_loss: flags.UseDiversityLoss = False,
+        diversity_weight: flags.DiversityWeight = 0.05,
+        use_contrastive_loss: flags.UseContrastiveLoss = False,
+        contrastive_weight: flags.ContrastiveWeight = 0.1,
         contrastive_temperature: PairTemperature = 0.07,
         contrastive_margin: CosineMargin = 0.5,
-        use_auxiliary_loss: Annotated[bool, option("reward entropy")] = False,
-        auxiliary_weight: Annotated[float, option("weight of the reward of entropy")] = 0.1,
+        use_auxiliary_loss: flags.UseAuxiliaryLoss = False,
+        auxiliary_weight: flags.AuxiliaryWeight = 0.1,
         z_loss: ZLossCoefficient = 0.0,
         reduction: Reduction = "mean",
         shift: Shift | None = None,
         empty: Empty = "zero",
-        track_statistics: Annotated[bool, option("keep means of the parts")] = True,
+        track_statistics: flags.TrackStatistics = True,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        chosen = SimpleNamespace(**options)
+        self._make(SimpleNamespace(**{name: v for name, v in locals().items() if name != "self"}))
+
+    def _make(self, chosen: SimpleNamespace) -> None:
+        """The composition that the options stand for."""
         check_options(chosen)
         defaults = {name: declared.default for name, declared in options_of(UnifiedLoss).items()}
         said = describe_without_effect(chosen, defaults)
         if said is not None:
             warn_user(said)
         super().__init__(make_primary(chosen), make_components(chosen))
-        self._switches = {name: bool(value) for name, value in options.items() if name.startswith("use_")}
+        self._switches = {name: bool(v) for name, v in vars(chosen).items() if name.startswith("use_")}
         self._said_what_is_not_read = False
-        self.vocab_size = vocab_size
-        self.primary_loss_type: PrimaryLossType = primary_loss_type
-        self.track_statistics = track_statistics
+        self.vocab_size: int = chosen.vocab_size
+        self.primary_loss_type: flags.PrimaryLossType = chosen.primary_loss_type
+        self.track_statistics: bool = chosen.track_statistics
         self.input_names = tuple(dict.fromkeys((*self.input_names, *INPUTS)))
         self._sums: dict[str, Tensor] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from lossmith.components.component import Component, Weighted
 from lossmith.components.contrastive import Contrastive
@@ -16,22 +16,8 @@ from lossmith.components.token_losses import ConfidenceCalibration, ConfidencePe
 from lossmith.objectives.adaptive import AdaptiveCrossEntropyLoss
 from lossmith.objectives.cross_entropy import CrossEntropyLoss
 from lossmith.objectives.temperature import AdaptiveTemperature
-from lossmith.options import option
 from lossmith.terms.confidence_weight import check_weight_range
 
-PrimaryLossType = Annotated[
-    Literal["standard", "deepseek", "adaptive_mtp"],
-    option(
-        "the main loss: cross-entropy, with a temperature, or weighted by the confidence of the prediction"
-    ),
-]
-MTPType = Annotated[
-    Literal["deepseek", "adaptive"],
-    option("whether every token counts the same in their loss, or by confidence"),
-]
-FocalMode = Annotated[
-    Literal["add", "replace"], option("the focal loss beside the main one, or in its place")
-]
 # How strongly a supplied confidence head learns to be right.
 CALIBRATION_WEIGHT = 0.01
 

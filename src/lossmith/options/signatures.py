@@ -142,7 +142,21 @@ def _checked(
         return function(*args, **kwargs)
 
     checked.__options__ = options  # type: ignore[attr-defined]
+    if further:
+        checked.__signature__ = _with_further(function, further)  # type: ignore[attr-defined]
     return checked
+
+
+def _with_further(function: Callable[..., Any], further: Mapping[str, Declared]) -> inspect.Signature:
+    """The signature with the options that are passed on listed, in place of ``**options``."""
+    signature = inspect.signature(function)
+    own = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    listed = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=spec.hint, default=spec.default)
+        for name, spec in further.items()
+        if name not in own
+    ]
+    return signature.replace(parameters=[*own.values(), *listed])
 
 
 def _declared(parameter: inspect.Parameter, hint: Any) -> Declared:

@@ -67,18 +67,7 @@ def row_stats(
     raw = {"reference": reference, "target_logit": target_logit}
 
     if needs & Needs.SUM:
-        # The target apart: what it adds would drown the others where it is far above them.
-        finite = torch.gt(d, MASKED / 2, out=b)
-        target_finite = target_logit > MASKED
-        raw["target_weight"] = target_finite.to(z.dtype)
-        raw["sum_weight"] = finite.sum(-1, keepdim=True)
-        raw["num_finite"] = raw["sum_weight"] + target_finite
-        if class_weight is not None:
-            finite.mul_(class_weight)
-            raw["target_weight"] = raw["target_weight"] * class_weight[target]
-            raw["sum_weight"] = finite.sum(-1, keepdim=True)
-        raw["centered_sum"] = finite.mul_(d).sum(-1, keepdim=True)
-
+        raw |= _weighted_sums(d, target, target_logit, class_weight, b)
     if needs & Needs.TOP:
         raw["top_wrong_logit"] = torch.where(top <= MASKED, float("-inf"), top)
         raw["top_wrong_id"] = _first_zero(d, b)
@@ -116,6 +105,27 @@ def row_stats(
         found = z.gather(1, candidates.clamp(min=0))
         raw["candidate_logits"] = found.masked_fill(candidates < 0, float("-inf"))
     return raw
+
+
+def _weighted_sums(
+    d: Tensor, target: Tensor, target_logit: Tensor, class_weight: Tensor | None, scratch: Tensor
+) -> dict[str, Tensor]:
+    """The group ``Needs.SUM``. The target apart: what it adds would drown the others where it is far above
+    them."""
+    finite = torch.gt(d, MASKED / 2, out=scratch)
+    target_finite = target_logit > MASKED
+    target_weight = target_finite.to(d.dtype)
+    num_wrong = sum_weight = finite.sum(-1, keepdim=True)
+    if class_weight is not None:
+        finite.mul_(class_weight)
+        target_weight = target_weight * class_weight[target]
+        sum_weight = finite.sum(-1, keepdim=True)
+    return {
+        "target_weight": target_weight,
+        "sum_weight": sum_weight,
+        "num_finite": num_wrong + target_finite,
+        "centered_sum": finite.mul_(d).sum(-1, keepdim=True),
+    }
 
 
 def row_grad(

@@ -1,4 +1,4 @@
-"""``Perplexity``: over a corpus, where a mean of batch means is not it."""
+"""``perplexity`` of a batch, and ``Perplexity`` of a corpus, where a mean of batch means is not it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,37 @@ from torch import Tensor
 
 from lossmith.functional import cross_entropy
 from lossmith.options import strict_options
-from lossmith.options.shared import IgnoreIndex, Shift, Softcap
+from lossmith.options.shared import IgnoreIndex, Mask, Shift, Softcap
+
+
+@strict_options
+def perplexity(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: IgnoreIndex = -100,
+    mask: Mask = None,
+    softcap: Softcap = None,
+    shift: Shift = False,
+) -> Tensor:
+    """exp of the mean NLL over the supervised tokens: unsmoothed, at temperature 1.
+
+    Over a corpus, average tokens and not batches: use :class:`lossmith.Perplexity`.
+
+    Args:
+        logits, targets, ignore_index, mask, softcap, shift: see :func:`lossmith.cross_entropy`.
+
+    Returns:
+        A scalar; 1 where there is no supervised token.
+
+    Example:
+        >>> import torch, lossmith
+        >>> round(lossmith.perplexity(torch.zeros(1, 4, 10), torch.ones(1, 4, dtype=torch.long)).item(), 4)
+        10.0
+    """
+    return cross_entropy(
+        logits, targets, ignore_index=ignore_index, mask=mask, softcap=softcap, shift=shift
+    ).exp()
 
 
 class Perplexity:
