@@ -110,7 +110,7 @@ class _Case:
     def objective(self, term: Term) -> _OfOneTerm:
         return _OfOneTerm([term], temperature=self.temperature, features=self.features)
 
-    def loss(self, term: Term, **predictions: object) -> Tensor:
+    def loss(self, term: Term, **predictions: Any) -> Tensor:
         criterion = self.objective(term)
         return criterion(targets=self.targets, input_ids=self.input_ids, **self.features, **predictions)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -337,6 +337,16 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
                 "targets are labels as Hugging Face has them, pass shift=True",
                 stacklevel=3,
             )
+
+    if TYPE_CHECKING:  # nn.Module's own is of any type
+
+        @overload
+        def __call__(
+            self, *args: Any, return_detailed: Literal[True], **inputs: Any
+        ) -> dict[str, Tensor]: ...
+        @overload
+        def __call__(self, *args: Any, return_detailed: Literal[False] = False, **inputs: Any) -> Tensor: ...
+        def __call__(self, *args: Any, **inputs: Any) -> Any: ...
 
     def forward(
         self,
