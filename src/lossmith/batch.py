@@ -165,7 +165,7 @@ def align(
     ignore_index, token_weight = _IGNORE_INDEX.check(ignore_index), _TOKEN_WEIGHT.check(token_weight)
     shift = num_steps(shift)
     given = {"mask": mask, "token_weight": token_weight, "input_ids": input_ids, "segment_ids": segment_ids}
-    for name, value in (given | dict(features or {})).items():
+    for name, value in {**given, **(features or {})}.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(
                 f"{name} must be a tensor of shape {list(targets.shape)}; got {type(value).__name__}"
