@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# Python 3.10 takes its reader of TOML from pip, which brings setuptools along
+pytestmark = pytest.mark.filterwarnings("ignore:.*[Dd]istutils:UserWarning")
 ROOT = Path(__file__).parents[1]
 
 
