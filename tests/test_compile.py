@@ -10,6 +10,7 @@ import lossmith
 from lossmith import Objective, Term
 from lossmith.engine.rows.operators import row_stats_op
 
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 7), reason="PyTorch 2.6 cannot trace an objective")
 IGNORE, B, T, V = -100, 2, 4, 6
 
 

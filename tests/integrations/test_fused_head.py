@@ -224,6 +224,7 @@ def test_copies_and_pickles_leave_out_the_logits_too():
         assert torch.equal(output.loss, expected)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="to PyTorch 2.7 it crashes; 2.8 was not tried")
 def test_compiled():
     model, inputs = make("llama").train(), batch()
     attach(model, lossmith.CrossEntropyLoss(label_smoothing=0.1))

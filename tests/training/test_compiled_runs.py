@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -14,6 +15,7 @@ UNIFIED = [
 ]  # fmt: skip
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="to PyTorch 2.7 it crashes; 2.8 was not tried")
 def test_a_compiled_run_of_the_unified_loss(tiny: list[str], tmp_path: Path):
     found = {}
     for name, more in {"eager": [], "compiled": ["--compile"]}.items():

@@ -122,7 +122,7 @@ def _checked_views(pairs: Any) -> tuple[Tensor, Tensor]:
         TypeError: not two floating-point tensors.
         ValueError: they are not of one shape [B, D].
     """
-    is_pair = isinstance(pairs, list | tuple) and len(pairs) == 2
+    is_pair = isinstance(pairs, (list, tuple)) and len(pairs) == 2
     if not is_pair or not all(isinstance(v, Tensor) and v.is_floating_point() for v in pairs):
         raise TypeError(
             "contrastive_pairs must be two floating-point tensors (view_a, view_b), [B, D] each; got "
@@ -150,6 +150,6 @@ def _check_hidden(hidden: Any) -> None:
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype}"
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
     return type(value).__name__

@@ -93,7 +93,7 @@ def _as_experts(outputs: Any) -> Tensor:
         TypeError: not a floating-point tensor nor a list of them.
         ValueError: another shape, no expert, or experts of different shapes.
     """
-    experts = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+    experts = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
     for expert in experts:
         if not isinstance(expert, Tensor) or not expert.is_floating_point():
             got = expert.dtype if isinstance(expert, Tensor) else type(expert).__name__

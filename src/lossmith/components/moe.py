@@ -217,7 +217,7 @@ class MoEBalance(Component, Stepped):
             at = [None if self.num_layers is None else i for i in range(len(layers))]
             found = [self.select(z, layer=i)[0] for i, z in zip(at, layers, strict=True)]
             return [indices.reshape(-1, self.top_k) for indices in found]
-        given = list(given) if isinstance(given, list | tuple) else [given]
+        given = list(given) if isinstance(given, (list, tuple)) else [given]
         if len(given) != len(layers):
             raise ValueError(
                 f"expert_indices must be of as many layers as gate_logits, {len(layers)}; got {len(given)}. "

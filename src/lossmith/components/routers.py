@@ -15,7 +15,7 @@ def router_layers(gate_logits: Any, num_experts: int | None = None) -> list[Tens
         TypeError: not a floating-point tensor nor a list of them.
         ValueError: no layer, or another shape than [B, T, E] or [N, E].
     """
-    layers = list(gate_logits) if isinstance(gate_logits, list | tuple) else [gate_logits]
+    layers = list(gate_logits) if isinstance(gate_logits, (list, tuple)) else [gate_logits]
     if not layers:
         raise ValueError(
             "gate_logits must hold at least one layer; got an empty list. Have the model return its router's "

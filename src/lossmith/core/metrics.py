@@ -53,9 +53,12 @@ class Metrics(Mapping[str, float]):
         """Those with a name that is wanted, still unread; what the others would be made of is let go."""
         return Metrics({name: source for name, source in self._sources.items() if wanted(name)})
 
+    def joined(self, other: Metrics) -> Metrics:
+        """These and those, still unread; ``|``, which torch.compile of PyTorch 2.7 cannot trace."""
+        return Metrics({**self._sources, **other._sources})
+
     def __or__(self, other: Metrics) -> Metrics:
-        """These and those, still unread."""
-        return Metrics(self._sources | other._sources)
+        return self.joined(other)
 
     def to_dict(self) -> dict[str, float]:
         """All of them as floats, with one synchronisation a device."""

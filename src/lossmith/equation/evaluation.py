@@ -92,7 +92,7 @@ def evaluate(
         seen = _supervised(stats, batch)
         parts, contributions, weight = _parts(of_terms, seen, batch, weigh, per_token)
         total = reduce(operator.add, parts.values()) if parts else _nothing(seen, batch, per_token)
-    parts |= scalars
+    parts.update(scalars)
     total = reduce(operator.add, scalars.values(), total)
     metrics = Metrics(_metrics(total, parts, seen, batch))
     if weight is not None:

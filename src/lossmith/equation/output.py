@@ -74,7 +74,6 @@ def with_parts(output: LossOutput, parts: Mapping[str, Tensor]) -> LossOutput:
     if twice:
         raise ValueError(f"the parts of an objective need distinct names; {twice[0]!r} is there twice")
     total = reduce(operator.add, parts.values(), output.total)
-    metrics = output.metrics | Metrics(
-        {"loss": total.sum, **{name: part.sum for name, part in parts.items()}}
-    )
+    added = Metrics({"loss": total.sum, **{name: part.sum for name, part in parts.items()}})
+    metrics = output.metrics.joined(added)
     return replace(output, total=total, parts={**output.parts, **parts}, metrics=metrics)

@@ -113,7 +113,7 @@ class ComposedLoss(WrappedObjective):
             if token_sum is not None:
                 parts[name] = parts.get(name, 0.0) + weight * token_sum
         output = with_parts(output, parts)
-        return replace(output, metrics=output.metrics | Metrics(self.measures()))
+        return replace(output, metrics=output.metrics.joined(Metrics(self.measures())))
 
     def measures(self) -> dict[str, Source]:
         """What the components say of the last batch besides its loss, as ``component/name``."""

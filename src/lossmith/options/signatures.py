@@ -130,7 +130,7 @@ def _checked(
     # Of what it closes over torch.compile must understand what every call runs through: no class of ours.
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        for fit, value in zip(fits_by_position, args, strict=False):
+        for fit, value in zip(fits_by_position, args):  # noqa: B905, PyTorch to 2.9 takes False for True
             if not fit(value):
                 found = (mended(name, given, args) for name, given in zip(by_position, args, strict=False))
                 args = (*found, *args[len(by_position) :])

@@ -173,7 +173,7 @@ class TokenStats:
 
     def _also(self, **changes: Any) -> TokenStats:
         now = {"view": self._view, "detached": self._detached, "shape": self._shape}
-        other = TokenStats(self._raw, **(now | changes))
+        other = TokenStats(self._raw, **{**now, **changes})
         if self._declared is not None:  # what was declared stays so, whatever else changes
             other._declared = replace(self._declared, whole=self._declared.whole._also(**changes))
         return other
