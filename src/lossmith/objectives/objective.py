@@ -362,8 +362,17 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         return output.as_dict() if return_detailed else output.total
 
     def extra_repr(self) -> str:
-        has_own = type(self).terms is not Objective.terms
-        return "" if has_own or not all(term.is_off for term in self._terms) else "no terms: the loss is 0"
+        if type(self).terms is not Objective.terms:
+            return ""
+        on = [term for term in self._terms if not term.is_off]
+        return " + ".join(_times(term) for term in on) or "no terms: the loss is 0"
+
+
+def _times(term: Term) -> str:
+    """A term as it stands in a sum."""
+    if isinstance(term.coefficient, Tensor):
+        return f"a coefficient * {term.name}"
+    return term.name if term.coefficient == 1 else f"{term.coefficient:g} {term.name}"
 
 
 def _sweep_options(
