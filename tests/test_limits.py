@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lossmith
-from test_cross_entropy import V, batch, weights
+from cross_entropy_case import V, batch, weights
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 

@@ -26,7 +26,7 @@ ORDER = [
     {"training"},
 ]
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-OUTSIDE_THE_CORE = {"integrations", "training", "report"}
+OUTSIDE_THE_CORE = {"integrations", "training"}
 FILES = sorted(SOURCE.rglob("*.py"))
 # Upwards, and only when it is asked for: a judge that is a checkpoint is loaded by the integration.
 ASKED_FOR = {("modifiers", "lossmith.integrations.judge")}
@@ -77,7 +77,6 @@ def test_rooms_import_downwards(path):
                 f"{path.name}, in the core, imports {name} from the package's face"
             )
             continue
-        assert room != "report", "the report reads files and imports nothing of the library"
         assert LEVELS[other] < LEVELS[room], f"{room} must not import {other}"
 
 
@@ -119,6 +118,12 @@ def test_no_file_imports_itself_by_way_of_others():
         name = ".".join(("lossmith", *path.relative_to(SOURCE).with_suffix("").parts))
         edges[name] = {module for module in modules if module in known}
     graphlib.TopologicalSorter(edges).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda p: p.name)
+def test_no_test_module_is_imported(path):
+    """What several share has a file of its own."""
+    assert not [name for name in imports_of(path) if name.split(".")[-1].startswith("test_")]
 
 
 def test_importing_the_package_is_cheap():

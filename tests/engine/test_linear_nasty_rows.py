@@ -144,6 +144,11 @@ def test_a_masked_target_costs_infinity(dtype, strategy):
     assert all(x.isfinite().all() for x in weighted)
 
 
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
+    rtol, atol = {torch.bfloat16: (2e-2, 1e-2), torch.float32: (1e-5, 1e-6)}.get(dtype, (1e-10, 1e-12))
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_classes", [1, 2])
 def test_one_and_two_classes(num_classes, dtype, strategy, packing):
@@ -151,7 +156,7 @@ def test_one_and_two_classes(num_classes, dtype, strategy, packing):
     targets = torch.tensor([0, num_classes - 1, IGNORE, 0, num_classes - 1])
     found, expected = run(head, targets, strategy, **OPTIONS), run_logits(head, targets, **OPTIONS)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+        assert_close(ours, theirs, dtype)
     if num_classes == 1:
         plain = run(head, targets, strategy)
         assert not any(x.any() for x in plain)
@@ -162,7 +167,7 @@ def test_one_and_two_classes(num_classes, dtype, strategy, packing):
 def test_a_token_or_two(num_tokens, dtype, strategy, packing):
     head, targets = linear_case.head(num_tokens, dtype=dtype), torch.tensor([3, IGNORE][:num_tokens])
     for ours, theirs in zip(run(head, targets, strategy), run_logits(head, targets), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+        assert_close(ours, theirs, dtype)
 
 
 # -- what stands where there is no target ----------------------------------------------------------
