@@ -28,8 +28,8 @@ def by_hand(losses, initial=1.0, bounds=(0.5, 2.0), rate=0.01, window=100, low=0
     return value
 
 
-# The swing is the coefficient of variation where squares are divided by the number of steps; by one less it would
-# be 5% more in a window of ten.
+# The swing is the coefficient of variation where squares are divided by the number of steps; by one less it
+# would be 5% more in a window of ten.
 DIRECTIONS = {0.0: -1, 0.049: -1, 0.051: 0, 0.07: 0, 0.099: 0, 0.101: 1, 0.5: 1}
 
 

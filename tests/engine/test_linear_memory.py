@@ -8,7 +8,7 @@ import lossmith
 from linear_case import STRATEGIES, Head, LargestTensor
 from lossmith.engine import sampling
 from lossmith.engine.head import chunks, products
-from lossmith.engine.head.chunks import Chunks
+from lossmith.engine.head.chunks import Chunks, Factors
 from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.plan import MEMORY_BUDGET, rows_of_a_chunk
 from lossmith.engine.statistics.stats import STATISTIC_NAMES
@@ -116,10 +116,8 @@ def test_sampling_a_large_chunk_takes_little_more(packed, monkeypatch):
 def test_the_chunks_are_within_the_budget(budget, dtype):
     head, targets = batch(dtype)
     flat = head.hidden.detach().flatten(0, 1)
-    of = Chunks(
-        flat, head.weight.detach(), None, targets.flatten(),
-        ignore_index=-100, compute_dtype=dtype, memory_budget=budget,
-    )  # fmt: skip
+    factors = Factors(flat, head.weight.detach(), None, dtype, budget)
+    of = Chunks(factors, targets.flatten(), ignore_index=-100)
     sizes = [len(of.inputs(rows)) for rows in of.all()]
     assert sum(sizes) == (targets != -100).sum()
     assert max(sizes) == of.size == len(of.buffer())

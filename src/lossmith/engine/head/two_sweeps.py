@@ -76,7 +76,8 @@ class HeadStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         refuse_batched(*grads)
-        head, stats = ctx.saved_tensors[:3], ctx.saved_tensors[3 + len(ctx.sweep.tensors) :]
+        everything = ctx.saved_tensors  # once: an activation checkpoint unpacks it a single time
+        head, stats = everything[:3], everything[3 + len(ctx.sweep.tensors) :]
         kept, ctx.kept = ctx.kept, None  # its memory is written over
         if all(g is None for g in grads):
             return (None,) * 6
@@ -176,7 +177,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     found: list[Tensor | None] = [None, None, None]
     needed = list(ctx.needs_input_grad[:3])
     if any(needed) and any(g is not None for g in grads):
-        inputs, stats = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        everything = ctx.saved_tensors
+        inputs, stats = everything[:7], everything[7:]
         made = head_grad_op(*inputs, *ctx.options, unsaved(stats, ctx.is_saved), grads, needed)
         found = [gradient if wanted else None for gradient, wanted in zip(made, needed, strict=True)]
         found = once(found, (*inputs[:3], *grads))

@@ -79,7 +79,8 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     refuse_batched(*grads)
-    inputs, stats = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    everything = ctx.saved_tensors  # once: an activation checkpoint unpacks it a single time
+    inputs, stats = everything[:5], everything[5:]
     gradient = None
     if ctx.needs_input_grad[0] and any(g is not None for g in grads):
         made = row_grad_op(*inputs, *ctx.options, unsaved(stats, ctx.is_saved), grads)
