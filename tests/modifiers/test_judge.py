@@ -5,7 +5,7 @@ import torch
 
 import reference_modifiers as ref
 from lossmith import CrossEntropyLoss, LossModifierPipeline, SequenceScoringJudgeWeightModifier
-from lossmith.modifiers.judge import expected_wrongness
+from lossmith.modifiers.tokens.judge import expected_wrongness
 
 IGNORE = -100
 

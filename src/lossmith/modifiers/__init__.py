@@ -3,16 +3,16 @@
 from lossmith.modifiers.base import BaseLossModifier, ModelMode
 from lossmith.modifiers.config import create_loss_modifier_pipeline
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
-from lossmith.modifiers.entropy import EntropyModifier
-from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier
-from lossmith.modifiers.mask_ratio import MaskRatioWeightModifier
-from lossmith.modifiers.metrics_collector import MetricsCollectorModifier
 from lossmith.modifiers.pipeline import LossModifierPipeline
-from lossmith.modifiers.scorer_modifier import ScorerModifier
-from lossmith.modifiers.sequence_correlation import SequenceScorerCorrelationModifier
-from lossmith.modifiers.sequence_variance import SequenceScorerVarianceModifier
-from lossmith.modifiers.target_smoothing import TargetSmoothingModifier
-from lossmith.modifiers.token_modifier import Measured, TokenModifier
+from lossmith.modifiers.scores.correlation import SequenceScorerCorrelationModifier
+from lossmith.modifiers.scores.scorer_modifier import ScorerModifier
+from lossmith.modifiers.scores.variance import SequenceScorerVarianceModifier
+from lossmith.modifiers.tokens.entropy import EntropyModifier
+from lossmith.modifiers.tokens.judge import SequenceScoringJudgeWeightModifier
+from lossmith.modifiers.tokens.mask_ratio import MaskRatioWeightModifier
+from lossmith.modifiers.tokens.metrics_collector import MetricsCollectorModifier
+from lossmith.modifiers.tokens.target_smoothing import TargetSmoothingModifier
+from lossmith.modifiers.tokens.token_modifier import Measured, TokenModifier
 
 __all__ = [
     "BaseLossModifier",

@@ -10,15 +10,15 @@ from lossmith.core.former_names import CONFIGURATION, OPTIONS
 from lossmith.core.warn_user import warn_user
 from lossmith.modifiers.base import read_switch
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
-from lossmith.modifiers.entropy import EntropyModifier
-from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier
-from lossmith.modifiers.mask_ratio import MaskRatioWeightModifier
-from lossmith.modifiers.metrics_collector import MetricsCollectorModifier
 from lossmith.modifiers.option_names import settle
 from lossmith.modifiers.pipeline import AutoReduction, LossModifierPipeline
-from lossmith.modifiers.sequence_correlation import SequenceScorerCorrelationModifier
-from lossmith.modifiers.sequence_variance import SequenceScorerVarianceModifier
-from lossmith.modifiers.target_smoothing import TargetSmoothingModifier
+from lossmith.modifiers.scores.correlation import SequenceScorerCorrelationModifier
+from lossmith.modifiers.scores.variance import SequenceScorerVarianceModifier
+from lossmith.modifiers.tokens.entropy import EntropyModifier
+from lossmith.modifiers.tokens.judge import SequenceScoringJudgeWeightModifier
+from lossmith.modifiers.tokens.mask_ratio import MaskRatioWeightModifier
+from lossmith.modifiers.tokens.metrics_collector import MetricsCollectorModifier
+from lossmith.modifiers.tokens.target_smoothing import TargetSmoothingModifier
 from lossmith.options import (
     Declared,
     is_misspelt,
@@ -104,14 +104,13 @@ def create_loss_modifier_pipeline(
         >>> [modifier.name for modifier in pipeline.modifiers]
         ['EntropyModifier']
     """
-    settled = settle(
+    values, key_of = settle(
         {name: value for name, value in _items(config).items() if value is not None},
         owner="",
         formers=FORMERS,
         aliases=ALIASES,
         defaults={name: spec.default for name, spec in KEYS.items()},
     )
-    values, key_of = settled.values, settled.key_of
     _refuse_unknown(values)
     pipeline = LossModifierPipeline(base=base, model_mode=model_mode, reduction=reduction)
     is_on = read_switch(values.get(MASTER, False), MASTER)

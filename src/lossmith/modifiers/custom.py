@@ -50,19 +50,16 @@ class CustomModifiers:
     def _answer(self, position: int, modifier: BaseLossModifier, output: LossOutput) -> Tensor | PerPosition:
         arguments = _accepted(modifier, self.arguments(position, output))
         answer = modifier.modify_loss(self.logits, self.targets, output.total, **arguments)
-        if not isinstance(modifier._metrics, Mapping):
-            raise TypeError(
-                f"{modifier.name}._metrics must be a mapping of names to numbers; "
-                f"got {type(modifier._metrics).__name__}"
-            )
-        modifier._metrics = {
-            name: value.detach() if isinstance(value, Tensor) else value  # not the whole graph until the next
-            for name, value in modifier._metrics.items()
-        }
+        _let_go_of_the_graph(modifier)
         if isinstance(answer, Mapping):
             per_position = answer.get("per_position_loss")
             if isinstance(per_position, Tensor):
-                return PerPosition(_shaped(per_position, self.targets, modifier))
+                if per_position.shape != self.targets.shape:
+                    raise ValueError(
+                        f"{modifier.name} returned a per_position_loss {list(per_position.shape)}; "
+                        f"expected the targets' shape {list(self.targets.shape)}"
+                    )
+                return PerPosition(per_position)
             answer = answer.get("loss")
         if not isinstance(answer, Tensor):
             raise TypeError(
@@ -85,6 +82,16 @@ class PerPosition:
     loss: Tensor
 
 
+def _let_go_of_the_graph(modifier: BaseLossModifier) -> None:
+    """Detach the modifier's metrics, which would hold the whole graph until the next batch."""
+    metrics = modifier._metrics
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"{modifier.name}._metrics must be a mapping of names to numbers; got {type(metrics).__name__}"
+        )
+    modifier._metrics = {n: v.detach() if isinstance(v, Tensor) else v for n, v in metrics.items()}
+
+
 def _accepted(modifier: BaseLossModifier, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the arguments that the modifier's own signature takes."""
     parameters = inspect.signature(modifier.modify_loss).parameters.values()
@@ -98,15 +105,6 @@ def _accepted(modifier: BaseLossModifier, arguments: Mapping[str, Any]) -> dict[
             f"modify_loss, {lacking[0]}=..., or give it a default"
         )
     return {name: value for name, value in arguments.items() if name in taken}
-
-
-def _shaped(loss: Tensor, targets: Tensor, modifier: BaseLossModifier) -> Tensor:
-    if loss.shape != targets.shape:
-        raise ValueError(
-            f"{modifier.name} returned a per_position_loss {list(loss.shape)}; "
-            f"expected the targets' shape {list(targets.shape)}"
-        )
-    return loss
 
 
 def _with_part(output: LossOutput, modifier: BaseLossModifier, loss: Tensor) -> LossOutput:

@@ -3,23 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lossmith.core.former_names import Former, say_former
-
-
-@dataclass(frozen=True)
-class Settled:
-    """Options, each once.
-
-    Attributes:
-        values: by the name that the user gave, or the one that stands in place of a former name.
-        key_of: what the user calls an option.
-    """
-
-    values: dict[str, Any]
-    key_of: Callable[[str], str]
 
 
 def settle(
@@ -30,8 +16,8 @@ def settle(
     aliases: Mapping[str, str],
     defaults: Mapping[str, Any],
     key_of: Callable[[str], str] = str,
-) -> Settled:
-    """The options of a mapping, each once, former names translated.
+) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """The options of a mapping, each once, former names translated; and what the user calls each.
 
     A configuration may hold both names of an option, where a file of defaults has the one and the user wrote
     the other: then the value that is just the default gives way.
@@ -49,24 +35,23 @@ def settle(
     """
     found: dict[str, tuple[str, Any]] = {}  # option -> the name that the user gave it, and the value
     for given, value in values.items():
-        former = formers.get(given)
+        name, former = aliases.get(given, given), formers.get(given)
         if former is not None and former.new is None:
             if type(value) is not type(former.always) or value != former.always:
                 raise ValueError(f"{owner}{given}={value!r} is gone; write {former.write}")
             continue
-        name = aliases.get(given, given)
         if former is not None and former.new is not None:
             say_former(f"{owner}{given}", former.write)
             name = former.new
             value = value if former.convert is None else former.convert(value)
-        given_now = given, value
         if name in found and name in defaults:
-            given_now = _preferred(found[name], given_now, defaults[name], key_of)
-        found[name] = given_now
+            found[name] = _preferred(found[name], (given, value), defaults[name], key_of)
+        else:
+            found[name] = given, value
     # converted values are not what the user gave, so that mistakes in them go by the name here
     spelled = {n: given for n, (given, _) in found.items() if given in formers and not formers[given].convert}
     kept = {name if given in formers else given: value for name, (given, value) in found.items()}
-    return Settled(kept, lambda name: key_of(spelled.get(name, name)))
+    return kept, lambda name: key_of(spelled.get(name, name))
 
 
 def _preferred(
@@ -88,6 +73,4 @@ def _agree(one: Any, other: Any) -> bool:
     """Whether two values are the same; a bool is no number."""
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return tuple(one) == tuple(other)
-    if isinstance(one, bool) != isinstance(other, bool):
-        return False
-    return bool(one == other)
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lossmith.core.former_names import former
-from lossmith.engine.predictions import Logits
+from lossmith.core.metrics import Metrics
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.evaluation import whole_batch_reason
-from lossmith.equation.output import LossOutput, with_parts
+from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import Denominator, Reduction, check_reduction
 from lossmith.equation.term import Term
-from lossmith.modifiers import checks
-from lossmith.modifiers.all_metrics import metrics_of
 from lossmith.modifiers.base import BaseLossModifier, ModelMode, read_switch
-from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
-from lossmith.modifiers.scorer_modifier import ScorerModifier
-from lossmith.modifiers.token_modifier import TokenModifier, kept
-from lossmith.modifiers.token_run import TokenRun, tell_of_idle
-from lossmith.objectives.inputs import OWN_INPUTS, both_masks, either, given_targets, take_predictions
-from lossmith.objectives.objective import Objective, given_stats
+from lossmith.modifiers.call import Call, check_tensor
+from lossmith.modifiers.checks import check_modifier, listed, warn_of_modes
+from lossmith.modifiers.scores.score_objective import ScoreObjective
+from lossmith.modifiers.tokens.token_objective import TokenObjective
+from lossmith.objectives.inputs import OWN_INPUTS, both_masks, either, given_targets
+from lossmith.objectives.objective import Objective
 from lossmith.objectives.wrapped import WrappedObjective
 from lossmith.options import is_misspelt, option, strict_options
 from lossmith.terms.cross_entropy import cross_entropy
@@ -77,7 +75,10 @@ class LossModifierPipeline(WrappedObjective):
     ) -> None:
         if base is None:
             base = Objective([Term("cross_entropy", _cross_entropy, reads=("nll",), scope="token")])
-        checks.check_base(base)
+        if not isinstance(base, Objective):
+            raise TypeError(
+                f"base must be a lossmith.Objective, such as lossmith.CrossEntropyLoss(); got {base!r}"
+            )
         if isinstance(base, LossModifierPipeline):
             raise TypeError("a pipeline cannot be the base of another; give all modifiers to one pipeline")
         super().__init__(base)
@@ -85,7 +86,7 @@ class LossModifierPipeline(WrappedObjective):
         self.model_mode = None if model_mode is None else ModelMode(model_mode)
         self.auto_reduction: AutoReduction = reduction
         self._is_disabled = False
-        for modifier in checks.listed(modifiers):
+        for modifier in listed(modifiers):
             self.add_modifier(modifier)
 
     # ── what is in it ─────────────────────────────────────────────────────────────────────────────
@@ -97,11 +98,11 @@ class LossModifierPipeline(WrappedObjective):
             TypeError: it is not a :class:`lossmith.BaseLossModifier`.
             ValueError: it is in the pipeline already.
         """
-        checks.check_modifier(modifier)
+        check_modifier(modifier)
         if any(modifier is known for known in self.modifiers):
             raise ValueError(f"this {modifier.name} is in the pipeline already; make another one")
-        if checks.is_on(modifier):
-            checks.warn_of_modes(modifier, self.model_mode)
+        if modifier.is_on():
+            warn_of_modes(modifier, self.model_mode)
         self.modifiers.append(modifier)
 
     def get_enabled_modifier_names(self) -> list[str]:
@@ -122,12 +123,9 @@ class LossModifierPipeline(WrappedObjective):
             num_classes: V, if it is known.
         """
         mode = self._mode(None, None, targets)
-        if mode is ModelMode.SEQUENCE_SCORER:
-            return  # where it takes more than one batch to tell
-        active = self._enabled(mode)
-        seen = kept(active, targets, self.ignore_index)
-        batch = self._align(seen, mask=mask, num_classes=num_classes, ignore_index=self.ignore_index)
-        tell_of_idle(active, batch)
+        if mode is not ModelMode.SEQUENCE_SCORER:  # where it takes more than one batch to tell
+            objective = TokenObjective(self.base, self._call(mode))
+            objective.look_at(targets, mask=mask, num_classes=num_classes)
 
     @contextlib.contextmanager
     def temporarily_disabled(self) -> Iterator[LossModifierPipeline]:
@@ -150,7 +148,7 @@ class LossModifierPipeline(WrappedObjective):
 
     def _enabled(self, mode: ModelMode | None = None) -> list[BaseLossModifier]:
         modifiers: Any = [] if self._is_disabled else self.modifiers
-        return [m for m in modifiers if checks.is_on(m) and (mode is None or m.supports_mode(mode))]
+        return [m for m in modifiers if m.is_on() and (mode is None or m.supports_mode(mode))]
 
     # ── metrics ───────────────────────────────────────────────────────────────────────────────────
 
@@ -159,7 +157,18 @@ class LossModifierPipeline(WrappedObjective):
 
         Reading them is the only synchronisation with the device that a pipeline makes.
         """
-        return metrics_of(self._enabled()).to_dict()
+        everything, names = Metrics({}), []
+        for modifier in self._enabled():
+            names.append(modifier.name)
+            number = names.count(modifier.name)  # a second one of a name is name_2
+            label = modifier.name if number == 1 else f"{modifier.name}_{number}"
+            found = modifier.get_metrics()
+            if not isinstance(found, Mapping):
+                raise TypeError(
+                    f"{modifier.name}.get_metrics must return a mapping; got {type(found).__name__}"
+                )
+            everything |= (found if isinstance(found, Metrics) else Metrics(found)).prefixed(f"{label}.")
+        return everything.to_dict()
 
     def reset_all_metrics(self) -> None:
         """Forget all metrics."""
@@ -213,21 +222,20 @@ class LossModifierPipeline(WrappedObjective):
         self._check_inputs(inputs)
         targets = given_targets(targets)
         mode = self._mode(model_mode, logits, targets)
-        checks.check_tensor("loss", loss)
+        check_tensor("loss", loss)
         if loss is not None and not self._enabled(mode) and not inputs.get("scalars"):
             return loss
-        mask = either("mask", mask, "attention_mask", attention_mask)
-        return self._evaluate(
+        return self.evaluate(
             logits,
             targets,
             loss=loss,
-            mode=mode,
-            mask=mask,
-            attention_mask=mask,  # components see the one that there is, as in evaluate
+            model_mode=mode,
+            mask=either("mask", mask, "attention_mask", attention_mask),
             per_position_loss=per_position_loss,
             ignore_index=ignore_index,
             stats=stats,
-            denominator=either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
+            denominator=denominator,
+            num_items_in_batch=num_items_in_batch,
             reduction=reduction,
             **inputs,
         ).total
@@ -242,14 +250,46 @@ class LossModifierPipeline(WrappedObjective):
         attention_mask: Tensor | None = None,
         denominator: Denominator | None = None,
         num_items_in_batch: Denominator | None = None,
+        loss: Tensor | None = None,
+        per_position_loss: Tensor | None = None,
+        ignore_index: int | None = None,
+        stats: TokenStats | None = None,
+        reduction: AutoReduction = "auto",
         **inputs: Any,
     ) -> LossOutput:
         """The loss with its parts and metrics; the arguments are those of :meth:`modify_loss`."""
         self._check_inputs(inputs)
         targets = given_targets(targets)
-        inputs["mask"], inputs["attention_mask"] = both_masks(mask, attention_mask)
-        inputs["denominator"] = either("denominator", denominator, "num_items_in_batch", num_items_in_batch)
-        return self._evaluate(logits, targets, mode=self._mode(model_mode, logits, targets), **inputs)
+        mode = self._mode(model_mode, logits, targets)
+        denominator = either("denominator", denominator, "num_items_in_batch", num_items_in_batch)
+        mask, attention_mask = both_masks(mask, attention_mask)
+        call = self._call(mode, reduction, ignore_index)
+        for modifier in self.modifiers:
+            if modifier not in call.modifiers:
+                vars(modifier)["_metrics"] = {}  # of a batch that is no longer the last
+        for_custom = {
+            "input_ids": None,
+            "segment_ids": None,
+            **{name: value for name, value in inputs.items() if name not in OF_THE_EQUATION},
+            "attention_mask": attention_mask,
+            "mask": mask,
+            "denominator": denominator,
+            "model_mode": mode,
+            "reduction": call.reduction,
+            "ignore_index": call.ignore_index,
+        }
+        call = replace(
+            call, loss=loss, per_position_loss=per_position_loss, stats=stats, for_custom=for_custom
+        )
+        call.check(targets)
+        if mode is ModelMode.SEQUENCE_SCORER:
+            of_scores = {name: inputs[name] for name in OF_THE_EQUATION if name in inputs}
+            return ScoreObjective(call).evaluate(
+                logits, targets, mask=mask, denominator=denominator, **of_scores
+            )
+        return TokenObjective(self.base, call).evaluate(
+            logits, targets, mask=mask, attention_mask=attention_mask, denominator=denominator, **inputs
+        )
 
     def count(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes more)
         self,
@@ -267,86 +307,15 @@ class LossModifierPipeline(WrappedObjective):
             targets, mask, model_mode, reduction, ignore_index, shift: as for :meth:`modify_loss`.
         """
         mode = self._mode(model_mode, None, targets)
+        call = self._call(mode, reduction, ignore_index)
         if mode is ModelMode.SEQUENCE_SCORER:
-            return (
-                torch.full((), targets.numel(), device=targets.device) if mask is None else mask.bool().sum()
-            )
-        active = self._enabled(mode)
-        checks.refuse_flat(active, targets)
-        ignored = self.ignore_index if ignore_index is None else ignore_index
-        return self.base.count(
-            kept(active, targets, ignored),
-            mask=mask,
-            reduction=self._reduction(reduction, active),
-            ignore_index=ignored,
-            shift=shift,
-        )
-
-    def _evaluate(
-        self,
-        logits: Tensor | None,
-        targets: Tensor,
-        *,
-        mode: ModelMode,
-        loss: Tensor | None = None,
-        mask: Tensor | None = None,
-        per_position_loss: Tensor | None = None,
-        ignore_index: int | None = None,
-        stats: TokenStats | None = None,
-        denominator: Denominator | None = None,
-        reduction: AutoReduction = "auto",
-        scalars: Mapping[str, Tensor] | None = None,
-        token_weight: Tensor | None = None,
-        shift: bool | int | None = None,
-        **inputs: Any,
-    ) -> LossOutput:
-        active = self._enabled(mode)
-        for modifier in self.modifiers:
-            if modifier not in active:
-                vars(modifier)["_metrics"] = {}  # of a batch that is no longer the last
-        resolved = self._reduction(reduction, active)
-        ignored = self.ignore_index if ignore_index is None else ignore_index
-        checks.check_given(targets, ignored, per_position_loss, stats)
-        of_batch = {name: inputs.get(name) for name in ("input_ids", "segment_ids")}
-        of_batch |= {"mask": mask, "denominator": denominator}
-        for_custom = {**inputs, **of_batch, "model_mode": mode, "reduction": resolved}
-        for_custom["ignore_index"] = ignored
-        if mode is ModelMode.SEQUENCE_SCORER:
-            predictions = checks.of_scorer(logits, token_weight, shift)
-            scores = ScoreBatch(predictions, targets, mask, denominator, resolved)
-            output = evaluate_scores(active, scores, loss, per_position_loss, for_custom)
-            return with_parts(output, {k: v * scores.share for k, v in (scalars or {}).items()})
-        checks.refuse_flat(active, targets)
-        predictions, inputs = take_predictions(logits, inputs, self.base.input_names)
-        if any(not isinstance(modifier, TokenModifier) for modifier in active):
-            predictions = Logits(predictions.logits())  # custom modifiers look at them
-        batch = self.base.bind(
-            predictions,
-            kept(active, targets, ignored),
-            inputs,
-            reduction=resolved,
-            ignore_index=ignored,
-            token_weight=token_weight,
-            shift=shift,
-            **of_batch,
-        )
-        run = TokenRun(
-            self.base,
-            active,
-            predictions,
-            batch,
-            None if stats is None else given_stats(stats, batch),
-            per_position_loss,
-            denominator is not None or resolved not in ("sum", "none"),
-            {"scalars": scalars, "per_token": resolved == "none"},
-            inputs,
-        )
-        return run.finish(targets, loss, for_custom)
+            return ScoreObjective(call).count(targets, mask=mask)
+        return TokenObjective(self.base, call).count(targets, mask=mask, shift=shift)
 
     def whole_batch_reason(self) -> str | None:
         active = self._enabled(ModelMode.LANGUAGE_MODEL)
         for modifier in active:
-            if not isinstance(modifier, TokenModifier):
+            if modifier.is_custom:
                 return f"{modifier.name} looks at logits"
             if modifier.weighs:
                 return f"{modifier.name} weighs samples"
@@ -354,9 +323,17 @@ class LossModifierPipeline(WrappedObjective):
 
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 
+    def _call(
+        self, mode: ModelMode, reduction: AutoReduction = "auto", ignore_index: int | None = None
+    ) -> Call:
+        """The modifiers that act in a call, and how its tokens count."""
+        active = self._enabled(mode)
+        ignored = self.ignore_index if ignore_index is None else ignore_index
+        return Call(active, self._reduction(reduction, active), ignored)
+
     def _mode(self, asked: ModelMode | str | None, logits: Tensor | None, targets: Tensor) -> ModelMode:
-        checks.check_tensor("logits", logits)
-        checks.check_tensor("targets", targets)
+        check_tensor("logits", logits)
+        check_tensor("targets", targets)
         if asked is not None or self.model_mode is not None:
             return ModelMode(self.model_mode if asked is None else asked)
         are_flat = targets.dim() <= 1 and (logits is None or logits.dim() <= 1 or logits.shape[-1] == 1)
@@ -370,14 +347,14 @@ class LossModifierPipeline(WrappedObjective):
             check_reduction(asked)
             return asked
         own: Reduction = self.base.reduction
-        weighs = any(isinstance(m, TokenModifier) and m.weighs for m in active)
+        weighs = any(modifier.weighs for modifier in active)
         return "sequence_mean" if weighs and own in ("mean", "token_mean") else own
 
     def _check_inputs(self, inputs: Iterable[str]) -> None:
         """Custom modifiers may take anything but what is nearly a name of ours; without one an unknown name
         is a mistake."""
         ours = (*OWN_INPUTS, *PIPELINE_INPUTS)
-        if any(not isinstance(m, TokenModifier | ScorerModifier) for m in self.modifiers):
+        if any(modifier.is_custom for modifier in self.modifiers):
             known = (*ours, *self.base.input_names)
             inputs = [n for n in inputs if n in known or is_misspelt(n, known)]
         self.base.check_inputs(inputs, more=ours)
@@ -387,4 +364,6 @@ def _cross_entropy(stats: TokenStats, batch: TokenBatch) -> Tensor:
     return cross_entropy(stats, batch.target_weight)
 
 
+# What the equation takes, and custom modifiers need not see.
+OF_THE_EQUATION = ("token_weight", "shift", "scalars")
 PIPELINE_INPUTS = ("loss", "model_mode", "per_position_loss", "ignore_index", "reduction")

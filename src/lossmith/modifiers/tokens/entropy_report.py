@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,49 +26,45 @@ IRREGULARITIES = {
 
 @dataclass(frozen=True)
 class EntropyReport:
-    """Counts and ranges of one batch; tensors until it is turned into text, so that logging that nobody
-    listens to does not wait for the device."""
+    """One batch, tensors until it is turned into text, so that logging that nobody listens to does not wait
+    for the device.
+
+    Attributes:
+        counts: how often there was something irregular.
+        weights: of the samples.
+        metrics: what came of it.
+    """
 
     counts: Mapping[str, Tensor]
-    weights: Spread | None = None
-    metrics: Mapping[str, float] | None = None
+    weights: Spread
+    metrics: Metrics
 
     @classmethod
-    def of(cls, stats: TokenStats, batch: TokenBatch, is_limited: Tensor) -> EntropyReport:
+    def of(cls, stats: TokenStats, batch: TokenBatch, is_limited: Tensor, weights: Spread) -> EntropyReport:
         """Look through the statistics of a batch; ``is_limited`` [B], samples whose weight was too large."""
         entropy, num_wrong = stats.wrong_entropy, stats.num_wrong
         most = num_wrong.clamp(min=2).to(entropy.dtype).log()
-        has_entropy = batch.valid & (num_wrong > 1)
         relative, is_finite = entropy / most, torch.isfinite(entropy)
         # rounding alone takes a uniform distribution past 1
         is_outside = (relative < -1e-6) | (relative > 1 + 1e-6)
         found = {
             "certain": batch.valid & (stats.target_prob >= 1),
             "undefined": batch.valid & (num_wrong <= 1) & is_finite,
-            "clamped": has_entropy & is_outside,
+            "clamped": batch.valid & (num_wrong > 1) & is_outside,
             "broken": batch.valid & ~is_finite,
             "limited": is_limited,
         }
-        return cls({name: where.sum() for name, where in found.items()})
-
-    def with_outcome(self, weights: Spread, metrics: Mapping[str, float]) -> EntropyReport:
-        """The same, with what came of it."""
-        return replace(self, weights=weights, metrics=metrics)
+        return cls({name: where.sum() for name, where in found.items()}, weights, Metrics({}))
 
     def __str__(self) -> str:
-        counts = Metrics(self.counts).to_dict()
+        counts, values = Metrics(self.counts).to_dict(), self.metrics.to_dict()
         said = [f"{IRREGULARITIES[name]}: {int(count)}" for name, count in counts.items() if count]
-        if self.weights is not None:
-            said.append(
-                f"sample weights from {float(self.weights.min()):.6g} to {float(self.weights.max()):.6g}"
-            )
-        if self.metrics is not None:
-            values = self.metrics.to_dict() if isinstance(self.metrics, Metrics) else dict(self.metrics)
-            said.append(
-                f"loss {values['original_loss']:.6g} -> {values['final_loss']:.6g} "
-                f"(ratio {values['loss_ratio']:.6g})"
-            )
-            broken = [name for name, value in values.items() if not math.isfinite(value)]
-            if broken:
-                said.append(f"metrics not finite: {', '.join(broken)}")
+        said += [
+            f"sample weights from {float(self.weights.min()):.6g} to {float(self.weights.max()):.6g}",
+            f"loss {values['original_loss']:.6g} -> {values['final_loss']:.6g} "
+            f"(ratio {values['loss_ratio']:.6g})",
+        ]
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            said.append(f"metrics not finite: {', '.join(broken)}")
         return "; ".join(said)
