@@ -28,6 +28,11 @@ class ModelMode(Enum):
     SEQUENCE_SCORER = "sequence_scorer"
 
     @classmethod
+    def of(cls, value: ModelMode | str) -> ModelMode:
+        """A mode, whether it is given as one or by name."""
+        return value if isinstance(value, ModelMode) else cls(value)  # graphs have no constructor of an Enum
+
+    @classmethod
     def _missing_(cls, value: object) -> ModelMode:
         text = value.value if isinstance(value, Enum) else value  # of an enumeration of the user's own
         for mode in cls:

@@ -13,7 +13,10 @@ from torch import Tensor
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.reduction import Reduction
-from lossmith.modifiers.base import BaseLossModifier
+from lossmith.modifiers.base import BaseLossModifier, ModelMode
+
+# What of the inputs custom modifiers do not see.
+OF_THE_EQUATION = ("token_weight", "shift", "scalars")
 
 
 @dataclass(frozen=True)
@@ -22,21 +25,23 @@ class Call:
 
     Attributes:
         modifiers: the enabled ones, in the pipeline's order.
+        mode: what the model predicts.
         reduction: how tokens or scores are averaged.
         ignore_index: the target id of positions without one.
         loss: the caller's reduced loss so far.
         per_position_loss: [..., T] the caller's, in place of the objective's own.
         stats: the caller's statistics of the batch.
-        for_custom: further arguments of custom modifiers.
+        inputs: what else the caller gave, by name.
     """
 
     modifiers: Sequence[Any]  # what those that are not custom answer depends on their kind
+    mode: ModelMode
     reduction: Reduction
     ignore_index: int
     loss: Tensor | None = None
     per_position_loss: Tensor | None = None
     stats: TokenStats | None = None
-    for_custom: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def built_in(self) -> list[Any]:
@@ -47,6 +52,17 @@ class Call:
     def custom(self) -> list[tuple[int, BaseLossModifier]]:
         """The others, with their positions."""
         return [(p, modifier) for p, modifier in enumerate(self.modifiers) if modifier.is_custom]
+
+    @property
+    def for_custom(self) -> dict[str, Any]:
+        """What they are told of the call."""
+        return {
+            **dict.fromkeys(("input_ids", "segment_ids")),
+            **{name: value for name, value in self.inputs.items() if name not in OF_THE_EQUATION},
+            "model_mode": self.mode,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+        }
 
     def check(self, targets: Tensor) -> None:
         """

@@ -15,7 +15,7 @@ from lossmith.modifiers.base import BaseLossModifier
 
 @dataclass(frozen=True)
 class CustomModifiers:
-    """The custom modifiers of a pipeline, and what they work on.
+    """The custom modifiers of a call, and what they work on.
 
     Attributes:
         modifiers: with their positions in the pipeline, in order.
@@ -34,32 +34,33 @@ class CustomModifiers:
         """Call each modifier in turn and take its answer for what it is."""
         on_reduced: list[tuple[int, BaseLossModifier]] = []
         for position, modifier in self.modifiers:
-            answer = self._answer(position, modifier, output)
-            if not isinstance(answer, PerPosition):
-                output = _with_part(output, modifier, answer)
+            loss, is_per_position = self._answer(position, modifier, output)
+            if not is_per_position:
+                output = _with_part(output, modifier, loss)
                 on_reduced.append((position, modifier))
                 continue
-            output = self.put(position, answer.loss)
+            output = self.put(position, loss)
             # What earlier ones did was done to a loss that is no longer there.
             for earlier_position, earlier in on_reduced:
-                again = self._answer(earlier_position, earlier, output)
-                if not isinstance(again, PerPosition):
-                    output = _with_part(output, earlier, again)
+                loss, is_per_position = self._answer(earlier_position, earlier, output)
+                if not is_per_position:
+                    output = _with_part(output, earlier, loss)
         return output
 
-    def _answer(self, position: int, modifier: BaseLossModifier, output: LossOutput) -> Tensor | PerPosition:
+    def _answer(self, position: int, modifier: BaseLossModifier, output: LossOutput) -> tuple[Tensor, bool]:
+        """What a modifier makes of the loss, and whether that is the loss of every position."""
         arguments = _accepted(modifier, self.arguments(position, output))
         answer = modifier.modify_loss(self.logits, self.targets, output.total, **arguments)
         _let_go_of_the_graph(modifier)
         if isinstance(answer, Mapping):
-            per_position = answer.get("per_position_loss")
-            if isinstance(per_position, Tensor):
-                if per_position.shape != self.targets.shape:
-                    raise ValueError(
-                        f"{modifier.name} returned a per_position_loss {list(per_position.shape)}; "
-                        f"expected the targets' shape {list(self.targets.shape)}"
-                    )
-                return PerPosition(per_position)
+            losses = answer.get("per_position_loss")
+            if isinstance(losses, Tensor) and losses.shape != self.targets.shape:
+                raise ValueError(
+                    f"{modifier.name} returned a per_position_loss {list(losses.shape)}; "
+                    f"expected the targets' shape {list(self.targets.shape)}"
+                )
+            if isinstance(losses, Tensor):
+                return losses, True
             answer = answer.get("loss")
         if not isinstance(answer, Tensor):
             raise TypeError(
@@ -72,14 +73,7 @@ class CustomModifiers:
                 f"{list(output.total.shape)}; got {list(answer.shape)}. Return the loss of every position "
                 "as {'per_position_loss': tensor}"
             )
-        return answer
-
-
-@dataclass(frozen=True)
-class PerPosition:
-    """An answer that takes the place of the per-position loss, [..., T]."""
-
-    loss: Tensor
+        return answer, False
 
 
 def _let_go_of_the_graph(modifier: BaseLossModifier) -> None:
@@ -94,17 +88,16 @@ def _let_go_of_the_graph(modifier: BaseLossModifier) -> None:
 
 def _accepted(modifier: BaseLossModifier, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the arguments that the modifier's own signature takes."""
-    parameters = inspect.signature(modifier.modify_loss).parameters.values()
+    parameters = list(inspect.signature(modifier.modify_loss).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(arguments)
-    taken = {parameter.name for parameter in parameters}
-    lacking = [p.name for p in list(parameters)[3:] if p.default is p.empty and p.name not in arguments]
+    lacking = [p.name for p in parameters[3:] if p.default is p.empty and p.name not in arguments]
     if lacking:
         raise TypeError(
             f"{modifier.name}.modify_loss takes {lacking[0]!r}, which nobody gave; pass it to the pipeline's "
             f"modify_loss, {lacking[0]}=..., or give it a default"
         )
-    return {name: value for name, value in arguments.items() if name in taken}
+    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
 
 
 def _with_part(output: LossOutput, modifier: BaseLossModifier, loss: Tensor) -> LossOutput:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
@@ -83,7 +82,7 @@ class LossModifierPipeline(WrappedObjective):
             raise TypeError("a pipeline cannot be the base of another; give all modifiers to one pipeline")
         super().__init__(base)
         self.modifiers = nn.ModuleList()
-        self.model_mode = None if model_mode is None else ModelMode(model_mode)
+        self.model_mode = None if model_mode is None else ModelMode.of(model_mode)
         self.auto_reduction: AutoReduction = reduction
         self._is_disabled = False
         for modifier in listed(modifiers):
@@ -124,7 +123,7 @@ class LossModifierPipeline(WrappedObjective):
         """
         mode = self._mode(None, None, targets)
         if mode is not ModelMode.SEQUENCE_SCORER:  # where it takes more than one batch to tell
-            objective = TokenObjective(self.base, self._call(mode))
+            objective = TokenObjective(self.base, self._call(mode, "auto", None))
             objective.look_at(targets, mask=mask, num_classes=num_classes)
 
     @contextlib.contextmanager
@@ -260,36 +259,22 @@ class LossModifierPipeline(WrappedObjective):
         """The loss with its parts and metrics; the arguments are those of :meth:`modify_loss`."""
         self._check_inputs(inputs)
         targets = given_targets(targets)
-        mode = self._mode(model_mode, logits, targets)
-        denominator = either("denominator", denominator, "num_items_in_batch", num_items_in_batch)
-        mask, attention_mask = both_masks(mask, attention_mask)
-        call = self._call(mode, reduction, ignore_index)
+        inputs["mask"], inputs["attention_mask"] = both_masks(mask, attention_mask)
+        inputs["denominator"] = either("denominator", denominator, "num_items_in_batch", num_items_in_batch)
+        call = self._call(
+            self._mode(model_mode, logits, targets),
+            reduction,
+            ignore_index,
+            loss=loss,
+            per_position_loss=per_position_loss,
+            stats=stats,
+            inputs=inputs,
+        )
         for modifier in self.modifiers:
             if modifier not in call.modifiers:
                 vars(modifier)["_metrics"] = {}  # of a batch that is no longer the last
-        for_custom = {
-            "input_ids": None,
-            "segment_ids": None,
-            **{name: value for name, value in inputs.items() if name not in OF_THE_EQUATION},
-            "attention_mask": attention_mask,
-            "mask": mask,
-            "denominator": denominator,
-            "model_mode": mode,
-            "reduction": call.reduction,
-            "ignore_index": call.ignore_index,
-        }
-        call = replace(
-            call, loss=loss, per_position_loss=per_position_loss, stats=stats, for_custom=for_custom
-        )
         call.check(targets)
-        if mode is ModelMode.SEQUENCE_SCORER:
-            of_scores = {name: inputs[name] for name in OF_THE_EQUATION if name in inputs}
-            return ScoreObjective(call).evaluate(
-                logits, targets, mask=mask, denominator=denominator, **of_scores
-            )
-        return TokenObjective(self.base, call).evaluate(
-            logits, targets, mask=mask, attention_mask=attention_mask, denominator=denominator, **inputs
-        )
+        return self._objective(call).evaluate(logits, targets, **inputs)
 
     def count(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes more)
         self,
@@ -306,11 +291,8 @@ class LossModifierPipeline(WrappedObjective):
         Args:
             targets, mask, model_mode, reduction, ignore_index, shift: as for :meth:`modify_loss`.
         """
-        mode = self._mode(model_mode, None, targets)
-        call = self._call(mode, reduction, ignore_index)
-        if mode is ModelMode.SEQUENCE_SCORER:
-            return ScoreObjective(call).count(targets, mask=mask)
-        return TokenObjective(self.base, call).count(targets, mask=mask, shift=shift)
+        call = self._call(self._mode(model_mode, None, targets), reduction, ignore_index)
+        return self._objective(call).count(targets, mask=mask, shift=shift)
 
     def whole_batch_reason(self) -> str | None:
         active = self._enabled(ModelMode.LANGUAGE_MODEL)
@@ -324,18 +306,25 @@ class LossModifierPipeline(WrappedObjective):
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 
     def _call(
-        self, mode: ModelMode, reduction: AutoReduction = "auto", ignore_index: int | None = None
+        self, mode: ModelMode, reduction: AutoReduction, ignore_index: int | None, **given: Any
     ) -> Call:
-        """The modifiers that act in a call, and how its tokens count."""
         active = self._enabled(mode)
         ignored = self.ignore_index if ignore_index is None else ignore_index
-        return Call(active, self._reduction(reduction, active), ignored)
+        return Call(active, mode, self._reduction(reduction, active), ignored, **given)
+
+    def _objective(self, call: Call) -> TokenObjective | ScoreObjective:
+        return (
+            ScoreObjective(call)
+            if call.mode is ModelMode.SEQUENCE_SCORER
+            else TokenObjective(self.base, call)
+        )
 
     def _mode(self, asked: ModelMode | str | None, logits: Tensor | None, targets: Tensor) -> ModelMode:
         check_tensor("logits", logits)
         check_tensor("targets", targets)
-        if asked is not None or self.model_mode is not None:
-            return ModelMode(self.model_mode if asked is None else asked)
+        asked = self.model_mode if asked is None else asked
+        if asked is not None:
+            return ModelMode.of(asked)
         are_flat = targets.dim() <= 1 and (logits is None or logits.dim() <= 1 or logits.shape[-1] == 1)
         is_scored = targets.is_floating_point() or (logits is not None and logits.shape == targets.shape)
         return ModelMode.SEQUENCE_SCORER if are_flat and is_scored else ModelMode.LANGUAGE_MODEL
@@ -364,6 +353,4 @@ def _cross_entropy(stats: TokenStats, batch: TokenBatch) -> Tensor:
     return cross_entropy(stats, batch.target_weight)
 
 
-# What the equation takes, and custom modifiers need not see.
-OF_THE_EQUATION = ("token_weight", "shift", "scalars")
 PIPELINE_INPUTS = ("loss", "model_mode", "per_position_loss", "ignore_index", "reduction")

@@ -161,21 +161,26 @@ class TokenObjective(WrappedObjective):
         scalars: Mapping[str, Tensor] | None = None,
         stats: TokenStats | None = None,
     ) -> LossOutput:
-        call, custom = self.call, self.call.custom
+        call, custom, once_more = self.call, self.call.custom, super().evaluate_batch
         self._stats = call.stats_of(batch)
         if custom:
             predictions = Logits(predictions.logits())  # which they look at
         for modifier in self.token_modifiers:
             modifier.look_at(batch)
-        self._measures = [
-            (m, m.on_batch(batch, lambda: self._draw(predictions))) for m in self.token_modifiers
-        ]
-        stays = call.loss is not None and not any(m.changes_loss for m in self.token_modifiers)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (bool(custom) or not stays)):
-            output = self._once(predictions, batch, inputs, scalars)
-        if stays and call.loss is not None:
-            added = {name: part for name, part in output.parts.items() if name in (scalars or {})}
-            output = with_parts(replace(output, total=call.loss, parts={"loss": call.loss}), added)
+
+        def draw() -> Tensor:
+            return predictions.sample(self.sweep_options.softcap).reshape(-1)
+
+        self._measures = [(modifier, modifier.on_batch(batch, draw)) for modifier in self.token_modifiers]
+
+        def evaluated() -> LossOutput:
+            """With all modifiers but the custom ones that work on the reduced loss."""
+            output = once_more(predictions, batch, inputs, scalars, self._stats)
+            assert output.stats is not None
+            if not self._needs_all:  # then nothing waits for what modifiers measure
+                self._measure(output.stats.detach(), batch)
+            self._stats = output.all_stats  # what is known is not computed again
+            return output
 
         def arguments(position: int, so_far: LossOutput) -> dict[str, Any]:
             assert so_far.stats is not None
@@ -184,31 +189,18 @@ class TokenObjective(WrappedObjective):
 
         def put(position: int, loss: Tensor) -> LossOutput:
             self._replaced[position] = loss
-            return self._once(predictions, batch, inputs, scalars)
+            return evaluated()
 
+        stays = call.loss is not None and not any(m.changes_loss for m in self.token_modifiers)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (bool(custom) or not stays)):
+            output = evaluated()
+        if stays and call.loss is not None:
+            added = {name: part for name, part in output.parts.items() if name in (scalars or {})}
+            output = with_parts(replace(output, total=call.loss, parts={"loss": call.loss}), added)
         if custom:
             logits = predictions.logits()
             output = CustomModifiers(custom, logits, self.targets, arguments, put).apply(output)
         self._record(output, batch)
-        return output
-
-    def _draw(self, predictions: Predictions) -> Tensor:
-        """[N] ids drawn from the model's distribution."""
-        return predictions.sample(self.sweep_options.softcap).reshape(-1)
-
-    def _once(
-        self,
-        predictions: Predictions,
-        batch: TokenBatch,
-        inputs: Mapping[str, Any],
-        scalars: Mapping[str, Tensor] | None,
-    ) -> LossOutput:
-        """The objective with all modifiers but the custom ones that work on the reduced loss."""
-        output = super().evaluate_batch(predictions, batch, inputs, scalars, self._stats)
-        assert output.stats is not None
-        if not self._needs_all:  # then nothing waits for what modifiers measure
-            self._measure(output.stats.detach(), batch)
-        self._stats = output.all_stats  # what is known is not computed again
         return output
 
     def _record(self, output: LossOutput, batch: TokenBatch) -> None:
