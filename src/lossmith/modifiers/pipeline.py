@@ -11,21 +11,19 @@ from torch import Tensor, nn
 from lossmith.core.former_names import former
 from lossmith.core.metrics import Metrics
 from lossmith.engine.statistics.stats import TokenStats
-from lossmith.equation.batch import TokenBatch
 from lossmith.equation.evaluation import whole_batch_reason
 from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import Denominator, Reduction, check_reduction
-from lossmith.equation.term import Term
 from lossmith.modifiers.base import BaseLossModifier, ModelMode, read_switch
 from lossmith.modifiers.call import Call, check_tensor
 from lossmith.modifiers.checks import check_modifier, listed, warn_of_modes
 from lossmith.modifiers.scores.score_objective import ScoreObjective
 from lossmith.modifiers.tokens.token_objective import TokenObjective
+from lossmith.objectives.cross_entropy import CrossEntropyLoss
 from lossmith.objectives.inputs import OWN_INPUTS, both_masks, either, given_targets
 from lossmith.objectives.objective import Objective
 from lossmith.objectives.wrapped import WrappedObjective
 from lossmith.options import is_misspelt, option, strict_options
-from lossmith.terms.cross_entropy import cross_entropy
 
 AutoReduction = Literal["auto"] | Reduction
 
@@ -72,8 +70,7 @@ class LossModifierPipeline(WrappedObjective):
         model_mode: Annotated[Any, option("what the model predicts")] = None,
         reduction: AutoReduction = "auto",
     ) -> None:
-        if base is None:
-            base = Objective([Term("cross_entropy", _cross_entropy, reads=("nll",), scope="token")])
+        base = CrossEntropyLoss() if base is None else base
         if not isinstance(base, Objective):
             raise TypeError(
                 f"base must be a lossmith.Objective, such as lossmith.CrossEntropyLoss(); got {base!r}"
@@ -347,10 +344,6 @@ class LossModifierPipeline(WrappedObjective):
             known = (*ours, *self.base.input_names)
             inputs = [n for n in inputs if n in known or is_misspelt(n, known)]
         self.base.check_inputs(inputs, more=ours)
-
-
-def _cross_entropy(stats: TokenStats, batch: TokenBatch) -> Tensor:
-    return cross_entropy(stats, batch.target_weight)
 
 
 PIPELINE_INPUTS = ("loss", "model_mode", "per_position_loss", "ignore_index", "reduction")

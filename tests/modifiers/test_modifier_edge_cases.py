@@ -1,4 +1,4 @@
-"""Mistakes that were there once."""
+"""Edges: what is masked or no number, constant scores, copies, other libraries' values, mixed kinds."""
 
 import copy
 import math
