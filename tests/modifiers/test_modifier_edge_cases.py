@@ -141,6 +141,19 @@ def test_the_running_average_of_a_scorer():
     assert found == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_decay_is_what_the_past_keeps(decay):
+    """The average starts from 0, which is divided out."""
+    collector = MetricsCollectorModifier({"ema_decay": decay})
+    pipeline, t = LossModifierPipeline([collector], model_mode="sequence_scorer"), torch.ones(2)
+    average, weight = 0.0, 0.0
+    for error in (1.0, 4.0, 0.5):
+        pipeline.modify_loss(t + error, t)
+        average, weight = decay * average + (1 - decay) * error, decay * weight + 1 - decay
+        found = pipeline.get_all_metrics()["MetricsCollectorModifier.mean_absolute_relative_error_ema"]
+        assert found == pytest.approx(average / weight)
+
+
 def test_scalars_are_never_dropped():
     logits, targets = torch.randn(2, 3, 5), torch.zeros(2, 3).long()
     scalars = {"aux": torch.tensor(100.0)}
