@@ -224,3 +224,4 @@ def test_the_interface_has_to_be_filled_in():
 def test_custom_modifiers_of_scores_build_on_one_another():
     p, t = torch.tensor([0.4, 0.6]), torch.tensor([0.0, 1.0])
     assert LossModifierPipeline([Halved({}), Halved({})])(p, t).item() == pytest.approx(0.04)
+    assert LossModifierPipeline([Halved({}) for _ in range(3)])(p, t).item() == pytest.approx(0.02)

@@ -298,7 +298,8 @@ class LossModifierPipeline(WrappedObjective):
                 return f"{modifier.name} looks at logits"
             if modifier.weighs:
                 return f"{modifier.name} weighs samples"
-        return whole_batch_reason(self.base.terms(), None, None, self._reduction("auto", active) == "none")
+        per_token = self._reduction("auto", active) == "none"
+        return whole_batch_reason(self.base.terms(), None, self.base.weigh, per_token)
 
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 

@@ -123,9 +123,8 @@ class Objective(nn.Module):
             return self._terms
         return [replace(self._terms[0], loss=token_loss, reads=token_loss.reads), *self._terms[1:]]
 
-    def kept(self, targets: Tensor) -> Tensor:
-        """The targets [..., T] that count, ``ignore_index`` in place of the others; a subclass may leave some
-        out."""
+    def kept(self, targets: Tensor, ignore_index: int) -> Tensor:
+        """The targets [..., T], ``ignore_index`` in place of those that a subclass leaves out."""
         return targets
 
     @property
@@ -182,7 +181,7 @@ class Objective(nn.Module):
         mask, attention_mask = both_masks(mask, attention_mask)
         batch = self.bind(
             predictions,
-            self.kept(given_targets(targets)),
+            self.kept(given_targets(targets), self.ignore_index),
             inputs,
             mask=mask,
             token_weight=token_weight,
@@ -335,12 +334,13 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
             targets, mask: [..., T], as for :meth:`evaluate`.
             reduction, ignore_index, shift: instead of the objective's own.
         """
+        ignored = self.ignore_index if ignore_index is None else ignore_index
         return self._align(
-            self.kept(targets),
+            self.kept(targets, ignored),
             mask=mask,
             shift=shift,
             reduction=reduction or self.reduction,
-            ignore_index=self.ignore_index if ignore_index is None else ignore_index,
+            ignore_index=ignored,
             class_weight=self.class_weight,
         ).count
 

@@ -70,8 +70,8 @@ class WrappedObjective(Objective):
     def terms(self, token_loss: TokenLoss | None = None) -> Sequence[Term]:
         return self.base.terms(token_loss)
 
-    def kept(self, targets: Tensor) -> Tensor:
-        return self.base.kept(targets)
+    def kept(self, targets: Tensor, ignore_index: int) -> Tensor:
+        return self.base.kept(targets, ignore_index)
 
     @property
     def weigh(self) -> Weigh | None:

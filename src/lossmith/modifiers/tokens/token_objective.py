@@ -47,10 +47,11 @@ class TokenObjective(WrappedObjective):
 
     # ── which targets count, and for how much ─────────────────────────────────────────────────────
 
-    def kept(self, targets: Tensor) -> Tensor:
+    def kept(self, targets: Tensor, ignore_index: int) -> Tensor:
+        targets = self.base.kept(targets, ignore_index)
         for modifier in self.token_modifiers:
             keeps = modifier.keeps(targets) if modifier.changes_loss else None
-            targets = targets if keeps is None else targets.masked_fill(~keeps, self.ignore_index)
+            targets = targets if keeps is None else targets.masked_fill(~keeps, ignore_index)
         return targets
 
     def bind(
@@ -66,7 +67,7 @@ class TokenObjective(WrappedObjective):
     def count(self, targets: Tensor, **options: Any) -> Tensor:
         self._refuse_flat(targets)
         of_call = {"reduction": self.reduction, "ignore_index": self.ignore_index}
-        return self.base.count(self.kept(targets), **of_call, **options)
+        return self.base.count(self.kept(targets, self.ignore_index), **of_call, **options)
 
     def _refuse_flat(self, targets: Tensor) -> None:
         """A ValueError where a modifier weighs samples, and there is one, since the targets are flat."""
@@ -142,7 +143,8 @@ class TokenObjective(WrappedObjective):
 
     def look_at(self, targets: Tensor, **given: Any) -> None:
         """Let the modifiers see targets; ``given`` as for :func:`lossmith.equation.batch.align`."""
-        batch = self._align(self.kept(targets), ignore_index=self.ignore_index, **given)
+        seen = self.kept(targets, self.ignore_index)
+        batch = self._align(seen, ignore_index=self.ignore_index, **given)
         for modifier in self.token_modifiers:
             modifier.look_at(batch)
 
