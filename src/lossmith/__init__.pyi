@@ -31,18 +31,20 @@ from lossmith.functional import (
 )
 from lossmith.modifiers.base import BaseLossModifier as BaseLossModifier, ModelMode as ModelMode
 from lossmith.modifiers.config import create_loss_modifier_pipeline as create_loss_modifier_pipeline
-from lossmith.modifiers.entropy import EntropyModifier as EntropyModifier
-from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier as SequenceScoringJudgeWeightModifier
-from lossmith.modifiers.mask_ratio import MaskRatioWeightModifier as MaskRatioWeightModifier
-from lossmith.modifiers.metrics_collector import MetricsCollectorModifier as MetricsCollectorModifier
 from lossmith.modifiers.pipeline import LossModifierPipeline as LossModifierPipeline
-from lossmith.modifiers.sequence_correlation import (
+from lossmith.modifiers.scores.correlation import (
     SequenceScorerCorrelationModifier as SequenceScorerCorrelationModifier,
 )
-from lossmith.modifiers.sequence_variance import (
+from lossmith.modifiers.scores.variance import (
     SequenceScorerVarianceModifier as SequenceScorerVarianceModifier,
 )
-from lossmith.modifiers.target_smoothing import TargetSmoothingModifier as TargetSmoothingModifier
+from lossmith.modifiers.tokens.entropy import EntropyModifier as EntropyModifier
+from lossmith.modifiers.tokens.judge import (
+    SequenceScoringJudgeWeightModifier as SequenceScoringJudgeWeightModifier,
+)
+from lossmith.modifiers.tokens.mask_ratio import MaskRatioWeightModifier as MaskRatioWeightModifier
+from lossmith.modifiers.tokens.metrics_collector import MetricsCollectorModifier as MetricsCollectorModifier
+from lossmith.modifiers.tokens.target_smoothing import TargetSmoothingModifier as TargetSmoothingModifier
 from lossmith.objectives.adaptive import AdaptiveCrossEntropyLoss as AdaptiveCrossEntropyLoss
 from lossmith.objectives.composed import ComposedLoss as ComposedLoss
 from lossmith.objectives.cross_entropy import CrossEntropyLoss as CrossEntropyLoss

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from lossmith.integrations.judge import load_judge
-from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier
+from lossmith.modifiers.tokens.judge import SequenceScoringJudgeWeightModifier
 
 SMALL = {
     "vocab_size": 40,

@@ -143,6 +143,38 @@ def test_scores_have_custom_modifiers_too():
     assert pipeline.modify_loss(p, t, torch.tensor(9.0)).item() == pytest.approx(0.125)  # put in its place
 
 
+class Capped(BaseLossModifier):
+    """Not interchangeable with halving."""
+
+    def modify_loss(self, logits, targets, loss, *, per_position_loss):
+        return {"per_position_loss": per_position_loss.clamp(max=self.config["cap"])}
+
+
+def test_those_that_return_positions_act_in_the_order_of_the_list(batch):
+    logits, targets = batch
+    valid, losses = ref.valid_of(targets), ref.token_loss(logits, targets)
+    capped, halved = Capped({"cap": 1.0}), Halved({})
+    first = LossModifierPipeline([capped, halved]).modify_loss(logits, targets)
+    last = LossModifierPipeline([halved, capped]).modify_loss(logits, targets)
+    torch.testing.assert_close(first, ref.token_mean(losses.clamp(max=1) / 2, valid))
+    torch.testing.assert_close(last, ref.token_mean((losses / 2).clamp(max=1), valid))
+    p, t = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.5])  # squared errors 1 and 1/4
+    capped = Capped({"cap": 0.375})
+    assert LossModifierPipeline([capped, halved])(p, t) == (0.375 + 0.25) / 4
+    assert LossModifierPipeline([halved, capped])(p, t) == (0.375 + 0.125) / 2
+
+
+def test_scalar_modifiers_are_asked_again_in_the_order_of_the_list(batch):
+    """Once one of positions has put another loss in place of the one that they worked on."""
+    half = LossModifierPipeline()(*batch) / 2
+    triple, square = CustomModifier({"custom_param": 3.0}), Squared({})
+    for modifiers, expected in (
+        ([triple, square, Halved({})], (3 * half) ** 2),
+        ([square, triple, Halved({})], 3 * half**2),
+    ):
+        torch.testing.assert_close(LossModifierPipeline(modifiers).modify_loss(*batch), expected)
+
+
 class Returns(BaseLossModifier):
     def __init__(self, value):
         super().__init__({})
@@ -192,3 +224,4 @@ def test_the_interface_has_to_be_filled_in():
 def test_custom_modifiers_of_scores_build_on_one_another():
     p, t = torch.tensor([0.4, 0.6]), torch.tensor([0.0, 1.0])
     assert LossModifierPipeline([Halved({}), Halved({})])(p, t).item() == pytest.approx(0.04)
+    assert LossModifierPipeline([Halved({}) for _ in range(3)])(p, t).item() == pytest.approx(0.02)

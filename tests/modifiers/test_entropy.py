@@ -1,14 +1,19 @@
 """The entropy modifier against its formula."""
 
+import dataclasses
 import logging
 import math
+import types
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 import reference_modifiers as ref
-from lossmith import EntropyModifier, LossModifierPipeline
+from lossmith import EntropyModifier, LossModifierPipeline, Metrics
+from lossmith.equation.batch import align
+from lossmith.modifiers.summary import Spread
+from lossmith.modifiers.tokens.entropy import EntropyReport
 
 IGNORE = -100
 
@@ -56,6 +61,8 @@ OPTIONS = [
     {"max_weight": 1.2},
     {"direction": "uniform", "weight": 1.5},
     {"eps": 0.5},
+    {"eps": 0.5, "threshold": 0.6},  # on top of the threshold
+    {"eps": 0.5, "threshold": 0.6, "direction": "uniform"},
 ]
 
 
@@ -218,6 +225,24 @@ def test_verbose_says_nothing_of_what_did_not_happen(caplog):
     assert "sample weights" in text
     for absent in ("no wrong answer", "at most 1", "not finite", "extreme", "outside"):
         assert absent not in text
+
+
+def test_verbose_reports_entropies_that_had_to_be_clamped():
+    """Beyond what rounding explains, below 0 and above the largest."""
+    targets = torch.zeros(1, 5, dtype=torch.long)
+    entropy = math.log(5) * torch.tensor([0.5, -0.01, 1.01, 1 + 1e-8, 1.01], dtype=torch.float64)
+    stats = types.SimpleNamespace(
+        wrong_entropy=entropy,
+        num_wrong=torch.tensor([5, 5, 5, 5, 1]),  # of one wrong answer there is no entropy
+        target_prob=torch.full((5,), 0.5, dtype=torch.float64),
+    )
+    weights = Spread(torch.ones(1), torch.ones(1, dtype=torch.bool))
+    report = EntropyReport.of(stats, align(targets), torch.zeros(1, dtype=torch.bool), weights)  # pyright: ignore
+    losses = Metrics({"original_loss": 1.0, "final_loss": 2.0, "loss_ratio": 2.0})
+    text = str(dataclasses.replace(report, metrics=losses))
+    assert "entropies outside [0, 1], clamped: 2" in text
+    assert "positions with at most 1 wrong token, left out: 1" in text
+    assert "loss 1 -> 2 (ratio 2)" in text
 
 
 def test_the_old_name_of_verbose():

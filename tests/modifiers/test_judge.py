@@ -1,11 +1,21 @@
 """The judge: what it is shown, what its word does, and that nothing else changes."""
 
+import copy
+import pickle
+import types
+
 import pytest
 import torch
 
 import reference_modifiers as ref
-from lossmith import CrossEntropyLoss, LossModifierPipeline, SequenceScoringJudgeWeightModifier
-from lossmith.modifiers.judge import expected_wrongness
+from lossmith import (
+    CrossEntropyLoss,
+    LossModifierPipeline,
+    SequenceScoringJudgeWeightModifier,
+    create_loss_modifier_pipeline,
+)
+from lossmith.modifiers.tokens import judge as judge_module
+from lossmith.modifiers.tokens.judge import expected_wrongness
 
 IGNORE = -100
 
@@ -159,3 +169,56 @@ def test_wrongness_outside_its_range_is_clamped(batch):
     metrics = pipeline.get_all_metrics()
     assert metrics["SequenceScoringJudgeWeightModifier.min_wrongness"] == 0
     assert metrics["SequenceScoringJudgeWeightModifier.max_wrongness"] == 1
+
+
+def test_the_smallest_expectation_is_eps(batch):
+    """Every sample expects less than eps, which is divided by in its place."""
+    logits, targets = batch
+    pipeline = pipeline_of(Judge(), eps=4.0)
+    pipeline.modify_loss(logits, targets)
+    factors = torch.tensor([0.3, 0.6, 0.9, 0.1]) / 4
+    name = "SequenceScoringJudgeWeightModifier."
+    metrics = pipeline.get_all_metrics()
+    assert metrics[f"{name}mean_factor"] == pytest.approx(factors.clamp(min=0.1).mean().item())
+    assert metrics[f"{name}max_factor"] == pytest.approx(0.225)
+
+
+class Loaded:
+    """Stands for what reads checkpoints, and keeps what it was asked for."""
+
+    def __init__(self, monkeypatch):
+        self.asked: list[tuple[str, dict]] = []
+        integration = types.SimpleNamespace(load_judge=self.load_judge)
+        monkeypatch.setattr(judge_module, "import_module", lambda name: integration)
+
+    def load_judge(self, checkpoint, **place):
+        self.asked.append((checkpoint, place))
+        return Judge()
+
+
+def test_a_checkpoint_is_read_to_its_device_in_its_dtype(monkeypatch):
+    loaded = Loaded(monkeypatch)
+    SequenceScoringJudgeWeightModifier(checkpoint="out/judge", device="meta", dtype="bfloat16")
+    keys = {"loss_modifiers_enabled": True, "judge_weight_modifier_enabled": True}
+    keys["judge_weight_checkpoint"] = "out/other"
+    create_loss_modifier_pipeline({**keys, "device": "cpu", "dtype": "float16"})
+    create_loss_modifier_pipeline(keys)
+    assert loaded.asked == [
+        ("out/judge", {"device": "meta", "dtype": "bfloat16"}),
+        ("out/other", {"device": "cpu", "dtype": "float16"}),
+        ("out/other", {"device": None, "dtype": None}),
+    ]
+
+
+def test_a_copy_reads_its_checkpoint_again(monkeypatch, batch):
+    """Neither the judge nor its weights are in the pickle; a judge without a checkpoint has to be."""
+    loaded = Loaded(monkeypatch)
+    modifier = SequenceScoringJudgeWeightModifier(checkpoint="out/judge", device="cpu", dtype="float32")
+    expected = modifier.modify_loss(*batch)
+    for copied in (pickle.loads(pickle.dumps(modifier)), copy.deepcopy(modifier)):
+        assert copied.judge is None
+        torch.testing.assert_close(copied.modify_loss(*batch), expected)
+        assert loaded.asked[-1] == ("out/judge", {"device": "cpu", "dtype": "float32"})
+    assert len(loaded.asked) == 3
+    own = pickle.loads(pickle.dumps(SequenceScoringJudgeWeightModifier(judge=Judge())))
+    torch.testing.assert_close(own.judge.wrongness, Judge().wrongness)

@@ -100,10 +100,20 @@ def test_correlation_is_its_formula(values, random, alpha):
     assert factor_of(modifier, p, t) == pytest.approx(ref.correlation_factor(p, t, alpha), rel=1e-6)
 
 
-@given(st.floats(-1, 1), st.floats(1, 9))
-def test_the_factor_never_falls_below_one(c, alpha):
-    root = math.sqrt(alpha)
-    assert (alpha - 2 * root + 1) / 2 * c * c + (1 - alpha) / 2 * c + root >= 1 - 1e-12
+@pytest.mark.parametrize("mapping", ["quadratic", "geometric"])
+@given(c=st.floats(-1, 1), alpha=st.floats(1, 9))
+def test_the_factor_is_between_one_and_alpha_and_falls_with_the_correlation(mapping, c, alpha):
+    modifier = SequenceScorerCorrelationModifier({"alpha": alpha, "mapping": mapping})
+    t = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    across = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)  # correlated with nothing of it
+
+    def factor_at(c: float) -> float:
+        return factor_of(modifier, c * t + math.sqrt(1 - c * c) * across, t)
+
+    factor = factor_at(c)
+    assert modifier.get_metrics()["correlation"] == pytest.approx(c, abs=1e-9)
+    assert 1 - 1e-12 <= factor <= alpha + 1e-12
+    assert factor_at(max(c - 0.1, -1)) >= factor - 1e-12
 
 
 def test_constant_targets_have_nothing_to_rank():
@@ -242,6 +252,20 @@ def test_global_statistics_are_those_of_the_whole_batch(tmp_path):
     whole = entropy_of("local").modify_loss(logits, targets)
     torch.testing.assert_close(found[0]["global"][1] + found[1]["global"][1], whole)
     assert abs(found[0]["local"][1] + found[1]["local"][1] - whole) > 1e-4
+
+
+def factors_of_one_sample(rank: int) -> torch.Tensor:
+    p, t, _, _ = global_case()
+    half = slice(0, 1) if rank == 0 else slice(1, 6)
+    return scorers("global").modify_loss(p[half], t[half], torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_a_rank_of_one_sample_has_the_statistics_of_all(tmp_path):
+    """Alone it would have nothing to rank."""
+    p, t, _, _ = global_case()
+    factor = scorers("local").modify_loss(p, t, torch.tensor(1.0, dtype=torch.float64))
+    for found in on_two_ranks(factors_of_one_sample, tmp_path):
+        torch.testing.assert_close(found, factor)
 
 
 def test_other_losses_of_sequences_and_scalars():

@@ -28,6 +28,11 @@ class ModelMode(Enum):
     SEQUENCE_SCORER = "sequence_scorer"
 
     @classmethod
+    def of(cls, value: ModelMode | str) -> ModelMode:
+        """A mode, whether it is given as one or by name."""
+        return value if isinstance(value, ModelMode) else cls(value)  # graphs have no constructor of an Enum
+
+    @classmethod
     def _missing_(cls, value: object) -> ModelMode:
         text = value.value if isinstance(value, Enum) else value  # of an enumeration of the user's own
         for mode in cls:
@@ -45,22 +50,14 @@ class Switch:
 
 
 def read_switch(value: Any, name: str) -> bool:
-    """A switch that the user calls ``name``.
-
-    Raises:
-        TypeError: it is neither True nor False.
-    """
+    """A switch that the user calls ``name``; a TypeError if it is neither True nor False."""
     return read_options(Switch, {"enabled": value}, owner=name, key_of=lambda _: name).enabled
 
 
 def given_parameters(
     name: str, config: Mapping[str, Any] | None, parameters: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The parameters that a modifier called ``name`` is made from: a mapping, and those given by name.
-
-    Raises:
-        TypeError: the config is no mapping, or a parameter is in both.
-    """
+    """The parameters that a modifier called ``name`` is made from: a mapping, and those given by name."""
     config = {} if config is None else config
     if not isinstance(config, Mapping):
         raise TypeError(
@@ -85,6 +82,9 @@ class BaseLossModifier(nn.Module, ABC):
         config: the mapping that it was made from.
         name: what it is called in metrics and messages; its class's name.
         idle_reason: why it cannot act on what it has been given so far; None where it can, or nobody knows.
+        is_custom: whether a pipeline calls :meth:`modify_loss` and takes the answer for what it is; the kinds
+            that lossmith's own modifiers are of answer further questions instead.
+        weighs: whether it weighs samples; a custom modifier does not.
         _metrics: numbers, or tensors of one element, to be shown by the last call.
 
     Raises:
@@ -104,6 +104,8 @@ class BaseLossModifier(nn.Module, ABC):
     """
 
     idle_reason: str | None = None
+    is_custom: bool = True
+    weighs: bool = False
 
     def __init__(self, config: Mapping[str, Any] | None = None, **parameters: Any) -> None:
         super().__init__()
@@ -124,6 +126,11 @@ class BaseLossModifier(nn.Module, ABC):
     def is_enabled(self) -> bool:
         """A former name of :attr:`enabled`; a pipeline asks it where a subclass has one of its own."""
         return self.enabled
+
+    def is_on(self) -> bool:
+        """Whether a pipeline applies it: by :attr:`enabled`, or by an ``is_enabled`` of a subclass's own."""
+        has_own = type(self).is_enabled is not BaseLossModifier.is_enabled
+        return bool(self.is_enabled()) if has_own else self.enabled
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
         """

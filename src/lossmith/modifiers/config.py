@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from lossmith.core.former_names import CONFIGURATION, OPTIONS
 from lossmith.core.warn_user import warn_user
 from lossmith.modifiers.base import read_switch
-from lossmith.modifiers.configured_modifier import ConfiguredModifier
-from lossmith.modifiers.entropy import EntropyModifier
-from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier
-from lossmith.modifiers.mask_ratio import MaskRatioWeightModifier
-from lossmith.modifiers.metrics_collector import MetricsCollectorModifier
-from lossmith.modifiers.option_names import settle
+from lossmith.modifiers.configured_modifier import ConfiguredModifier, settle
 from lossmith.modifiers.pipeline import AutoReduction, LossModifierPipeline
-from lossmith.modifiers.sequence_correlation import SequenceScorerCorrelationModifier
-from lossmith.modifiers.sequence_variance import SequenceScorerVarianceModifier
-from lossmith.modifiers.target_smoothing import TargetSmoothingModifier
+from lossmith.modifiers.scores.correlation import SequenceScorerCorrelationModifier
+from lossmith.modifiers.scores.variance import SequenceScorerVarianceModifier
+from lossmith.modifiers.tokens.entropy import EntropyModifier
+from lossmith.modifiers.tokens.judge import SequenceScoringJudgeWeightModifier
+from lossmith.modifiers.tokens.mask_ratio import MaskRatioWeightModifier
+from lossmith.modifiers.tokens.metrics_collector import MetricsCollectorModifier
+from lossmith.modifiers.tokens.target_smoothing import TargetSmoothingModifier
 from lossmith.options import (
     Declared,
     is_misspelt,
@@ -44,28 +43,25 @@ PREFIXES = ("loss_modifiers_", *(modifier.prefix for modifier in MODIFIERS))
 JUDGE_KEYS = ("device", "dtype")
 
 
-def _declare_keys() -> tuple[dict[str, Declared], dict[str, str]]:
-    """Every key with its declaration, and other names of keys."""
-    declared = [_switch_key(MASTER, "master switch of the loss modifiers: off, none of them acts")]
-    aliases = {}
+def _declare_keys() -> Iterator[Declared]:
+    """Every key with its declaration."""
+    yield _switch(MASTER, "master switch of the loss modifiers: off, none of them acts")
     for modifier in MODIFIERS:
-        declared.append(_switch_key(modifier.enabled_key, f"apply the {modifier.__name__}"))
-        settings = options_of(modifier.Settings).values()
-        declared += [dataclasses.replace(spec, name=modifier.prefix + spec.name) for spec in settings]
-        aliases |= {
-            modifier.prefix + other: modifier.prefix + name for other, name in modifier.aliases.items()
-        }
-    return {spec.name: spec for spec in declared}, aliases
+        yield _switch(modifier.enabled_key, f"apply the {modifier.__name__}")
+        for spec in options_of(modifier.Settings).values():
+            yield dataclasses.replace(spec, name=modifier.prefix + spec.name)
 
 
-def _switch_key(name: str, meaning: str) -> Declared:
+def _switch(name: str, meaning: str) -> Declared:
     hint = Annotated[bool, option(meaning)]
     return Declared(name, False, hint, kind_of(hint, name))
 
 
-# What a configuration may hold, by name.
-KEYS, ALIASES = _declare_keys()
+# What a configuration may hold, by name; other names of keys, and former ones.
+KEYS = {spec.name: spec for spec in _declare_keys()}
+ALIASES = {m.prefix + other: m.prefix + name for m in MODIFIERS for other, name in m.aliases.items()}
 FORMERS = OPTIONS[CONFIGURATION]
+OURS = (*KEYS, *ALIASES, *FORMERS, *JUDGE_KEYS)
 
 
 @strict_options
@@ -104,21 +100,21 @@ def create_loss_modifier_pipeline(
         >>> [modifier.name for modifier in pipeline.modifiers]
         ['EntropyModifier']
     """
-    settled = settle(
+    values, key_of = settle(
         {name: value for name, value in _items(config).items() if value is not None},
         owner="",
         formers=FORMERS,
         aliases=ALIASES,
         defaults={name: spec.default for name, spec in KEYS.items()},
     )
-    values, key_of = settled.values, settled.key_of
     _refuse_unknown(values)
     pipeline = LossModifierPipeline(base=base, model_mode=model_mode, reduction=reduction)
     is_on = read_switch(values.get(MASTER, False), MASTER)
     for modifier in MODIFIERS:
-        own = _own(modifier, values)
-        modifier.read_settings(own, lambda name, prefix=modifier.prefix: key_of(prefix + name))
-        key = modifier.enabled_key
+        prefix, key = modifier.prefix, modifier.enabled_key
+        names = [name for name in values if name.startswith(prefix) and name != key]
+        own = {name.removeprefix(prefix): values[name] for name in names}
+        modifier.read_settings(own, lambda name, prefix=prefix: key_of(prefix + name))
         is_wanted = read_switch(values.get(key, False), key_of(key))
         if is_wanted and MASTER not in values:
             warn_user(f"{key_of(key)} has no effect without {MASTER}=True")
@@ -137,21 +133,21 @@ def _items(config: Any) -> dict[str, Any]:
     elif dataclasses.is_dataclass(config) and not isinstance(config, type):
         names, read = [spec.name for spec in dataclasses.fields(config)], config.__getattribute__
     elif hasattr(config, "__dict__") and not isinstance(config, type):
-        declared = [name for name in (*KEYS, *ALIASES, *FORMERS, *JUDGE_KEYS) if hasattr(config, name)]
-        names, read = [*vars(config), *declared], config.__getattribute__  # also those of its class
+        of_class = [name for name in OURS if hasattr(config, name)]
+        names, read = [*vars(config), *of_class], config.__getattribute__
     else:
         raise TypeError(
             "config must be a mapping, a dataclass, a namespace or an OmegaConf config; "
             f"got {type(config).__name__}"
         )
-    ours = {*KEYS, *ALIASES, *FORMERS, *JUDGE_KEYS}
-    return {str(name): read(name) if name in ours else True for name in names}
+    return {str(name): read(name) if name in OURS else True for name in names}
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    """A ValueError of a name that is a mistake. Next to keys of other things, one that merely looks like ours
+    may be one of those; alone it is a mistake, too."""
     known = [*KEYS, *ALIASES]
     unknown = [name for name in values if name not in known and name not in JUDGE_KEYS]
-    # Next to keys of other things, such a name may be one of those; alone it is a mistake.
     are_all_ours = all(_looks_like_ours(name) for name in unknown)
     for name in unknown:
         if is_misspelt(name, known) or name.startswith(PREFIXES) or _is_switch(name) or are_all_ours:
@@ -169,12 +165,3 @@ def _looks_like_ours(name: str) -> bool:
     words = name.split("_")
     keys = [key.split("_") for key in (*KEYS, *ALIASES)]
     return any(words[0] == key[0] and (words[-1] == key[-1] or len(words) < 3) for key in keys)
-
-
-def _own(modifier: type[ConfiguredModifier], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A modifier's parameters by their own names."""
-    own = {}
-    for name, value in values.items():
-        if name.startswith(modifier.prefix) and name != modifier.enabled_key:
-            own[name.removeprefix(modifier.prefix)] = value
-    return own

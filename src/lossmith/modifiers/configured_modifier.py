@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from lossmith.core.former_names import OPTIONS
+from lossmith.core.former_names import OPTIONS, Former, say_former
 from lossmith.core.metrics import Metrics, Source
 from lossmith.core.warn_user import warn_user
-from lossmith.modifiers.base import BaseLossModifier
-from lossmith.modifiers.option_names import settle
+from lossmith.modifiers.base import BaseLossModifier, ModelMode
+from lossmith.modifiers.idle import Seen
 from lossmith.options import read_options
 
 
@@ -34,6 +35,8 @@ class ConfiguredModifier(BaseLossModifier):
         aliases: other names of parameters.
         prefix: what their keys begin with in a flat configuration.
         enabled_key: the key of ``enabled`` there.
+        modes: what it means something for.
+        seen: what it remembers of the batches so far.
 
     Raises:
         ValueError: an unknown parameter or a value out of range, by the name that the user gave.
@@ -44,18 +47,28 @@ class ConfiguredModifier(BaseLossModifier):
     aliases: ClassVar[Mapping[str, str]] = {}
     prefix: ClassVar[str] = ""
     enabled_key: ClassVar[str] = ""
+    modes: ClassVar[tuple[ModelMode, ...]] = tuple(ModelMode)
 
     settings: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.prefix and "enabled_key" not in vars(cls):
+            cls.enabled_key = f"{cls.prefix}enabled"
 
     def __init__(self, config: Mapping[str, Any] | None = None, **parameters: Any) -> None:
         super().__init__(config, **parameters)
         own = {str(name): value for name, value in self.config.items() if name != "enabled"}
         self.settings = self.read_settings(own)
+        self.seen = Seen()
+
+    def supports_mode(self, mode: ModelMode) -> bool:
+        return ModelMode.of(mode) in self.modes
 
     @classmethod
     def read_settings(cls, values: Mapping[str, Any], key_of: Callable[[str], str] = str) -> Any:
         """The parameters of a mapping, checked; ``key_of`` is what the user calls one."""
-        own = settle(
+        own, key_of = settle(
             values,
             owner=f"{cls.__name__}'s ",
             formers=OPTIONS.get(cls.__name__, {}),
@@ -63,9 +76,7 @@ class ConfiguredModifier(BaseLossModifier):
             defaults={spec.name: spec.default for spec in fields(cls.Settings)},
             key_of=key_of,
         )
-        return read_options(
-            cls.Settings, own.values, owner=cls.__name__, aliases=cls.aliases, key_of=own.key_of
-        )
+        return read_options(cls.Settings, own, owner=cls.__name__, aliases=cls.aliases, key_of=key_of)
 
     # ── parameters are in settings, and checked there ─────────────────────────────────────────────
 
@@ -75,7 +86,7 @@ class ConfiguredModifier(BaseLossModifier):
         parameter = self._parameter(name)
         if parameter is not None and "settings" in vars(self):
             now = getattr(self.settings, parameter)
-            if value is not now and (isinstance(value, torch.Tensor) or value != now):
+            if value is not now and (isinstance(value, Tensor) or value != now):
                 raise AttributeError(
                     f"{self.name}.{name} would be without effect; write modifier.settings = "
                     f"dataclasses.replace(modifier.settings, {parameter}={value!r})"
@@ -107,13 +118,19 @@ class ConfiguredModifier(BaseLossModifier):
 
     # ── what cannot act says so ───────────────────────────────────────────────────────────────────
 
-    def tell_if_idle(self, reason: str | None) -> None:
+    def idle_because(self, batch: Any) -> str | None:
+        """Why it cannot act on this batch and those before it, and what to do, to be said once after the
+        modifier's name; None where it can. It is asked once a batch, outside of compiled graphs."""
+        return None
+
+    def look_at(self, batch: Any) -> None:
         """Keep why the modifier cannot act on what it is given, and say it the first time."""
-        is_told = "idle_reason" in vars(self)
-        if reason is None and not is_told:
+        if torch.compiler.is_compiling():
             return
-        self.idle_reason = reason
-        if not is_told:
+        reason, is_told = self.idle_because(batch), "idle_reason" in vars(self)
+        if reason is not None or is_told:
+            self.idle_reason = reason
+        if reason is not None and not is_told:
             warn_user(f"{self.name} {reason}")
 
     # ── metrics ───────────────────────────────────────────────────────────────────────────────────
@@ -129,3 +146,86 @@ class ConfiguredModifier(BaseLossModifier):
     def extra_repr(self) -> str:
         shown = {"enabled": self.enabled, **asdict(self.settings)}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+class BuiltInModifier(ConfiguredModifier):
+    """The base of the kinds that a pipeline asks for more than :meth:`modify_loss`."""
+
+    is_custom = False
+
+    def modify_loss(
+        self, logits: Tensor, targets: Tensor, loss: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The loss with this modifier alone; the arguments are those of
+        :meth:`lossmith.LossModifierPipeline.modify_loss`."""
+        from lossmith.modifiers.pipeline import LossModifierPipeline  # which applies modifiers
+
+        return LossModifierPipeline([self]).modify_loss(logits, targets, loss, **kwargs)
+
+
+def settle(
+    values: Mapping[str, Any],
+    *,
+    owner: str,
+    formers: Mapping[str, Former],
+    aliases: Mapping[str, str],
+    defaults: Mapping[str, Any],
+    key_of: Callable[[str], str] = str,
+) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """The options of a mapping, each once, former names translated; and what the user calls each.
+
+    A configuration may hold both names of an option, where a file of defaults has the one and the user wrote
+    the other: then the value that is just the default gives way.
+
+    Args:
+        values: the options by any of their names, and whatever else; that is left alone.
+        owner: what stands before a former name in messages.
+        formers: what stands in place of former names.
+        aliases: other names of options.
+        defaults: the options' defaults.
+        key_of: what the user calls an option.
+
+    Raises:
+        ValueError: an option that is gone, or two names of one with different values.
+    """
+    found: dict[str, tuple[str, Any]] = {}  # option -> the name that the user gave it, and the value
+    for given, value in values.items():
+        name, former = aliases.get(given, given), formers.get(given)
+        if former is not None and former.new is None:
+            if type(value) is not type(former.always) or value != former.always:
+                raise ValueError(f"{owner}{given}={value!r} is gone; write {former.write}")
+            continue
+        if former is not None and former.new is not None:
+            say_former(f"{owner}{given}", former.write)
+            name = former.new
+            value = value if former.convert is None else former.convert(value)
+        if name in found and name in defaults:
+            found[name] = _preferred(found[name], (given, value), defaults[name], key_of)
+        else:
+            found[name] = given, value
+    # converted values are not what the user gave, so that mistakes in them go by the name here
+    spelled = {n: given for n, (given, _) in found.items() if given in formers and not formers[given].convert}
+    kept = {name if given in formers else given: value for name, (given, value) in found.items()}
+    return kept, lambda name: key_of(spelled.get(name, name))
+
+
+def _preferred(
+    first: tuple[str, Any], second: tuple[str, Any], default: Any, key_of: Callable[[str], str]
+) -> tuple[str, Any]:
+    """Of two names of an option with their values, the one that is not just the default."""
+    (one, value), (other, another) = first, second
+    if _agree(value, another) or _agree(another, default):
+        return first
+    if _agree(value, default):
+        return second
+    raise ValueError(
+        f"{key_of(one)} and {key_of(other)} are names of one option; got {value!r} and {another!r}; "
+        "give one of them"
+    )
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Whether two values are the same; a bool is no number."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return tuple(one) == tuple(other)
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)

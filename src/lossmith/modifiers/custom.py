@@ -15,7 +15,7 @@ from lossmith.modifiers.base import BaseLossModifier
 
 @dataclass(frozen=True)
 class CustomModifiers:
-    """The custom modifiers of a pipeline, and what they work on.
+    """The custom modifiers of a call, and what they work on.
 
     Attributes:
         modifiers: with their positions in the pipeline, in order.
@@ -34,35 +34,33 @@ class CustomModifiers:
         """Call each modifier in turn and take its answer for what it is."""
         on_reduced: list[tuple[int, BaseLossModifier]] = []
         for position, modifier in self.modifiers:
-            answer = self._answer(position, modifier, output)
-            if not isinstance(answer, PerPosition):
-                output = _with_part(output, modifier, answer)
+            loss, is_per_position = self._answer(position, modifier, output)
+            if not is_per_position:
+                output = _with_part(output, modifier, loss)
                 on_reduced.append((position, modifier))
                 continue
-            output = self.put(position, answer.loss)
+            output = self.put(position, loss)
             # What earlier ones did was done to a loss that is no longer there.
             for earlier_position, earlier in on_reduced:
-                again = self._answer(earlier_position, earlier, output)
-                if not isinstance(again, PerPosition):
-                    output = _with_part(output, earlier, again)
+                loss, is_per_position = self._answer(earlier_position, earlier, output)
+                if not is_per_position:
+                    output = _with_part(output, earlier, loss)
         return output
 
-    def _answer(self, position: int, modifier: BaseLossModifier, output: LossOutput) -> Tensor | PerPosition:
+    def _answer(self, position: int, modifier: BaseLossModifier, output: LossOutput) -> tuple[Tensor, bool]:
+        """What a modifier makes of the loss, and whether that is the loss of every position."""
         arguments = _accepted(modifier, self.arguments(position, output))
         answer = modifier.modify_loss(self.logits, self.targets, output.total, **arguments)
-        if not isinstance(modifier._metrics, Mapping):
-            raise TypeError(
-                f"{modifier.name}._metrics must be a mapping of names to numbers; "
-                f"got {type(modifier._metrics).__name__}"
-            )
-        modifier._metrics = {
-            name: value.detach() if isinstance(value, Tensor) else value  # not the whole graph until the next
-            for name, value in modifier._metrics.items()
-        }
+        _let_go_of_the_graph(modifier)
         if isinstance(answer, Mapping):
-            per_position = answer.get("per_position_loss")
-            if isinstance(per_position, Tensor):
-                return PerPosition(_shaped(per_position, self.targets, modifier))
+            losses = answer.get("per_position_loss")
+            if isinstance(losses, Tensor) and losses.shape != self.targets.shape:
+                raise ValueError(
+                    f"{modifier.name} returned a per_position_loss {list(losses.shape)}; "
+                    f"expected the targets' shape {list(self.targets.shape)}"
+                )
+            if isinstance(losses, Tensor):
+                return losses, True
             answer = answer.get("loss")
         if not isinstance(answer, Tensor):
             raise TypeError(
@@ -75,38 +73,31 @@ class CustomModifiers:
                 f"{list(output.total.shape)}; got {list(answer.shape)}. Return the loss of every position "
                 "as {'per_position_loss': tensor}"
             )
-        return answer
+        return answer, False
 
 
-@dataclass(frozen=True)
-class PerPosition:
-    """An answer that takes the place of the per-position loss, [..., T]."""
-
-    loss: Tensor
+def _let_go_of_the_graph(modifier: BaseLossModifier) -> None:
+    """Detach the modifier's metrics, which would hold the whole graph until the next batch."""
+    metrics = modifier._metrics
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"{modifier.name}._metrics must be a mapping of names to numbers; got {type(metrics).__name__}"
+        )
+    modifier._metrics = {n: v.detach() if isinstance(v, Tensor) else v for n, v in metrics.items()}
 
 
 def _accepted(modifier: BaseLossModifier, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the arguments that the modifier's own signature takes."""
-    parameters = inspect.signature(modifier.modify_loss).parameters.values()
+    parameters = list(inspect.signature(modifier.modify_loss).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(arguments)
-    taken = {parameter.name for parameter in parameters}
-    lacking = [p.name for p in list(parameters)[3:] if p.default is p.empty and p.name not in arguments]
+    lacking = [p.name for p in parameters[3:] if p.default is p.empty and p.name not in arguments]
     if lacking:
         raise TypeError(
             f"{modifier.name}.modify_loss takes {lacking[0]!r}, which nobody gave; pass it to the pipeline's "
             f"modify_loss, {lacking[0]}=..., or give it a default"
         )
-    return {name: value for name, value in arguments.items() if name in taken}
-
-
-def _shaped(loss: Tensor, targets: Tensor, modifier: BaseLossModifier) -> Tensor:
-    if loss.shape != targets.shape:
-        raise ValueError(
-            f"{modifier.name} returned a per_position_loss {list(loss.shape)}; "
-            f"expected the targets' shape {list(targets.shape)}"
-        )
-    return loss
+    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
 
 
 def _with_part(output: LossOutput, modifier: BaseLossModifier, loss: Tensor) -> LossOutput:

@@ -21,49 +21,35 @@ def one_limit(low: str, high: str) -> str:
     return f"{ALIKE}: {low} and {high} are equal; set them apart, or leave it out"
 
 
-class Singles:
-    """Whether there has never been more than one sample to compare."""
+class Seen:
+    """What a modifier remembers of the batches so far, to tell their nature from chance."""
 
     def __init__(self) -> None:
         self._num_batches = 0
-        self._has_seen_several = False
-
-    def are_all(self, num_samples: int) -> bool:
-        """Whether every batch so far, this one of ``num_samples`` included, was a single sample; False as
-        long as that may be chance."""
-        self._num_batches += 1
-        self._has_seen_several |= num_samples != 1
-        return not self._has_seen_several and self._num_batches >= PATIENCE
-
-
-class Shares:
-    """Whether all samples have the same supervised share, by the first few batches.
-
-    A batch without a single position left out settles it at once: that is how causal training looks, and
-    a batch of masked text does not. Looking waits for the device, so it is done twice at most.
-    """
-
-    def __init__(self) -> None:
-        self._num_batches = 0
-        self._are_same = False
+        self._had_several = self._are_same = False
         self._low = self._high = torch.zeros(())
 
-    def are_same(self, share: Tensor, counts: Tensor) -> bool:
-        """Whether they are, as far as can be told after this batch.
+    def only_singles(self, num_samples: int) -> bool:
+        """Whether every batch, this one of ``num_samples`` included, was a single sample; False as long as
+        that may be chance."""
+        self._num_batches += 1
+        self._had_several |= num_samples != 1
+        return not self._had_several and self._num_batches >= PATIENCE
+
+    def only_one_share(self, share: Tensor, counts: Tensor) -> bool:
+        """Whether all samples have the same supervised share, as far as can be told after this batch.
+
+        A batch without a single position left out settles it at once: that is how causal training looks, and
+        a batch of masked text does not. Looking waits for the device, so it is done twice at most.
 
         Args:
             share: [B] the supervised share of each sample.
             counts: [B] bool, the samples that count.
         """
-        if self._num_batches < PATIENCE and share.numel():
-            self._take_in(share, counts)
-        return self._are_same
-
-    def _take_in(self, share: Tensor, counts: Tensor) -> None:
-        low, high = (
-            torch.where(counts, share, torch.inf).amin(),
-            torch.where(counts, share, -torch.inf).amax(),
-        )
+        if self._num_batches == PATIENCE or not share.numel():
+            return self._are_same
+        low = torch.where(counts, share, torch.inf).amin()
+        high = torch.where(counts, share, -torch.inf).amax()
         is_first, self._num_batches = not self._num_batches, self._num_batches + 1
         self._low = low if is_first else torch.minimum(self._low.to(low), low)
         self._high = high if is_first else torch.maximum(self._high.to(high), high)
@@ -71,6 +57,7 @@ class Shares:
             self._are_same = _holds((self._low == 1) & (self._high == 1))
         elif self._num_batches == PATIENCE:
             self._are_same = _holds(self._low == self._high)
+        return self._are_same
 
 
 def _holds(condition: Tensor) -> bool:

@@ -6,29 +6,24 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lossmith.core.former_names import former
-from lossmith.engine.predictions import Logits
+from lossmith.core.metrics import Metrics
 from lossmith.engine.statistics.stats import TokenStats
-from lossmith.equation.batch import TokenBatch
 from lossmith.equation.evaluation import whole_batch_reason
-from lossmith.equation.output import LossOutput, with_parts
+from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import Denominator, Reduction, check_reduction
-from lossmith.equation.term import Term
-from lossmith.modifiers import checks
-from lossmith.modifiers.all_metrics import metrics_of
 from lossmith.modifiers.base import BaseLossModifier, ModelMode, read_switch
-from lossmith.modifiers.score_run import ScoreBatch, evaluate_scores
-from lossmith.modifiers.scorer_modifier import ScorerModifier
-from lossmith.modifiers.token_modifier import TokenModifier, kept
-from lossmith.modifiers.token_run import TokenRun, tell_of_idle
-from lossmith.objectives.inputs import OWN_INPUTS, both_masks, either, given_targets, take_predictions
-from lossmith.objectives.objective import Objective, given_stats
+from lossmith.modifiers.call import Call, check_tensor
+from lossmith.modifiers.checks import check_modifier, listed, warn_of_modes
+from lossmith.modifiers.scores.score_objective import ScoreObjective
+from lossmith.modifiers.tokens.token_objective import TokenObjective
+from lossmith.objectives.cross_entropy import CrossEntropyLoss
+from lossmith.objectives.inputs import OWN_INPUTS, both_masks, either, given_targets
+from lossmith.objectives.objective import Objective
 from lossmith.objectives.wrapped import WrappedObjective
 from lossmith.options import is_misspelt, option, strict_options
-from lossmith.terms.cross_entropy import cross_entropy
 
 AutoReduction = Literal["auto"] | Reduction
 
@@ -75,17 +70,19 @@ class LossModifierPipeline(WrappedObjective):
         model_mode: Annotated[Any, option("what the model predicts")] = None,
         reduction: AutoReduction = "auto",
     ) -> None:
-        if base is None:
-            base = Objective([Term("cross_entropy", _cross_entropy, reads=("nll",), scope="token")])
-        checks.check_base(base)
+        base = CrossEntropyLoss() if base is None else base
+        if not isinstance(base, Objective):
+            raise TypeError(
+                f"base must be a lossmith.Objective, such as lossmith.CrossEntropyLoss(); got {base!r}"
+            )
         if isinstance(base, LossModifierPipeline):
             raise TypeError("a pipeline cannot be the base of another; give all modifiers to one pipeline")
         super().__init__(base)
         self.modifiers = nn.ModuleList()
-        self.model_mode = None if model_mode is None else ModelMode(model_mode)
+        self.model_mode = None if model_mode is None else ModelMode.of(model_mode)
         self.auto_reduction: AutoReduction = reduction
         self._is_disabled = False
-        for modifier in checks.listed(modifiers):
+        for modifier in listed(modifiers):
             self.add_modifier(modifier)
 
     # ── what is in it ─────────────────────────────────────────────────────────────────────────────
@@ -97,11 +94,11 @@ class LossModifierPipeline(WrappedObjective):
             TypeError: it is not a :class:`lossmith.BaseLossModifier`.
             ValueError: it is in the pipeline already.
         """
-        checks.check_modifier(modifier)
+        check_modifier(modifier)
         if any(modifier is known for known in self.modifiers):
             raise ValueError(f"this {modifier.name} is in the pipeline already; make another one")
-        if checks.is_on(modifier):
-            checks.warn_of_modes(modifier, self.model_mode)
+        if modifier.is_on():
+            warn_of_modes(modifier, self.model_mode)
         self.modifiers.append(modifier)
 
     def get_enabled_modifier_names(self) -> list[str]:
@@ -122,12 +119,9 @@ class LossModifierPipeline(WrappedObjective):
             num_classes: V, if it is known.
         """
         mode = self._mode(None, None, targets)
-        if mode is ModelMode.SEQUENCE_SCORER:
-            return  # where it takes more than one batch to tell
-        active = self._enabled(mode)
-        seen = kept(active, targets, self.ignore_index)
-        batch = self._align(seen, mask=mask, num_classes=num_classes, ignore_index=self.ignore_index)
-        tell_of_idle(active, batch)
+        if mode is not ModelMode.SEQUENCE_SCORER:  # where it takes more than one batch to tell
+            objective = TokenObjective(self.base, self._call(mode, "auto", None))
+            objective.look_at(targets, mask=mask, num_classes=num_classes)
 
     @contextlib.contextmanager
     def temporarily_disabled(self) -> Iterator[LossModifierPipeline]:
@@ -150,7 +144,7 @@ class LossModifierPipeline(WrappedObjective):
 
     def _enabled(self, mode: ModelMode | None = None) -> list[BaseLossModifier]:
         modifiers: Any = [] if self._is_disabled else self.modifiers
-        return [m for m in modifiers if checks.is_on(m) and (mode is None or m.supports_mode(mode))]
+        return [m for m in modifiers if m.is_on() and (mode is None or m.supports_mode(mode))]
 
     # ── metrics ───────────────────────────────────────────────────────────────────────────────────
 
@@ -159,7 +153,18 @@ class LossModifierPipeline(WrappedObjective):
 
         Reading them is the only synchronisation with the device that a pipeline makes.
         """
-        return metrics_of(self._enabled()).to_dict()
+        everything, names = Metrics({}), []
+        for modifier in self._enabled():
+            names.append(modifier.name)
+            number = names.count(modifier.name)  # a second one of a name is name_2
+            label = modifier.name if number == 1 else f"{modifier.name}_{number}"
+            found = modifier.get_metrics()
+            if not isinstance(found, Mapping):
+                raise TypeError(
+                    f"{modifier.name}.get_metrics must return a mapping; got {type(found).__name__}"
+                )
+            everything |= (found if isinstance(found, Metrics) else Metrics(found)).prefixed(f"{label}.")
+        return everything.to_dict()
 
     def reset_all_metrics(self) -> None:
         """Forget all metrics."""
@@ -213,21 +218,20 @@ class LossModifierPipeline(WrappedObjective):
         self._check_inputs(inputs)
         targets = given_targets(targets)
         mode = self._mode(model_mode, logits, targets)
-        checks.check_tensor("loss", loss)
+        check_tensor("loss", loss)
         if loss is not None and not self._enabled(mode) and not inputs.get("scalars"):
             return loss
-        mask = either("mask", mask, "attention_mask", attention_mask)
-        return self._evaluate(
+        return self.evaluate(
             logits,
             targets,
             loss=loss,
-            mode=mode,
-            mask=mask,
-            attention_mask=mask,  # components see the one that there is, as in evaluate
+            model_mode=mode,
+            mask=either("mask", mask, "attention_mask", attention_mask),
             per_position_loss=per_position_loss,
             ignore_index=ignore_index,
             stats=stats,
-            denominator=either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
+            denominator=denominator,
+            num_items_in_batch=num_items_in_batch,
             reduction=reduction,
             **inputs,
         ).total
@@ -242,6 +246,11 @@ class LossModifierPipeline(WrappedObjective):
         attention_mask: Tensor | None = None,
         denominator: Denominator | None = None,
         num_items_in_batch: Denominator | None = None,
+        loss: Tensor | None = None,
+        per_position_loss: Tensor | None = None,
+        ignore_index: int | None = None,
+        stats: TokenStats | None = None,
+        reduction: AutoReduction = "auto",
         **inputs: Any,
     ) -> LossOutput:
         """The loss with its parts and metrics; the arguments are those of :meth:`modify_loss`."""
@@ -249,7 +258,20 @@ class LossModifierPipeline(WrappedObjective):
         targets = given_targets(targets)
         inputs["mask"], inputs["attention_mask"] = both_masks(mask, attention_mask)
         inputs["denominator"] = either("denominator", denominator, "num_items_in_batch", num_items_in_batch)
-        return self._evaluate(logits, targets, mode=self._mode(model_mode, logits, targets), **inputs)
+        call = self._call(
+            self._mode(model_mode, logits, targets),
+            reduction,
+            ignore_index,
+            loss=loss,
+            per_position_loss=per_position_loss,
+            stats=stats,
+            inputs=inputs,
+        )
+        for modifier in self.modifiers:
+            if modifier not in call.modifiers:
+                vars(modifier)["_metrics"] = {}  # of a batch that is no longer the last
+        call.check(targets)
+        return self._objective(call).evaluate(logits, targets, **inputs)
 
     def count(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes more)
         self,
@@ -266,99 +288,41 @@ class LossModifierPipeline(WrappedObjective):
         Args:
             targets, mask, model_mode, reduction, ignore_index, shift: as for :meth:`modify_loss`.
         """
-        mode = self._mode(model_mode, None, targets)
-        if mode is ModelMode.SEQUENCE_SCORER:
-            return (
-                torch.full((), targets.numel(), device=targets.device) if mask is None else mask.bool().sum()
-            )
-        active = self._enabled(mode)
-        checks.refuse_flat(active, targets)
-        ignored = self.ignore_index if ignore_index is None else ignore_index
-        return self.base.count(
-            kept(active, targets, ignored),
-            mask=mask,
-            reduction=self._reduction(reduction, active),
-            ignore_index=ignored,
-            shift=shift,
-        )
-
-    def _evaluate(
-        self,
-        logits: Tensor | None,
-        targets: Tensor,
-        *,
-        mode: ModelMode,
-        loss: Tensor | None = None,
-        mask: Tensor | None = None,
-        per_position_loss: Tensor | None = None,
-        ignore_index: int | None = None,
-        stats: TokenStats | None = None,
-        denominator: Denominator | None = None,
-        reduction: AutoReduction = "auto",
-        scalars: Mapping[str, Tensor] | None = None,
-        token_weight: Tensor | None = None,
-        shift: bool | int | None = None,
-        **inputs: Any,
-    ) -> LossOutput:
-        active = self._enabled(mode)
-        for modifier in self.modifiers:
-            if modifier not in active:
-                vars(modifier)["_metrics"] = {}  # of a batch that is no longer the last
-        resolved = self._reduction(reduction, active)
-        ignored = self.ignore_index if ignore_index is None else ignore_index
-        checks.check_given(targets, ignored, per_position_loss, stats)
-        of_batch = {name: inputs.get(name) for name in ("input_ids", "segment_ids")}
-        of_batch |= {"mask": mask, "denominator": denominator}
-        for_custom = {**inputs, **of_batch, "model_mode": mode, "reduction": resolved}
-        for_custom["ignore_index"] = ignored
-        if mode is ModelMode.SEQUENCE_SCORER:
-            predictions = checks.of_scorer(logits, token_weight, shift)
-            scores = ScoreBatch(predictions, targets, mask, denominator, resolved)
-            output = evaluate_scores(active, scores, loss, per_position_loss, for_custom)
-            return with_parts(output, {k: v * scores.share for k, v in (scalars or {}).items()})
-        checks.refuse_flat(active, targets)
-        predictions, inputs = take_predictions(logits, inputs, self.base.input_names)
-        if any(not isinstance(modifier, TokenModifier) for modifier in active):
-            predictions = Logits(predictions.logits())  # custom modifiers look at them
-        batch = self.base.bind(
-            predictions,
-            kept(active, targets, ignored),
-            inputs,
-            reduction=resolved,
-            ignore_index=ignored,
-            token_weight=token_weight,
-            shift=shift,
-            **of_batch,
-        )
-        run = TokenRun(
-            self.base,
-            active,
-            predictions,
-            batch,
-            None if stats is None else given_stats(stats, batch),
-            per_position_loss,
-            denominator is not None or resolved not in ("sum", "none"),
-            {"scalars": scalars, "per_token": resolved == "none"},
-            inputs,
-        )
-        return run.finish(targets, loss, for_custom)
+        call = self._call(self._mode(model_mode, None, targets), reduction, ignore_index)
+        return self._objective(call).count(targets, mask=mask, shift=shift)
 
     def whole_batch_reason(self) -> str | None:
         active = self._enabled(ModelMode.LANGUAGE_MODEL)
         for modifier in active:
-            if not isinstance(modifier, TokenModifier):
+            if modifier.is_custom:
                 return f"{modifier.name} looks at logits"
             if modifier.weighs:
                 return f"{modifier.name} weighs samples"
-        return whole_batch_reason(self.base.terms(), None, None, self._reduction("auto", active) == "none")
+        per_token = self._reduction("auto", active) == "none"
+        return whole_batch_reason(self.base.terms(), None, self.base.weigh, per_token)
 
     # ── choices ───────────────────────────────────────────────────────────────────────────────────
 
+    def _call(
+        self, mode: ModelMode, reduction: AutoReduction, ignore_index: int | None, **given: Any
+    ) -> Call:
+        active = self._enabled(mode)
+        ignored = self.ignore_index if ignore_index is None else ignore_index
+        return Call(active, mode, self._reduction(reduction, active), ignored, **given)
+
+    def _objective(self, call: Call) -> TokenObjective | ScoreObjective:
+        return (
+            ScoreObjective(call)
+            if call.mode is ModelMode.SEQUENCE_SCORER
+            else TokenObjective(self.base, call)
+        )
+
     def _mode(self, asked: ModelMode | str | None, logits: Tensor | None, targets: Tensor) -> ModelMode:
-        checks.check_tensor("logits", logits)
-        checks.check_tensor("targets", targets)
-        if asked is not None or self.model_mode is not None:
-            return ModelMode(self.model_mode if asked is None else asked)
+        check_tensor("logits", logits)
+        check_tensor("targets", targets)
+        asked = self.model_mode if asked is None else asked
+        if asked is not None:
+            return ModelMode.of(asked)
         are_flat = targets.dim() <= 1 and (logits is None or logits.dim() <= 1 or logits.shape[-1] == 1)
         is_scored = targets.is_floating_point() or (logits is not None and logits.shape == targets.shape)
         return ModelMode.SEQUENCE_SCORER if are_flat and is_scored else ModelMode.LANGUAGE_MODEL
@@ -370,21 +334,17 @@ class LossModifierPipeline(WrappedObjective):
             check_reduction(asked)
             return asked
         own: Reduction = self.base.reduction
-        weighs = any(isinstance(m, TokenModifier) and m.weighs for m in active)
+        weighs = any(modifier.weighs for modifier in active)
         return "sequence_mean" if weighs and own in ("mean", "token_mean") else own
 
     def _check_inputs(self, inputs: Iterable[str]) -> None:
         """Custom modifiers may take anything but what is nearly a name of ours; without one an unknown name
         is a mistake."""
         ours = (*OWN_INPUTS, *PIPELINE_INPUTS)
-        if any(not isinstance(m, TokenModifier | ScorerModifier) for m in self.modifiers):
+        if any(modifier.is_custom for modifier in self.modifiers):
             known = (*ours, *self.base.input_names)
             inputs = [n for n in inputs if n in known or is_misspelt(n, known)]
         self.base.check_inputs(inputs, more=ours)
-
-
-def _cross_entropy(stats: TokenStats, batch: TokenBatch) -> Tensor:
-    return cross_entropy(stats, batch.target_weight)
 
 
 PIPELINE_INPUTS = ("loss", "model_mode", "per_position_loss", "ignore_index", "reduction")

@@ -10,10 +10,8 @@ from lossmith.core.metrics import Source
 
 
 class Spread:
-    """Mean, extremes and population standard deviation of ``values`` where ``where`` (bool, same shape).
-
-    All are 0 where that is nowhere.
-    """
+    """Mean, extremes and population standard deviation of ``values`` where ``where`` (bool, same shape); 0
+    where that is nowhere."""
 
     def __init__(self, values: Tensor, where: Tensor) -> None:
         self._values = values
@@ -33,6 +31,11 @@ class Spread:
 
     def _if_any(self, value: Tensor) -> Tensor:
         return torch.where(self._where.any(), value, 0.0)
+
+    def metrics(self, *names: str) -> dict[str, Source]:
+        """Each statistic by the name that has its word: ``min_weight`` is the smallest one."""
+        of_word = {"mean": self.mean, "std": self.std, "min": self.min, "max": self.max}
+        return {name: of_word[word] for name in names for word in name.split("_") if word in of_word}
 
 
 def loss_metrics(original: Tensor, final: Tensor, final_name: str = "final_loss") -> dict[str, Source]:

@@ -20,7 +20,7 @@ from lossmith.equation.batch import TokenBatch, align
 from lossmith.equation.evaluation import evaluate, whole_batch_reason
 from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import Denominator, Empty, Reduction
-from lossmith.equation.term import Reads, Term, TokenLoss
+from lossmith.equation.term import Reads, Term, TokenLoss, Weigh
 from lossmith.objectives.inputs import (
     HEAD_INPUTS,
     OWN_INPUTS,
@@ -123,6 +123,15 @@ class Objective(nn.Module):
             return self._terms
         return [replace(self._terms[0], loss=token_loss, reads=token_loss.reads), *self._terms[1:]]
 
+    def kept(self, targets: Tensor, ignore_index: int) -> Tensor:
+        """The targets [..., T], ``ignore_index`` in place of those that a subclass leaves out."""
+        return targets
+
+    @property
+    def weigh(self) -> Weigh | None:
+        """(detached statistics, batch) -> [N] what all terms of a token are multiplied by; None for 1."""
+        return None
+
     def _own_token_loss(self, given: TokenLoss | None) -> TokenLoss:
         return TokenLoss(self.token_loss, self.token_loss_reads) if given is None else given
 
@@ -172,7 +181,7 @@ class Objective(nn.Module):
         mask, attention_mask = both_masks(mask, attention_mask)
         batch = self.bind(
             predictions,
-            given_targets(targets),
+            self.kept(given_targets(targets), self.ignore_index),
             inputs,
             mask=mask,
             token_weight=token_weight,
@@ -181,16 +190,36 @@ class Objective(nn.Module):
             shift=shift,
             denominator=either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
         )
+        inputs = {"attention_mask": attention_mask, **inputs}
+        return self.evaluate_batch(predictions, batch, inputs, scalars).shaped()
+
+    def evaluate_batch(
+        self,
+        predictions: Predictions,
+        batch: TokenBatch,
+        inputs: Mapping[str, Any],
+        scalars: Mapping[str, Tensor] | None = None,
+        stats: TokenStats | None = None,
+    ) -> LossOutput:
+        """The loss of a batch that is aligned, with its statistics flat.
+
+        Args:
+            predictions, batch: see :meth:`bind`.
+            inputs, scalars: as for :meth:`evaluate`.
+            stats: the batch's statistics, flat, if they are here already.
+        """
         output = evaluate(
             self.terms(),
             predictions,
             batch,
             self.sweep_options,
+            stats=stats,
+            weigh=self.weigh,
             reads=self.reads,
             scalars=scalars,
             per_token=self.reduction == "none",
         )
-        return self.complete(output, {"attention_mask": attention_mask, **inputs}).shaped()
+        return self.complete(output, inputs)
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         """The output with the parts that are no terms of the tokens' statistics; a subclass may have some."""
@@ -253,7 +282,7 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
     def whole_batch_reason(self) -> str | None:
         """Why a linear head has to be swept twice, or None; see
         :func:`lossmith.equation.evaluation.whole_batch_reason`."""
-        return whole_batch_reason(self.terms(), None, None, self.reduction == "none")
+        return whole_batch_reason(self.terms(), None, self.weigh, self.reduction == "none")
 
     def bind(
         self,
@@ -305,12 +334,13 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
             targets, mask: [..., T], as for :meth:`evaluate`.
             reduction, ignore_index, shift: instead of the objective's own.
         """
+        ignored = self.ignore_index if ignore_index is None else ignore_index
         return self._align(
-            targets,
+            self.kept(targets, ignored),
             mask=mask,
             shift=shift,
             reduction=reduction or self.reduction,
-            ignore_index=self.ignore_index if ignore_index is None else ignore_index,
+            ignore_index=ignored,
             class_weight=self.class_weight,
         ).count
 
@@ -380,29 +410,3 @@ def _sweep_options(
 ) -> SweepOptions:
     now = temperature.value if isinstance(temperature, AdaptiveTemperature) else temperature
     return SweepOptions(now, softcap, class_weight)
-
-
-def given_stats(stats: TokenStats, batch: TokenBatch) -> TokenStats:
-    """The caller's statistics, flat, at the batch's targets.
-
-    Raises:
-        ValueError: they are of other targets, or of fewer positions than the batch reads.
-    """
-    if stats.targets.numel() != batch.targets.numel():
-        raise ValueError(
-            f"stats must be those of the targets, {list(batch.shape)}; got {list(stats.targets.shape)}"
-        )
-    theirs = stats.targets.reshape(-1)
-    # elsewhere looking would wait for the device
-    looks = batch.targets.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and ((theirs != batch.targets) & batch.valid).nonzero().numel():
-        raise ValueError(
-            "stats are of other targets than these. With shift=True logits[t] predict targets[t + 1]; "
-            "pass the statistics of those"
-        )
-    if batch.also_read is not None:
-        raise ValueError(
-            "a component looks at predictions of positions without a target, which the given stats do not "
-            "have; leave stats out"
-        )
-    return stats.restrict(batch.targets, batch.ignore_index, keeps_candidates=False)

@@ -11,7 +11,7 @@ from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.output import LossOutput
-from lossmith.equation.term import Reads, Term, TokenLoss
+from lossmith.equation.term import Reads, Term, TokenLoss, Weigh
 from lossmith.objectives.objective import Objective
 from lossmith.options import option, strict_options
 
@@ -41,11 +41,8 @@ class WrappedObjective(Objective):
 
     @strict_options
     def __init__(self, base: Annotated[Objective, option("the objective inside")]) -> None:
-        super().__init__()
+        super(Objective, self).__init__()  # options are the base's, asked of it whenever they are read
         self.base = base
-        for name in OF_THE_BASE:  # asked of the base whenever they are read
-            vars(self).pop(name, None)
-            self._buffers.pop(name, None)
         self.input_names, self.feature_names = base.input_names, base.feature_names
 
     def __getattr__(self, name: str) -> Any:
@@ -72,6 +69,13 @@ class WrappedObjective(Objective):
 
     def terms(self, token_loss: TokenLoss | None = None) -> Sequence[Term]:
         return self.base.terms(token_loss)
+
+    def kept(self, targets: Tensor, ignore_index: int) -> Tensor:
+        return self.base.kept(targets, ignore_index)
+
+    @property
+    def weigh(self) -> Weigh | None:
+        return self.base.weigh
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         return self.base.complete(output, inputs)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from lossmith.modifiers.config import MASTER
-from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier
+from lossmith.modifiers.tokens.judge import SequenceScoringJudgeWeightModifier
 from lossmith.training.checkpoints import checkpoints
 from lossmith.training.corpus import Corpus
 from lossmith.training.data import block_that_fits, encode, train_tokenizer

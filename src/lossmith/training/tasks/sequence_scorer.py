@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from transformers import ModernBertForSequenceClassification, PreTrainedModel
 
 import lossmith
-from lossmith.modifiers.judge import expected_wrongness
+from lossmith.modifiers.tokens.judge import expected_wrongness
 from lossmith.training.corruption import draw_number, generator_of
 from lossmith.training.keys import TrainConfig
 from lossmith.training.model import make_bidirectional_model

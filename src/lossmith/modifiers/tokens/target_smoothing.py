@@ -13,7 +13,7 @@ from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.term import Reads
 from lossmith.modifiers.summary import loss_metrics
-from lossmith.modifiers.token_modifier import Measure, Measured, SampleLosses, TokenModifier
+from lossmith.modifiers.tokens.token_modifier import Measure, Measured, SampleLosses, TokenModifier
 from lossmith.options import option
 from lossmith.options.shared import LabelSmoothing, SpecialTokens
 from lossmith.terms.cross_entropy import SmoothingMode, smooth
@@ -28,14 +28,6 @@ class Settings:
     special_tokens: SpecialTokens = ()
     exclude_padding: Annotated[bool, option("leave targets that are `padding_token` out of the loss")] = True
     padding_token: Annotated[int, option("id of padding among the targets")] = -100
-
-    def check(self, key_of: Callable[[str], str]) -> None:
-        negative = [token for token in self.special_tokens if token < 0]
-        if negative:
-            raise ValueError(
-                f"{key_of('special_tokens')} holds {negative[0]}; expected ids of the vocabulary, >= 0. "
-                "Ignored targets are never smoothed; leave it out"
-            )
 
 
 class TargetSmoothingModifier(TokenModifier):
@@ -62,7 +54,6 @@ class TargetSmoothingModifier(TokenModifier):
 
     Settings = Settings
     prefix = "target_smoothing_"
-    enabled_key = "target_smoothing_enabled"
 
     settings: Settings
 
@@ -98,11 +89,9 @@ class TargetSmoothingModifier(TokenModifier):
         )
 
     def measure(self, stats: TokenStats, batch: TokenBatch) -> Measured:
-        metrics: dict[str, Source] = {
-            "smoothing_factor": self.settings.factor,
-            "valid_positions": batch.num_tokens,
-        }
-        return Measured(None, metrics)
+        return Measured(
+            metrics={"smoothing_factor": self.settings.factor, "valid_positions": batch.num_tokens}
+        )
 
     def loss_metrics(self, measured: Measured, losses: SampleLosses) -> Mapping[str, Source]:
         return loss_metrics(losses.unmodified.sum(), losses.produced.sum(), "smoothed_loss")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lossmith.core.distributed import StatsScope, masked_mean
 from lossmith.core.metrics import Source
-from lossmith.modifiers.scorer_modifier import ScorerModifier
+from lossmith.modifiers.scores.scorer_modifier import ScorerModifier
 from lossmith.options import option
 
 
@@ -45,7 +45,6 @@ class SequenceScorerVarianceModifier(ScorerModifier):
 
     Settings = Settings
     prefix = "sequence_variance_"
-    enabled_key = "sequence_variance_enabled"
 
     settings: Settings
 
@@ -56,7 +55,7 @@ class SequenceScorerVarianceModifier(ScorerModifier):
         of_predictions, of_targets = self._variance(predictions, where), self._variance(targets, where)
         ratio = of_targets / of_predictions.clamp(min=s.eps)
         factor = 1 - (s.scale - 1) * torch.expm1(-s.alpha * torch.relu(ratio - 1))
-        metrics: dict[str, Source] = {
+        return factor, {
             "variance_pred": of_predictions,
             "variance_target": of_targets,
             "ratio_y_over_x": ratio,
@@ -64,7 +63,6 @@ class SequenceScorerVarianceModifier(ScorerModifier):
             "alpha": s.alpha,
             "scale_cap": s.scale,
         }
-        return factor, metrics
 
     def _variance(self, values: Tensor, where: Tensor) -> Tensor:
         mean = masked_mean(values, where, self.settings.stats_scope)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from lossmith.core.distributed import StatsScope, masked_mean
-from lossmith.core.metrics import Source
+from lossmith.core.metrics import Metrics, Source
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
-from lossmith.modifiers.entropy_report import EntropyReport
-from lossmith.modifiers.idle import ALONE, Singles
+from lossmith.modifiers.idle import ALONE
 from lossmith.modifiers.summary import Spread, loss_metrics
-from lossmith.modifiers.token_modifier import Measured, SampleLosses, TokenModifier
+from lossmith.modifiers.tokens.token_modifier import Measured, SampleLosses, SampleWeigher
 from lossmith.options import option
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lossmith.modifiers.entropy")  # the documented name, wherever this file lies
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,70 @@ class Settings:
     verbose: Annotated[bool, option("log irregularities of every batch")] = False
 
 
+# What is said of each count, where it is not 0.
+IRREGULARITIES = {
+    "certain": "positions with no wrong answer probability",
+    "undefined": "positions with at most 1 wrong token, left out",
+    "clamped": "entropies outside [0, 1], clamped",
+    "broken": "entropies not finite, left out",
+    "limited": "extreme weights, limited to max_weight",
+}
+
+
+@dataclass(frozen=True)
+class EntropyReport:
+    """One batch, tensors until it is turned into text, so that logging that nobody listens to does not wait
+    for the device.
+
+    Attributes:
+        counts: how often there was something irregular.
+        weights: of the samples.
+        metrics: what came of it.
+    """
+
+    counts: Mapping[str, Tensor]
+    weights: Spread
+    metrics: Metrics
+
+    @classmethod
+    def of(cls, stats: TokenStats, batch: TokenBatch, is_limited: Tensor, weights: Spread) -> EntropyReport:
+        """Look through the statistics of a batch; ``is_limited`` [B], samples whose weight was too large."""
+        entropy, num_wrong = stats.wrong_entropy, stats.num_wrong
+        most = num_wrong.clamp(min=2).to(entropy.dtype).log()
+        relative, is_finite = entropy / most, torch.isfinite(entropy)
+        # rounding alone takes a uniform distribution past 1
+        is_outside = (relative < -1e-6) | (relative > 1 + 1e-6)
+        found = {
+            "certain": batch.valid & (stats.target_prob >= 1),
+            "undefined": batch.valid & (num_wrong <= 1) & is_finite,
+            "clamped": batch.valid & (num_wrong > 1) & is_outside,
+            "broken": batch.valid & ~is_finite,
+            "limited": is_limited,
+        }
+        return cls({name: where.sum() for name, where in found.items()}, weights, Metrics({}))
+
+    def __str__(self) -> str:
+        counts, values = Metrics(self.counts).to_dict(), self.metrics.to_dict()
+        said = [f"{IRREGULARITIES[name]}: {int(count)}" for name, count in counts.items() if count]
+        said += [
+            f"sample weights from {float(self.weights.min()):.6g} to {float(self.weights.max()):.6g}",
+            f"loss {values['original_loss']:.6g} -> {values['final_loss']:.6g} "
+            f"(ratio {values['loss_ratio']:.6g})",
+        ]
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            said.append(f"metrics not finite: {', '.join(broken)}")
+        return "; ".join(said)
+
+
 @dataclass(frozen=True)
 class EntropyMeasured(Measured):
     """With what the verbose mode reports."""
 
     report: EntropyReport | None = None
-    weights: Spread | None = None
 
 
-class EntropyModifier(TokenModifier):
+class EntropyModifier(SampleWeigher):
     """Weighs samples by the entropy of the model's wrong answers.
 
         H_norm[t] = H(q) / log(num_wrong)      q: p without the target, renormalised; num_wrong > 1
@@ -75,24 +130,14 @@ class EntropyModifier(TokenModifier):
 
     Settings = Settings
     prefix = "entropy_modifier_"
-    enabled_key = "entropy_modifier_enabled"
     aliases = {"debug": "verbose"}  # noqa: RUF012
-
     reads = ("unscaled.normalized_wrong_entropy", "unscaled.num_wrong")
 
     settings: Settings
 
-    def __init__(self, config: Mapping[str, Any] | None = None, **parameters: Any) -> None:
-        super().__init__(config, **parameters)
-        self._singles = Singles()
-
     @property
     def weighs(self) -> bool:
         return self.settings.use_for_weighting and self.settings.weight != 0
-
-    @property
-    def changes_loss(self) -> bool:
-        return self.weighs
 
     def idle_because(self, batch: TokenBatch) -> str | None:
         if _has_no_entropy(batch):
@@ -103,7 +148,7 @@ class EntropyModifier(TokenModifier):
         if (
             self.settings.stats_scope == "local"
             and self.weighs
-            and self._singles.are_all(len(batch.row_counts))
+            and self.seen.only_singles(len(batch.row_counts))
         ):
             return ALONE.format(what="a weight is relative to the other samples of the batch")
         return None
@@ -117,33 +162,29 @@ class EntropyModifier(TokenModifier):
         counts = num_defined > 0
         weight, raw = self._weights(sample_entropy, counts)
         is_supervised = batch.row_counts > 0
-        positions, samples = Spread(entropy, is_defined), Spread(sample_entropy, counts)
         weights = Spread(weight, is_supervised)
-        entropies: dict[str, Source] = {
-            "mean_entropy": positions.mean,
-            "per_position_mean_entropy": positions.mean,
-            "per_position_max_entropy": positions.max,
-            "per_position_min_entropy": positions.min,
-            "per_position_entropy_std": positions.std,
-            "sample_mean_entropy": samples.mean,
-            "sample_max_entropy": samples.max,
-            "sample_min_entropy": samples.min,
-            "sample_entropy_std": samples.std,
-        }
         metrics: dict[str, Source] = {
-            **({} if _has_no_entropy(batch) else entropies),
-            "weight_mean": weights.mean,
-            "weight_max": weights.max,
-            "weight_min": weights.min,
-            "weight_std": weights.std,
+            **weights.metrics("weight_mean", "weight_max", "weight_min", "weight_std"),
             "weight_sum": lambda: (weight * is_supervised).sum(),
             "batch_size": float(len(weight)),
             "loss_fallback": lambda: ~counts.any(),
         }
+        if not _has_no_entropy(batch):
+            positions, samples = Spread(entropy, is_defined), Spread(sample_entropy, counts)
+            metrics |= positions.metrics(
+                "mean_entropy",
+                "per_position_mean_entropy",
+                "per_position_max_entropy",
+                "per_position_min_entropy",
+                "per_position_entropy_std",
+            )
+            metrics |= samples.metrics(
+                "sample_mean_entropy", "sample_max_entropy", "sample_min_entropy", "sample_entropy_std"
+            )
         report = None
         if self.settings.verbose:
-            report = EntropyReport.of(plain, batch, raw > self.settings.max_weight)
-        return EntropyMeasured(weight if self.weighs else None, metrics, report, weights)
+            report = EntropyReport.of(plain, batch, raw > self.settings.max_weight, weights)
+        return EntropyMeasured(weight if self.weighs else None, metrics, report)
 
     def _weights(self, entropy: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """[B] normalised weights, and the raw ones before their upper limit."""
@@ -167,10 +208,9 @@ class EntropyModifier(TokenModifier):
 
     def record(self, measured: Measured, losses: SampleLosses) -> None:
         super().record(measured, losses)
-        assert isinstance(measured, EntropyMeasured)
-        is_told = measured.report is not None and not torch.compiler.is_compiling()
-        if is_told and measured.report is not None and measured.weights is not None:
-            logger.info("%s", measured.report.with_outcome(measured.weights, self.get_metrics()))
+        report = measured.report if isinstance(measured, EntropyMeasured) else None
+        if report is not None and not torch.compiler.is_compiling():
+            logger.info("%s", replace(report, metrics=Metrics(self._metrics)))
 
 
 def _has_no_entropy(batch: TokenBatch) -> bool:

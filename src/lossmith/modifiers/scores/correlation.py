@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lossmith.core.distributed import StatsScope, masked_mean, sum_over_ranks
 from lossmith.core.metrics import Source
-from lossmith.modifiers.scorer_modifier import ScorerModifier
+from lossmith.modifiers.scores.scorer_modifier import ScorerModifier
 from lossmith.options import option
 
 # Above it the parabola through the three points falls below 1 before c = 1.
@@ -68,7 +68,6 @@ class SequenceScorerCorrelationModifier(ScorerModifier):
 
     Settings = Settings
     prefix = "sequence_correlation_"
-    enabled_key = "sequence_correlation_enabled"
 
     settings: Settings
 
@@ -81,14 +80,7 @@ class SequenceScorerCorrelationModifier(ScorerModifier):
         c, is_defined = self._correlation(predictions, targets, where)
         curve = alpha ** ((1 - c) / 2) if self.settings.mapping == "geometric" else a * c * c + b * c + root
         factor = torch.where(is_defined, curve, 1.0)
-        metrics: dict[str, Source] = {
-            "correlation": c,
-            "multiplier": factor,
-            "alpha": alpha,
-            "A": a,
-            "B": b,
-            "C": root,
-        }
+        metrics = {"correlation": c, "multiplier": factor, "alpha": alpha, "A": a, "B": b, "C": root}
         return factor, metrics
 
     def _correlation(self, predictions: Tensor, targets: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,12 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from lossmith.core.metrics import Source
 from lossmith.equation.batch import TokenBatch
 from lossmith.modifiers.base import ModelMode, given_parameters
 from lossmith.modifiers.idle import one_limit
-from lossmith.modifiers.mask_ratio import mask_ratio
 from lossmith.modifiers.summary import Spread
-from lossmith.modifiers.token_modifier import Measure, Measured, TokenModifier
+from lossmith.modifiers.tokens.mask_ratio import mask_ratio
+from lossmith.modifiers.tokens.token_modifier import Measure, Measured, SampleWeigher
 from lossmith.options import check_order, option
 
 Judge = Callable[[Tensor], Tensor]
@@ -50,7 +49,7 @@ class Settings:
         check_order(self, "min_factor", "max_factor", key_of)
 
 
-class SequenceScoringJudgeWeightModifier(TokenModifier):
+class SequenceScoringJudgeWeightModifier(SampleWeigher):
     """Weighs samples by how wrong a judge finds what the model would write in the supervised places.
 
         x[b] = supervised tokens of sample b / its positions
@@ -84,6 +83,7 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
     Settings = Settings
     prefix = "judge_weight_"
     enabled_key = "judge_weight_modifier_enabled"
+    modes = (ModelMode.LANGUAGE_MODEL,)
     reads = ()
 
     settings: Settings
@@ -119,16 +119,9 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
         judge = integration.load_judge(self.settings.checkpoint, **self._place)
         object.__setattr__(self, "judge", judge)
 
-    def supports_mode(self, mode: ModelMode) -> bool:
-        return ModelMode(mode) is ModelMode.LANGUAGE_MODEL
-
     @property
     def weighs(self) -> bool:
         return self.settings.exponent != 0
-
-    @property
-    def changes_loss(self) -> bool:
-        return self.weighs
 
     def on_batch(self, batch: TokenBatch, draw: Callable[[], Tensor]) -> Measure:
         if not self.weighs:
@@ -141,17 +134,9 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
         expected = expected_wrongness(mask_ratio(batch)).clamp(min=s.eps)
         factor = (wrongness / expected).pow(s.exponent).clamp(s.min_factor, s.max_factor)
         counts = batch.row_counts > 0
-        wrong, factors = Spread(wrongness, counts), Spread(factor, counts)
-        metrics: dict[str, Source] = {
-            "mean_wrongness": wrong.mean,
-            "min_wrongness": wrong.min,
-            "max_wrongness": wrong.max,
-            "wrongness_std": wrong.std,
-            "mean_factor": factors.mean,
-            "min_factor": factors.min,
-            "max_factor": factors.max,
-            "factor_std": factors.std,
-        }
+        metrics = Spread(wrongness, counts).metrics(
+            "mean_wrongness", "min_wrongness", "max_wrongness", "wrongness_std"
+        ) | Spread(factor, counts).metrics("mean_factor", "min_factor", "max_factor", "factor_std")
         return lambda stats: Measured(factor, metrics)
 
     def idle_because(self, batch: TokenBatch) -> str | None:
@@ -177,11 +162,10 @@ class SequenceScoringJudgeWeightModifier(TokenModifier):
 
     def _sequences(self, batch: TokenBatch, drawn: Tensor) -> Tensor:
         """[B, L] what the model would write in the supervised places."""
-        drawn = batch.rows(drawn)
-        ahead = batch.shift  # what is drawn at t stands at t + ahead
-        drawn = drawn[:, : batch.num_positions]
+        drawn = batch.rows(drawn)[:, : batch.num_positions]
         if batch.input_ids is None:
             return drawn
+        ahead = batch.shift  # what is drawn at t stands at t + ahead
         known, is_supervised = batch.rows(batch.input_ids), batch.rows(batch.valid)
         rest = torch.where(is_supervised[:, : batch.num_positions], drawn, known[:, ahead:])
         return torch.cat([known[:, :ahead], rest], -1)

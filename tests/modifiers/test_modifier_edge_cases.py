@@ -1,4 +1,4 @@
-"""Mistakes that were there once."""
+"""Edges: what is masked or no number, constant scores, copies, other libraries' values, mixed kinds."""
 
 import copy
 import math
@@ -139,6 +139,19 @@ def test_the_running_average_of_a_scorer():
     for _ in range(300):
         found = after(t + 1)
     assert found == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_decay_is_what_the_past_keeps(decay):
+    """The average starts from 0, which is divided out."""
+    collector = MetricsCollectorModifier({"ema_decay": decay})
+    pipeline, t = LossModifierPipeline([collector], model_mode="sequence_scorer"), torch.ones(2)
+    average, weight = 0.0, 0.0
+    for error in (1.0, 4.0, 0.5):
+        pipeline.modify_loss(t + error, t)
+        average, weight = decay * average + (1 - decay) * error, decay * weight + 1 - decay
+        found = pipeline.get_all_metrics()["MetricsCollectorModifier.mean_absolute_relative_error_ema"]
+        assert found == pytest.approx(average / weight)
 
 
 def test_scalars_are_never_dropped():

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from lossmith.core.distributed import masked_mean
-from lossmith.core.metrics import Source
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
 from lossmith.modifiers.base import ModelMode
-from lossmith.modifiers.token_modifier import Measured, TokenModifier
+from lossmith.modifiers.tokens.token_modifier import Measured, TokenModifier
 from lossmith.options import option
 
 
@@ -50,7 +49,7 @@ class MetricsCollectorModifier(TokenModifier):
 
     Settings = Settings
     prefix = "metrics_collector_"
-    enabled_key = "metrics_collector_enabled"
+    modes = tuple(ModelMode)
     reads = ("unscaled.nll", "unscaled.correct", "unscaled.entropy")
 
     settings: Settings
@@ -62,33 +61,25 @@ class MetricsCollectorModifier(TokenModifier):
         self.register_buffer("error_ema", torch.zeros(()))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
 
-    def supports_mode(self, mode: ModelMode) -> bool:
-        return bool(ModelMode(mode))
-
     @property
     def changes_loss(self) -> bool:
         return False
 
     def measure(self, stats: TokenStats, batch: TokenBatch) -> Measured:
-        plain = stats.unscaled
-        nll, correct, entropy = plain.nll, plain.correct, plain.entropy
-
+        nll, correct, entropy = stats.unscaled.nll, stats.unscaled.correct, stats.unscaled.entropy
         valid = batch.valid
+        return Measured(
+            metrics={
+                "nll": lambda: masked_mean(nll, valid),
+                "perplexity": lambda: masked_mean(nll, valid).exp(),
+                "accuracy": lambda: masked_mean(correct.to(nll.dtype), valid),
+                "entropy": lambda: masked_mean(entropy, valid),
+                "num_tokens": lambda: valid.sum(),
+            }
+        )
 
-        def mean(values: Tensor) -> Tensor:
-            return masked_mean(values, valid)
-
-        metrics: dict[str, Source] = {
-            "nll": lambda: mean(nll),
-            "perplexity": lambda: mean(nll).exp(),
-            "accuracy": lambda: mean(correct.to(nll.dtype)),
-            "entropy": lambda: mean(entropy),
-            "num_tokens": lambda: valid.sum(),
-        }
-        return Measured(None, metrics)
-
-    def observe_scores(self, predictions: Tensor, targets: Tensor, where: Tensor) -> None:
-        """Record the errors of a sequence scorer: detached [B] and [B], where ``where``."""
+    def on_scores(self, predictions: Tensor, targets: Tensor, where: Tensor, loss: Tensor) -> None:
+        """Record the errors of a sequence scorer; see :class:`lossmith.modifiers.ScorerModifier`."""
         error = (predictions - targets).abs()
         relative = masked_mean(error / targets.abs().clamp(min=self.settings.eps), where)
         if torch.is_grad_enabled():  # an evaluation is no part of the running average

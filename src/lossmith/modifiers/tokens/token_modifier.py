@@ -7,9 +7,8 @@ another one does to the loss can change them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -17,8 +16,8 @@ from lossmith.core.metrics import Source
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.term import Reads
-from lossmith.modifiers.base import BaseLossModifier, ModelMode
-from lossmith.modifiers.configured_modifier import ConfiguredModifier
+from lossmith.modifiers.base import ModelMode
+from lossmith.modifiers.configured_modifier import BuiltInModifier
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class SampleLosses:
 Measure = Callable[[TokenStats], Measured]
 
 
-class TokenModifier(ConfiguredModifier):
+class TokenModifier(BuiltInModifier):
     """The base of the modifiers of LANGUAGE_MODEL and TOKEN_CLASSIFIER; override what applies.
 
     Attributes:
@@ -60,10 +59,8 @@ class TokenModifier(ConfiguredModifier):
             one, still in one pass.
     """
 
+    modes = (ModelMode.LANGUAGE_MODEL, ModelMode.TOKEN_CLASSIFIER)
     reads: Reads = None
-
-    def supports_mode(self, mode: ModelMode) -> bool:
-        return ModelMode(mode) is not ModelMode.SEQUENCE_SCORER
 
     @property
     def changes_loss(self) -> bool:
@@ -71,14 +68,9 @@ class TokenModifier(ConfiguredModifier):
         return True
 
     @property
-    def weighs(self) -> bool:
+    def weighs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether it weighs samples, as its parameters are set."""
         return False
-
-    def idle_because(self, batch: TokenBatch) -> str | None:
-        """Why it cannot act on this batch and those before it, and what to do, to be said once after the
-        modifier's name; None where it can. It is asked once a batch, outside of compiled graphs."""
-        return None
 
     def keeps(self, targets: Tensor) -> Tensor | None:
         """[..., T] bool, the targets that count; None for all."""
@@ -112,20 +104,10 @@ class TokenModifier(ConfiguredModifier):
         """Metrics that compare losses."""
         return {}
 
-    def modify_loss(
-        self, logits: Tensor, targets: Tensor, loss: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        """The loss with this modifier alone; the arguments are those of
-        :meth:`lossmith.LossModifierPipeline.modify_loss`."""
-        from lossmith.modifiers.pipeline import LossModifierPipeline  # which applies modifiers
 
-        return LossModifierPipeline([self]).modify_loss(logits, targets, loss, **kwargs)
+class SampleWeigher(TokenModifier):
+    """The base of the modifiers that weigh samples and change nothing else."""
 
-
-def kept(modifiers: Sequence[BaseLossModifier], targets: Tensor, ignore_index: int) -> Tensor:
-    """The targets, less those that a modifier leaves out."""
-    for modifier in modifiers:
-        if isinstance(modifier, TokenModifier) and modifier.changes_loss:
-            keeps = modifier.keeps(targets)
-            targets = targets if keeps is None else targets.masked_fill(~keeps, ignore_index)
-    return targets
+    @property
+    def changes_loss(self) -> bool:
+        return self.weighs

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from torch import Tensor
 
-from lossmith.core.metrics import Source
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
-from lossmith.modifiers.idle import ALIKE, Shares, one_limit
+from lossmith.modifiers.idle import ALIKE, one_limit
 from lossmith.modifiers.summary import Spread
-from lossmith.modifiers.token_modifier import Measured, TokenModifier
+from lossmith.modifiers.tokens.token_modifier import Measured, SampleWeigher
 from lossmith.options import check_order, option
 
 
@@ -35,7 +34,7 @@ class Settings:
         check_order(self, "min_weight", "max_weight", key_of)
 
 
-class MaskRatioWeightModifier(TokenModifier):
+class MaskRatioWeightModifier(SampleWeigher):
     """Weighs samples with few supervised tokens more.
 
         r[b] = supervised tokens of sample b / its positions
@@ -56,30 +55,21 @@ class MaskRatioWeightModifier(TokenModifier):
 
     Settings = Settings
     prefix = "mask_ratio_weight_"
-    enabled_key = "mask_ratio_weight_enabled"
     aliases = {"min": "min_weight", "max": "max_weight"}  # noqa: RUF012
     reads = ()
 
     settings: Settings
 
-    def __init__(self, config: Mapping[str, Any] | None = None, **parameters: Any) -> None:
-        super().__init__(config, **parameters)
-        self._shares = Shares()
-
     @property
     def weighs(self) -> bool:
         return self.settings.power != 0
-
-    @property
-    def changes_loss(self) -> bool:
-        return self.weighs
 
     def idle_because(self, batch: TokenBatch) -> str | None:
         if not self.weighs:
             return None
         if self.settings.min_weight == self.settings.max_weight:
             return one_limit("min_weight", "max_weight")
-        if not self._shares.are_same(mask_ratio(batch), batch.row_counts > 0):
+        if not self.seen.only_one_share(mask_ratio(batch), batch.row_counts > 0):
             return None
         return (
             f"{ALIKE}: every sample has the same share of supervised positions, as in causal training on "
@@ -90,15 +80,8 @@ class MaskRatioWeightModifier(TokenModifier):
         s = self.settings
         ratio = mask_ratio(batch)
         weight = (ratio + s.eps).pow(-s.power).clamp(s.min_weight, s.max_weight)
-        counts = batch.row_counts > 0
-        ratios, weights = Spread(ratio, ratio >= 0), Spread(weight, counts)
-        metrics: dict[str, Source] = {
-            "mean_mask_ratio": ratios.mean,
-            "min_mask_ratio": ratios.min,
-            "max_mask_ratio": ratios.max,
-            "mean_weight": weights.mean,
-            "min_weight": weights.min,
-            "max_weight": weights.max,
-            "weight_std": weights.std,
-        }
+        ratios, weights = Spread(ratio, ratio >= 0), Spread(weight, batch.row_counts > 0)
+        metrics = ratios.metrics("mean_mask_ratio", "min_mask_ratio", "max_mask_ratio") | weights.metrics(
+            "mean_weight", "min_weight", "max_weight", "weight_std"
+        )
         return Measured(weight if self.weighs else None, metrics)

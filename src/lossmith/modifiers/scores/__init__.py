@@ -1,0 +1,1 @@
+"""Modifiers of the loss of a sequence scorer."""

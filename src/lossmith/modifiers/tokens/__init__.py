@@ -1,0 +1,1 @@
+"""Modifiers of a loss that is summed over tokens."""
