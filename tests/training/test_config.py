@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("yaml")
 
-from lossmith.training.config import load_config, read_config_file
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.reading import load_config, read_config_file
+from lossmith.training.config.saved_run import save_config
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.saved_run import save_config
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -9,18 +9,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from lossmith.training.corpus import Corpus, load_corpus, split_corpus
-from lossmith.training.data import (
-    CLS,
-    END_OF_TEXT,
-    IGNORED,
-    MASK,
-    RandomBlocks,
-    Windows,
-    bytes_per_token,
-    encode,
-    train_tokenizer,
-)
+from lossmith.training.data.blocks import IGNORED, RandomBlocks, Windows
+from lossmith.training.data.corpus import Corpus, load_corpus, split_corpus
+from lossmith.training.data.tokenizer import CLS, END_OF_TEXT, MASK, bytes_per_token, encode, train_tokenizer
 from lossmith.training.errors import UserError
 
 # ── corpus ────────────────────────────────────────────────────────────────────────────────────────

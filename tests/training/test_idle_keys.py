@@ -8,9 +8,9 @@ pytest.importorskip("transformers")
 
 from running import go
 
-from lossmith.training.config import load_config
-from lossmith.training.idle_keys import idle_in_evaluation, without_effect
-from lossmith.training.keys import TrainConfig
+from lossmith.training.config.idle_keys import idle_in_evaluation, without_effect
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.reading import load_config
 
 UNIFIED = ["--loss=unified"]
 NVAMP = ["--loss=nvamp"]

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 
 import lossmith
 from lossmith.modifiers.config import ALIASES, KEYS
-from lossmith.training.config import load_config
+from lossmith.training.config.reading import load_config
+from lossmith.training.config.saved_run import save_config
 from lossmith.training.errors import UserError
-from lossmith.training.saved_run import save_config
 
 ROOT = Path(__file__).parents[2]
 ON = "--loss_modifiers_enabled"

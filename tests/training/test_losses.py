@@ -18,9 +18,9 @@ from test_tasks import gradients_of_one_step
 import lossmith
 from lossmith.components.moe import MoEBalance
 from lossmith.objectives import unified_parts
-from lossmith.training.config import load_config
+from lossmith.training.config.reading import load_config
 from lossmith.training.errors import UserError
-from lossmith.training.loss_modifiers import add_modifiers
+from lossmith.training.run.loss_modifiers import add_modifiers
 
 MTP = ["--loss=unified", "--use_mtp", "--num_future_tokens=2"]
 BALANCED = ["--model=moe", "--loss=unified", "--use_moe_balancing"]

@@ -20,9 +20,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from lossmith.training.config import load_config
+from lossmith.training.config.reading import load_config
+from lossmith.training.config.saved_run import save_config
 from lossmith.training.errors import UserError
-from lossmith.training.saved_run import save_config
 
 ROOT = Path(__file__).parents[2]
 OF_A_STEP = {

@@ -19,9 +19,9 @@ pytest.importorskip("transformers")
 import yaml
 from running import go, rows, weights
 
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.progress import Display
+from lossmith.training.run.progress import Display
 
 ROOT = Path(__file__).parents[2]
 FIFTY_STEPS = ["--max_iters=50", "--eval_interval=25", "--learning_rate=0.02", "--batch_size=8"]

@@ -15,14 +15,15 @@ from every_mode import MODES, make_task
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from lossmith.training.config import load_config
-from lossmith.training.corpus import load_corpus
-from lossmith.training.data import END_OF_TEXT, IGNORED
-from lossmith.training.loss_modifiers import add_modifiers
-from lossmith.training.model import make_language_model
-from lossmith.training.runner import quiet_libraries, show_first_loss
+from lossmith.training.config.reading import load_config
+from lossmith.training.data.blocks import IGNORED
+from lossmith.training.data.corpus import load_corpus
+from lossmith.training.data.tokenizer import END_OF_TEXT
+from lossmith.training.run.loss_modifiers import add_modifiers
+from lossmith.training.run.runner import quiet_libraries, show_first_loss
+from lossmith.training.run.trainer import TaskTrainer, training_arguments
 from lossmith.training.tasks.causal_language_model import CausalLanguageModel
-from lossmith.training.trainer import TaskTrainer, training_arguments
+from lossmith.training.tasks.models import make_language_model
 
 
 def test_a_fresh_model_is_close_to_a_uniform_guess(tiny: list[str]):

@@ -44,7 +44,7 @@ def command(args: list[str]) -> int:
     from rich.console import Console
 
     from lossmith.training.errors import UserError
-    from lossmith.training.terminal import say, say_error
+    from lossmith.training.run.terminal import say, say_error
 
     for stream in (sys.stdout, sys.stderr):  # a sample may hold what the terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
@@ -73,13 +73,13 @@ def command(args: list[str]) -> int:
 def train_command(args: list[str], console: Console) -> int:
     """Run `lossmith train` with these arguments and return the exit code."""
     with console.status("Loading the libraries ..."):  # PyTorch too: it comes with the modifiers' keys
-        from lossmith.training.config import load_config
+        from lossmith.training.config.reading import load_config
     if any(word in HELP for word in args):
         show_help(console)
         return 0
     config = load_config(args)
     with console.status("Loading the libraries ..."):
-        from lossmith.training.runner import run
+        from lossmith.training.run.runner import run
     return run(config, console, command=how_started())
 
 
@@ -98,8 +98,8 @@ def show_help(console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lossmith.training.keys import default_of, describe, sections
-    from lossmith.training.terminal import say
+    from lossmith.training.config.keys import default_of, describe, sections
+    from lossmith.training.run.terminal import say
 
     say(console, "Usage: python train.py [config.py] [--key=value ...]     (or: lossmith train ...)\n")
     say(console, "A config file holds plain assignments, key = value. Flags come after it and win.\n")

@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedTokenizerFast
 
-from lossmith.training.corpus import Corpus
-from lossmith.training.keys import TrainConfig
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.data.corpus import Corpus
 from lossmith.training.tasks.causal_language_model import CausalLanguageModel
 from lossmith.training.tasks.masked_language_model import MaskedLanguageModel
 from lossmith.training.tasks.sequence_scorer import SequenceScorer

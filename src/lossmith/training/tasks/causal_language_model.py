@@ -13,10 +13,11 @@ from transformers import LlamaForCausalLM, MixtralForCausalLM, PreTrainedModel
 import lossmith
 from lossmith.components.moe import MoEBalance
 from lossmith.integrations.huggingface.attachment import attach, attached_to
-from lossmith.training.data import IGNORED, RandomBlocks, Windows, bytes_per_token
-from lossmith.training.keys import TrainConfig
-from lossmith.training.model import choose_experts_by_bias, make_language_model
-from lossmith.training.progress import Figure
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.data.blocks import IGNORED, RandomBlocks, Windows
+from lossmith.training.data.tokenizer import bytes_per_token
+from lossmith.training.run.progress import Figure
+from lossmith.training.tasks.models import choose_experts_by_bias, make_language_model
 from lossmith.training.tasks.task import Batch, KnowingNothing, Seen
 from lossmith.training.tasks.token_task import TokenTask
 

@@ -6,8 +6,8 @@ from functools import cached_property
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from lossmith.training.corruption import Corrupted, Replacement
-from lossmith.training.data import RandomBlocks, WholeBlocks
+from lossmith.training.data.blocks import RandomBlocks, WholeBlocks
+from lossmith.training.data.corruption import Corrupted, Replacement
 from lossmith.training.tasks.task import Batch, Task
 
 HELD_OUT = "held out"  # names the random numbers of the held-out blocks: the same in every run

@@ -11,14 +11,14 @@ from transformers import ModernBertForMaskedLM, PreTrainedModel
 import lossmith
 from lossmith.integrations.huggingface.fused_head import FusedHead
 from lossmith.integrations.huggingface.trial import try_out
-from lossmith.training.corruption import draw_number, generator_of, mask_tokens
-from lossmith.training.data import IGNORED
-from lossmith.training.loss_in_forward import with_loss
-from lossmith.training.marked_text import Mark, marked_text
-from lossmith.training.model import make_bidirectional_model
-from lossmith.training.progress import Figure
+from lossmith.training.data.blocks import IGNORED
+from lossmith.training.data.corruption import draw_number, generator_of, mask_tokens
+from lossmith.training.data.marked_text import Mark, marked_text
+from lossmith.training.run.progress import Figure
 from lossmith.training.tasks.causal_language_model import FAR_OFF, perplexity, uniform_guess
 from lossmith.training.tasks.corrupted_task import CorruptedTask
+from lossmith.training.tasks.loss_in_forward import with_loss
+from lossmith.training.tasks.models import make_bidirectional_model
 from lossmith.training.tasks.task import Batch, KnowingNothing
 from lossmith.training.tasks.token_task import TokenTask
 

@@ -11,11 +11,11 @@ from transformers import ModernBertForSequenceClassification, PreTrainedModel
 
 import lossmith
 from lossmith.modifiers.judge import expected_wrongness
-from lossmith.training.corruption import draw_number, generator_of
-from lossmith.training.keys import TrainConfig
-from lossmith.training.model import make_bidirectional_model
-from lossmith.training.progress import Figure
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.data.corruption import draw_number, generator_of
+from lossmith.training.run.progress import Figure
 from lossmith.training.tasks.corrupted_task import CorruptedTask
+from lossmith.training.tasks.models import make_bidirectional_model
 from lossmith.training.tasks.task import Batch, KnowingNothing, detached
 
 SAMPLE_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)

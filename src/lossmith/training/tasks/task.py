@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lossmith
-from lossmith.training.corpus import Corpus
-from lossmith.training.data import CLS, END_OF_TEXT, MASK, RandomBlocks, encode, token_id
-from lossmith.training.keys import TrainConfig
-from lossmith.training.loss_in_forward import with_loss
-from lossmith.training.loss_keys import OPTIONS
-from lossmith.training.progress import Figure
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.loss_keys import OPTIONS
+from lossmith.training.data.blocks import RandomBlocks
+from lossmith.training.data.corpus import Corpus
+from lossmith.training.data.tokenizer import CLS, END_OF_TEXT, MASK, encode, token_id
+from lossmith.training.run.progress import Figure
+from lossmith.training.tasks.loss_in_forward import with_loss
 
 Batch = dict[str, Tensor]
 LOSS_NAMES = {"cross_entropy": "cross-entropy", "nvamp": "NVAMP", "unified": "unified loss"}

@@ -8,12 +8,12 @@ from torch import Generator, Tensor
 from transformers import ModernBertForTokenClassification, PreTrainedModel
 
 import lossmith
-from lossmith.training.corruption import draw_number
-from lossmith.training.marked_text import Mark, marked_text
-from lossmith.training.model import make_bidirectional_model
-from lossmith.training.progress import Figure
+from lossmith.training.data.corruption import draw_number
+from lossmith.training.data.marked_text import Mark, marked_text
+from lossmith.training.run.progress import Figure
 from lossmith.training.tasks.causal_language_model import uniform_guess
 from lossmith.training.tasks.corrupted_task import CorruptedTask
+from lossmith.training.tasks.models import make_bidirectional_model
 from lossmith.training.tasks.task import Batch, KnowingNothing
 from lossmith.training.tasks.token_task import TokenTask
 

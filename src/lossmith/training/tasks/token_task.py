@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import lossmith
-from lossmith.training.objective import make_objective
+from lossmith.training.config.objective import make_objective
 from lossmith.training.tasks.task import Task, detached
 
 

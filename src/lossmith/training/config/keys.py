@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lossmith.modifiers.config import KEYS as DECLARED_BY_MODIFIERS
 from lossmith.options import Declared, option, options_of
+from lossmith.training.config.loss_keys import OPTIONS, LossKeys, NVAMPKeys, UnifiedKeys
 from lossmith.training.errors import UserError
-from lossmith.training.loss_keys import OPTIONS, LossKeys, NVAMPKeys, UnifiedKeys
 
 # Of a mixture of experts, where the keys say nothing.
 NUM_EXPERTS, EXPERTS_PER_TOKEN = 4, 2

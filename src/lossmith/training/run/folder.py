@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
 
 RUN_FILE = "lossmith_run.json"
 CONFIG_FILE = "config.yaml"

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.progress import log_row
-from lossmith.training.rundir import TENSORBOARD_FOLDER
+from lossmith.training.run.folder import TENSORBOARD_FOLDER
+from lossmith.training.run.progress import log_row
 
 WANDB_FOLDER = "wandb"  # the library's own; its runs lie side by side there
 NEEDED = {"tensorboard_log": "tensorboard", "wandb_log": "wandb"}

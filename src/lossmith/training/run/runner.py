@@ -17,29 +17,29 @@ from rich.text import Text
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
-from lossmith.training import rundir
-from lossmith.training.checkpoints import (
+from lossmith.training.config.idle_keys import idle_in_evaluation, without_effect
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.reading import saved_config
+from lossmith.training.config.saved_run import save_config
+from lossmith.training.data.corpus import Corpus, load_corpus
+from lossmith.training.errors import UserError
+from lossmith.training.run import folder as rundir
+from lossmith.training.run.checkpoints import (
     KeepCheckpoints,
     checkpoint_of,
     last_checkpoint,
     require_loss,
     require_sound_checkpoint,
 )
-from lossmith.training.choices import choose_judge, choose_sizes
-from lossmith.training.config import saved_config
-from lossmith.training.corpus import Corpus, load_corpus
-from lossmith.training.errors import UserError
-from lossmith.training.idle_keys import idle_in_evaluation, without_effect
-from lossmith.training.interrupt import StopOnSignal
-from lossmith.training.keys import TrainConfig
-from lossmith.training.loss_modifiers import add_modifiers, show_modifiers, verbose_modifiers
-from lossmith.training.progress import Display, LogFile, describe, log_row
-from lossmith.training.saved_run import save_config
+from lossmith.training.run.choices import choose_judge, choose_sizes
+from lossmith.training.run.interrupt import StopOnSignal
+from lossmith.training.run.loss_modifiers import add_modifiers, show_modifiers, verbose_modifiers
+from lossmith.training.run.progress import Display, LogFile, describe, log_row
+from lossmith.training.run.terminal import say, saying_warnings
+from lossmith.training.run.trackers import open_trackers, require_trackers
+from lossmith.training.run.trainer import TaskTrainer, choose_dtype, training_arguments
 from lossmith.training.tasks import make_task
 from lossmith.training.tasks.task import Task
-from lossmith.training.terminal import say, saying_warnings
-from lossmith.training.trackers import open_trackers, require_trackers
-from lossmith.training.trainer import TaskTrainer, choose_dtype, training_arguments
 
 
 def run(config: TrainConfig, console: Console, command: str = "python train.py") -> int:

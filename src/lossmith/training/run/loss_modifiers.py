@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 import lossmith
 from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
+from lossmith.training.run.terminal import say
 from lossmith.training.tasks.task import Task
 from lossmith.training.tasks.token_task import TokenTask
-from lossmith.training.terminal import say
 
 LOGGER = "lossmith.modifiers"
 NUM_EXAMPLES = 8  # held-out rows that modifiers look at before training

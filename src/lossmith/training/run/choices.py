@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerFast
 
 from lossmith.modifiers.config import MASTER
 from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier
-from lossmith.training.checkpoints import checkpoints
-from lossmith.training.corpus import Corpus
-from lossmith.training.data import block_that_fits, encode, train_tokenizer
-from lossmith.training.keys import SPECS, TrainConfig
-from lossmith.training.objective import check_objective
+from lossmith.training.config.keys import SPECS, TrainConfig
+from lossmith.training.config.objective import check_objective
+from lossmith.training.data.blocks import block_that_fits
+from lossmith.training.data.corpus import Corpus
+from lossmith.training.data.tokenizer import encode, train_tokenizer
+from lossmith.training.run.checkpoints import checkpoints
 
 
 def choose_sizes(

@@ -6,7 +6,7 @@ from typing import Any
 
 from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
 from lossmith.objectives import unified_parts
-from lossmith.training.keys import LOSS_KEYS, OptimizerKeys, TaskKeys, TrainConfig
+from lossmith.training.config.keys import LOSS_KEYS, OptimizerKeys, TaskKeys, TrainConfig
 
 Condition = Callable[[Any], bool]  # of a configuration
 

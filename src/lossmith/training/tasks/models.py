@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lossmith.components.moe import MoEBalance
-from lossmith.training.keys import TrainConfig
+from lossmith.training.config.keys import TrainConfig
 
 INIT_STD = 0.02
 NORM_EPS = 1e-6

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, de
 from transformers.trainer_callback import PrinterCallback
 
 from lossmith.integrations.huggingface.objective_trainer import ObjectiveTrainer
-from lossmith.training.checkpoints import checkpoints
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.progress import Stopwatch
+from lossmith.training.run.checkpoints import checkpoints
+from lossmith.training.run.progress import Stopwatch
 from lossmith.training.tasks.task import Task
 
 

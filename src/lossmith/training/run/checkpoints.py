@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from lossmith.integrations.huggingface.objective_trainer import LOSS_FILE
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.rundir import (
+from lossmith.training.run.folder import (
     CONFIG_FILE,
     LAST_FILE_OF_A_CHECKPOINT,
     RunFolder,

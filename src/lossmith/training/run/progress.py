@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from lossmith.training.rundir import lines_of, step_in, write_whole
-from lossmith.training.terminal import say
+from lossmith.training.run.folder import lines_of, step_in, write_whole
+from lossmith.training.run.terminal import say
 
 
 @dataclass(frozen=True)

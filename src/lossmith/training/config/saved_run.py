@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.rundir import CONFIG_FILE, write_whole
+from lossmith.training.run.folder import CONFIG_FILE, write_whole
 
 # YAML 1.1 takes a number for one only if there is a point in it; people write 1e-3.
 FLOAT = (

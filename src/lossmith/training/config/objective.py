@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 import lossmith
+from lossmith.training.config.keys import LOSS_KEYS, SPECS, TrainConfig
+from lossmith.training.config.loss_keys import CONSTRUCTORS, OPTIONS
 from lossmith.training.errors import UserError
-from lossmith.training.keys import LOSS_KEYS, SPECS, TrainConfig
-from lossmith.training.loss_keys import CONSTRUCTORS, OPTIONS
 
 # What a component reads that only some models and modes have: the keys that switch it on, and what that is.
 LEFT_TO_RIGHT = ("use_ngram_penalty", "use_immediate_repetition_penalty", "eos_token_id")

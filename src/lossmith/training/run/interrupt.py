@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
-from lossmith.training.terminal import say
+from lossmith.training.run.terminal import say
 
 REPEATED_S = 1.0
 

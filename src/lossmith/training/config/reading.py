@@ -14,11 +14,11 @@ from typing import Any
 from lossmith.modifiers.config import ALIASES
 from lossmith.options import nearest
 from lossmith.options.forms import WrongForm
+from lossmith.training.config.keys import MIN_LR_DIVISOR, SPECS, TrainConfig, check_range, limits_of
+from lossmith.training.config.objective import check_objective
+from lossmith.training.config.saved_run import read_config
 from lossmith.training.errors import UserError
-from lossmith.training.keys import MIN_LR_DIVISOR, SPECS, TrainConfig, check_range, limits_of
-from lossmith.training.objective import check_objective
-from lossmith.training.rundir import CONFIG_FILE, run_of
-from lossmith.training.saved_run import read_config
+from lossmith.training.run.folder import CONFIG_FILE, run_of
 
 DEFAULTS = TrainConfig()
 TYPES: dict[str, Any] = {name: spec.type for name, spec in SPECS.items()}
