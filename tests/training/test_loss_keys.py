@@ -12,8 +12,8 @@ from running import go
 
 from lossmith.training.config import objective
 from lossmith.training.config.idle_keys import without_effect
-from lossmith.training.config.keys import LOSS_KEYS, SPECS, TrainConfig
-from lossmith.training.config.loss_keys import CONSTRUCTORS, DECIDED, OPTIONS, SHARED
+from lossmith.training.config.keys import SPECS, TrainConfig
+from lossmith.training.config.loss_keys import CONSTRUCTORS, DECIDED, LOSS_KEYS, OPTIONS, SHARED
 from lossmith.training.config.objective import make_objective
 from lossmith.training.config.reading import (
     TYPES,

@@ -6,18 +6,17 @@ from typing import Any
 
 from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
 from lossmith.objectives import unified_parts
-from lossmith.training.config.keys import LOSS_KEYS, OptimizerKeys, TaskKeys, TrainConfig
+from lossmith.training.config.keys import OptimizerKeys, TaskKeys, TrainConfig
+from lossmith.training.config.loss_keys import LOSS_KEYS
 
 Condition = Callable[[Any], bool]  # of a configuration
 
 # What is switched on with loss=unified and weighs nothing.
 WEIGHTS = {
-    "use_mtp": "mtp_weight",
-    "use_ngram_penalty": "ngram_penalty_weight",
-    "use_immediate_repetition_penalty": "immediate_repetition_weight",
-    "use_moe_balancing": "gradient_balance_weight",
-    "use_contrastive_loss": "contrastive_weight",
-    "use_auxiliary_loss": "auxiliary_weight",
+    switch.name: option
+    for switch in unified_parts.SWITCHES
+    for option in switch.options
+    if switch.name.startswith("use_") and option.endswith("_weight")
 }
 # By loss, or by none where it is any: keys, what they need, and whether it is there.
 NEEDS: dict[str | None, tuple[tuple[tuple[str, ...], str, Condition], ...]] = {
@@ -57,10 +56,12 @@ def without_effect(config: TrainConfig) -> list[tuple[str, str]]:
 
 def _candidates(config: TrainConfig) -> Iterator[tuple[str, str]]:
     if config.loss == "unified":
-        for switch, names in unified_parts.without_effect(config, config.changed):
-            yield from ((name, switch) for name in names)
+        found = unified_parts.without_effect(config, config.changed)
+        idle = [(name, need) for need, names in found for name in names]
+        yield from idle
         for switch, weight in WEIGHTS.items():
-            if config.changed([switch]) and getattr(config, weight) == 0:
+            is_read = weight not in dict(idle)
+            if config.changed([switch]) and is_read and getattr(config, weight) == 0:
                 yield switch, weight
     for loss in (None, config.loss):
         for names, need, is_met in NEEDS.get(loss, ()):

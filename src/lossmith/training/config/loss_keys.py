@@ -1,22 +1,15 @@
-"""The keys of the training objective, and which of them each `loss` has.
+"""The keys of the training objective, read off the constructors of the losses.
 
-What the constructors of `UnifiedLoss` and `NVAMPLoss` take becomes keys by itself, with its type, default,
-range and meaning.
+A key has the type, default, range and meaning of the option that it becomes. What a run knows better of it,
+since it knows the model and the tokenizer, stands here.
 """
 
-from dataclasses import dataclass, fields, make_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import make_dataclass
+from typing import Annotated, Any, Literal
 
 import lossmith
 from lossmith.options import Declared, option, options_of
-from lossmith.options.shared import (
-    LOWEST_DIVISOR,
-    ConfidencePenaltyCoefficient,
-    FocalGamma,
-    LabelSmoothing,
-    ZLossCoefficient,
-)
-from lossmith.terms.cross_entropy import SmoothingMode
 
 CONSTRUCTORS: dict[str, type[lossmith.Objective]] = {
     "cross_entropy": lossmith.CrossEntropyLoss,
@@ -37,33 +30,13 @@ DECIDED = {
     "special_tokens": "target_smoothing_special_tokens has them",
 }
 
-
-@dataclass
-class LossKeys:
-    """The training objective. Evaluation always reports the loss without any of these options."""
-
-    loss: Annotated[
-        Literal["cross_entropy", "nvamp", "unified"], option("what a language model is trained with")
-    ] = "cross_entropy"
-    label_smoothing: LabelSmoothing = 0.0
-    smoothing_mode: SmoothingMode = "uniform"
-    z_loss: Annotated[ZLossCoefficient, option("weight of the squared log-sum-exp", low=0)] = 0.0
-    focal_gamma: Annotated[
-        FocalGamma,
-        option("exponent of the focal loss; 0 is plain cross-entropy, or the default of `use_focal_loss`, 2"),
-    ] = 0.0
-    confidence_penalty: Annotated[
-        ConfidencePenaltyCoefficient, option("weight of the negative entropy", low=0)
-    ] = 0.0
-    temperature: Annotated[float, option("divides the logits inside the loss", low=LOWEST_DIVISOR)] = 1.0
-    # No sums: the trainer divides by what it counts over micro-batches and ranks, whatever the loss.
-    reduction: Annotated[
-        Literal["mean", "sequence_mean"], option("whether every token counts the same, or every sequence")
-    ] = "mean"
-
-
-# What a key says here that its option does not say: what the trainer's models and tokenizers make of it.
+# What a key says here that its option does not say.
 HERE = {
+    "z_loss": option("", low=0),
+    "focal_gamma": option(
+        "exponent of the focal loss; 0 is plain cross-entropy, or the default of `use_focal_loss`, 2"
+    ),
+    "confidence_penalty": option("", low=0),
     "eos_token_id": option(
         "id of the end of text, which then costs something early in a block: 0 with these tokenizers; "
         "None is off"
@@ -73,55 +46,51 @@ HERE = {
     "num_experts": option("experts in each layer of a `moe` model; None is 4", low=2),
     "moe_top_k": option("experts that a token is sent to in a `moe` model; None is 2"),
     "moe_num_layers": option("layers with experts; None is `n_layer`, and nothing else can be"),
-    "router_z_loss_weight": option("weight of the routers' squared log-sum-exp", low=0),
+    "router_z_loss_weight": option("", low=0),
     "use_diversity_loss": option("keep experts apart; needs their outputs, which no model here gives"),
     "contrastive_temperature": option("temperature of pairs, which a text has none of"),
     "track_statistics": option("keep the loss's own means of its parts; the log has them anyway"),
+    "reduction": option("whether every token counts the same, or every sequence"),
 }
-
-SHARED = frozenset(spec.name for spec in fields(LossKeys))
-
-
-def keys_of(loss: str) -> dict[str, str]:
-    """The keys of a loss: what each is called among the options of its constructor, by key."""
-    names = [name for name in options_of(CONSTRUCTORS[loss]) if name not in DECIDED]
-    return {name if name in SHARED else PREFIXES.get(loss, "") + name: name for name in names}
+# What a key can be, where that is less than the option: no tensors or modules, and no sums, since the trainer
+# divides by what it counts over micro-batches and ranks, whatever the loss.
+NARROWER: dict[str, Any] = {"temperature": float, "reduction": Literal["mean", "sequence_mean"]}
 
 
-OPTIONS = {loss: keys_of(loss) for loss in CONSTRUCTORS}
+def _options_of(loss: str) -> dict[str, Declared]:
+    return {name: spec for name, spec in options_of(CONSTRUCTORS[loss]).items() if name not in DECIDED}
 
 
-def _keys_of(loss: str, title: str) -> type:
-    """A dataclass of the keys that are this loss's alone, in the order of its constructor."""
-    options = options_of(CONSTRUCTORS[loss])
-    declared = [
-        (name, _hint_of(options[option]), options[option].default)
-        for name, option in OPTIONS[loss].items()
-        if name not in SHARED
-    ]
-    return make_dataclass(title, declared, namespace={"__doc__": f"Of loss={loss} alone."})
+SHARED = frozenset(_options_of("cross_entropy"))
+# The keys of each loss: what each is called among the options of its constructor, by key.
+OPTIONS = {
+    loss: {name if name in SHARED else PREFIXES.get(loss, "") + name: name for name in _options_of(loss)}
+    for loss in CONSTRUCTORS
+}
+LOSS_KEYS = tuple(dict.fromkeys(["loss", *(name for options in OPTIONS.values() for name in options)]))
 
 
-def _hint_of(declared: Declared) -> Any:
-    """An option's annotation, with what is said of it here."""
-    here = HERE.get(declared.name)
-    return declared.hint if here is None else Annotated[declared.hint, here]
+def keys_class(meaning: str, keys: Iterable[tuple[str, Any, Any]]) -> Any:
+    """A group of keys, (name, annotation, default) each, as a dataclass."""
+    return make_dataclass("Keys", keys, namespace={"__doc__": meaning})
 
 
-if TYPE_CHECKING:
+def _keys_of(loss: str) -> Iterator[tuple[str, Any, Any]]:
+    """The keys that a loss has and cross-entropy has not, or cross-entropy's own."""
+    declared = _options_of(loss)
+    for name, of in OPTIONS[loss].items():
+        if loss == "cross_entropy" or name not in SHARED:
+            spec, here = declared[of], HERE.get(of)
+            hint = spec.hint
+            if of in NARROWER:
+                hint = Annotated[NARROWER[of], spec.kind.declared]
+            yield name, hint if here is None else Annotated[hint, here], spec.default
 
-    class UnifiedKeys:
-        """The keys of `UnifiedLoss`; these are read here and there."""
 
-        use_moe_balancing: bool
-        num_experts: int | None
-        moe_top_k: int | None
-        moe_num_layers: int | None
-        moe_balance_mode: str
-
-    class NVAMPKeys:
-        """The keys of `NVAMPLoss`."""
-
-else:
-    UnifiedKeys = _keys_of("unified", "UnifiedKeys")
-    NVAMPKeys = _keys_of("nvamp", "NVAMPKeys")
+_LOSS = Annotated[str, option("what a language model is trained with", choices=tuple(CONSTRUCTORS))]
+LossKeys = keys_class(
+    "The training objective. Evaluation always reports the loss without any of these options.",
+    [("loss", _LOSS, "cross_entropy"), *_keys_of("cross_entropy")],
+)
+UnifiedKeys = keys_class("Of loss=unified alone.", _keys_of("unified"))
+NVAMPKeys = keys_class("Of loss=nvamp alone.", _keys_of("nvamp"))

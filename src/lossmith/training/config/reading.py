@@ -14,13 +14,11 @@ from typing import Any
 from lossmith.modifiers.config import ALIASES
 from lossmith.options import nearest
 from lossmith.options.forms import WrongForm
-from lossmith.training.config.keys import MIN_LR_DIVISOR, SPECS, TrainConfig, check_range, limits_of
-from lossmith.training.config.objective import check_objective
-from lossmith.training.config.saved_run import read_config
+from lossmith.training.config.keys import MIN_LR_DIVISOR, SPECS, TrainConfig
+from lossmith.training.config.rules import check, check_range, limits_of
+from lossmith.training.config.saved_run import CONFIG_FILE, read_config, run_of
 from lossmith.training.errors import UserError
-from lossmith.training.run.folder import CONFIG_FILE, run_of
 
-DEFAULTS = TrainConfig()
 TYPES: dict[str, Any] = {name: spec.type for name, spec in SPECS.items()}
 MISSING = "???"  # what templates mark a value with that is to be filled in
 BOOLEAN_WORDS = {
@@ -37,7 +35,7 @@ FIXED_BY_CHECKPOINT = (
 )  # fmt: skip
 # A run that was saved before there was a choice is what the default still is.
 CHOSEN_BEFORE = {
-    name: getattr(DEFAULTS, name) for name in ("mode", "objective", "model", "num_experts", "moe_top_k")
+    name: SPECS[name].default for name in ("mode", "objective", "model", "num_experts", "moe_top_k")
 }
 
 
@@ -77,22 +75,16 @@ def load_config(args: list[str]) -> TrainConfig:
         config = resolve(settings)
         refuse_another_model(saved, config)
     for name, setting in {setting.key: setting for setting in settings}.items():  # the last of each key
-        require_in_range(setting, getattr(config, name))
-    config.check()
-    check_objective(config)
+        check_range(SPECS[name], getattr(config, name), f"{setting.origin}: ")
+    check(config)
     return config
 
 
 def without_aliases(settings: list[Setting]) -> list[Setting]:
-    """The settings of one source with other names of keys replaced by the keys.
-
-    Raises:
-        UserError: a key was given under two names.
-    """
+    """The settings of one source by their keys, or a UserError: a key was given under two names."""
     given: dict[str, Setting] = {}
     for setting in settings:
-        name = key_of(setting.key)
-        first = given.setdefault(name, setting)
+        first = given.setdefault(key_of(setting.key), setting)
         if first.key != setting.key:
             raise UserError(
                 f"{first.origin} and {setting.origin}: {first.key} and {setting.key} are two names of one "
@@ -114,7 +106,11 @@ def resolve(settings: list[Setting]) -> TrainConfig:
         raise UserError(unknown_key(unknown[0]) + (f" Nor are there {', '.join(more)}." if more else ""))
     values = {setting.key: typed(setting) for setting in settings}
     if "out_dir" in values:
-        values["out_dir"] = folder(values["out_dir"])
+        if not values["out_dir"].strip():
+            default = f"--out_dir={SPECS['out_dir'].default}"
+            raise UserError(f"out_dir is empty; expected a folder. Pass {default} or leave it out.")
+        # The libraries spell out `~` too, and all have to agree.
+        values["out_dir"] = os.path.expanduser(values["out_dir"])
     if "learning_rate" in values and "min_lr" not in values:
         # Else a low learning rate alone would be refused for a default that nobody asked for.
         values["min_lr"] = values["learning_rate"] / MIN_LR_DIVISOR
@@ -123,44 +119,21 @@ def resolve(settings: list[Setting]) -> TrainConfig:
 
 def typed(setting: Setting) -> Any:
     """The value in its key's type, as a flag or a file may spell it."""
-    kind, value = SPECS[setting.key].kind, setting.value
-    default = getattr(DEFAULTS, setting.key)
-    example = kind.forms[0].example if default is None or default == () else default
+    spec, value = SPECS[setting.key], setting.value
+    example = spec.kind.forms[0].example if spec.default in (None, ()) else spec.default
     if value == MISSING:
         raise UserError(
             f"{setting.origin}: {setting.key}={MISSING!r} marks a value that is still missing; write it, "
             f"for example {setting.key}={example!r}."
         )
     try:
-        return kind.take(value, as_written=True)
+        return spec.kind.take(value, as_written=True)
     except WrongForm:
+        limits = f" ({limits_of(spec)})" if limits_of(spec) else ""
         raise UserError(
-            f"{setting.origin}: {setting.key} expects {kind.said}; "
-            f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}"
-            f"{in_brackets(limits_of(SPECS[setting.key]))}."
+            f"{setting.origin}: {setting.key} expects {spec.kind.said}; "
+            f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}{limits}."
         ) from None
-
-
-def in_brackets(text: str) -> str:
-    """A remark after a clause, if there is one."""
-    return f" ({text})" if text else ""
-
-
-def require_in_range(setting: Setting, value: Any) -> None:
-    """Raise UserError, naming the key and where it was set, for a value out of its range."""
-    try:
-        check_range(SPECS[setting.key], value)
-    except UserError as error:
-        raise UserError(f"{setting.origin}: {error}") from None
-
-
-def folder(text: str) -> str:
-    """A folder as it was typed, with `~` spelled out: the libraries do so too, and all have to agree."""
-    if not text.strip():
-        raise UserError(
-            f"out_dir is empty; expected a folder. Pass --out_dir={DEFAULTS.out_dir} or leave it out."
-        )
-    return os.path.expanduser(text)
 
 
 def unknown_key(setting: Setting) -> str:
@@ -180,27 +153,19 @@ def read_flags(args: list[str]) -> tuple[Path | None, list[Setting]]:
     rest = list(args)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
-            if config_file is not None or not word.endswith(".py"):
-                raise UserError(
-                    f"expected --key=value or one config file ending in .py; came {word!r}. {hint_for(word)}"
-                )
+        if word.startswith("--"):
+            name, equals, text = word[2:].partition("=")
+            name = name.replace("-", "_")
+            value = parse_text(name, text if equals else take_value(name, rest))
+            settings.append(Setting(name, value, f"--{name}"))
+        elif config_file is None and word.endswith(".py"):
             config_file = Path(word)
-            continue
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            text = take_value(name, rest)
-        settings.append(Setting(name, parse_text(name, text), f"--{name}"))
+        else:
+            flag = word.lstrip("-")
+            is_flag = key_of(flag.partition("=")[0].replace("-", "_")) in TYPES
+            hint = f"Write --{flag}." if is_flag else "A flag's value follows it directly: --max_iters=100."
+            raise UserError(f"expected --key=value or one config file ending in .py; came {word!r}. {hint}")
     return config_file, settings
-
-
-def hint_for(word: str) -> str:
-    """What was probably meant by a word that is neither a flag nor a file."""
-    flag = word.lstrip("-")
-    if key_of(flag.partition("=")[0].replace("-", "_")) in TYPES:
-        return f"Write --{flag}."
-    return "A flag's value follows it directly: --max_iters=100."
 
 
 def take_value(name: str, rest: list[str]) -> str:
@@ -234,11 +199,7 @@ def parse_text(name: str, text: str) -> Any:
 
 
 def read_config_file(path: Path) -> list[Setting]:
-    """Read a `.py` file of plain assignments, `key = literal`, without executing it.
-
-    Raises:
-        UserError: the file cannot be read, does not parse, or holds anything but assignments of literals.
-    """
+    """Read a `.py` file of plain assignments, `key = literal`, without executing it; else a UserError."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
     except OSError as error:
@@ -306,11 +267,6 @@ def read_saved_config(config: TrainConfig) -> list[Setting]:
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}. Restore it or train anew.")
     return [Setting(name, value, str(path)) for name, value in saved.items() if name not in NOT_INHERITED]
-
-
-def saved_config(config: TrainConfig) -> TrainConfig:
-    """The configuration of the run in `config.out_dir` as it was."""
-    return resolve(read_saved_config(config))
 
 
 def without_derived(saved: list[Setting]) -> list[Setting]:

@@ -1,9 +1,11 @@
-"""The configuration of a run as it lies in the run's folder, `config.yaml`.
+"""The configuration of a run as it lies in the run's folder, `config.yaml`, and where that is.
 
 Plain YAML, of plain values: a text in it is that text, `${...}` included, and nothing is looked up or run.
 """
 
+import os
 import re
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import yaml
 
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.run.folder import CONFIG_FILE, write_whole
 
+CONFIG_FILE = "config.yaml"
 # YAML 1.1 takes a number for one only if there is a point in it; people write 1e-3.
 FLOAT = (
     "tag:yaml.org,2002:float",
@@ -49,11 +51,7 @@ def save_config(config: TrainConfig) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values in a saved configuration.
-
-    Raises:
-        UserError: it is none.
-    """
+    """The values in a saved configuration, or a UserError: it is none."""
     try:
         saved = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -67,3 +65,31 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{'something else' if saved else 'an empty file'}. Restore it or train anew."
         )
     return {str(name): value for name, value in saved.items()}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in such a way that, whatever happens, it is there whole or as it was."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with fresh.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint by its name; -1 for any other name."""
+    number = re.fullmatch(r"checkpoint-(\d+)", name, re.ASCII)
+    return int(number[1]) if number else -1
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in; None for a path that is no checkpoint."""
+    for path in (checkpoint.absolute(), checkpoint.resolve()):  # the latter for a link of another name
+        if step_of(path.name) >= 0 and (path / "config.json").is_file():
+            return path.parent
+    return None

@@ -14,15 +14,9 @@ from transformers import TrainerCallback
 
 from lossmith.integrations.huggingface.objective_trainer import LOSS_FILE
 from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.saved_run import CONFIG_FILE, run_of, step_of
 from lossmith.training.errors import UserError
-from lossmith.training.run.folder import (
-    CONFIG_FILE,
-    LAST_FILE_OF_A_CHECKPOINT,
-    RunFolder,
-    numbered,
-    run_of,
-    step_of,
-)
+from lossmith.training.run.folder import LAST_FILE_OF_A_CHECKPOINT, RunFolder, numbered
 from lossmith.training.tasks import task_class
 
 KEPT = 2
@@ -45,9 +39,6 @@ class KeepCheckpoints(TrainerCallback):
     """Lists a checkpoint before it is written, and deletes what is listed of all but the newest.
 
     The Trainer's own rotation deletes whatever is called `checkpoint-1...`, whoever made it.
-
-    Args:
-        folder: the run's.
     """
 
     def __init__(self, folder: RunFolder):
@@ -66,17 +57,12 @@ class KeepCheckpoints(TrainerCallback):
 
 def checkpoints(out_dir: Path) -> list[tuple[int, Path]]:
     """The complete checkpoints of a folder, (step, path), oldest first."""
-    return [
-        pair for pair in numbered(out_dir, "checkpoint") if (pair[1] / LAST_FILE_OF_A_CHECKPOINT).is_file()
-    ]
+    found = numbered(out_dir, "checkpoint")
+    return [(step, path) for step, path in found if (path / LAST_FILE_OF_A_CHECKPOINT).is_file()]
 
 
 def last_checkpoint(out_dir: Path) -> tuple[int, Path]:
-    """Step and path of the newest complete checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Step and path of the newest complete checkpoint, or a UserError: there is none."""
     found = checkpoints(out_dir)
     if not found:
         raise UserError(
@@ -87,30 +73,18 @@ def last_checkpoint(out_dir: Path) -> tuple[int, Path]:
 
 
 def checkpoint_of(out_dir: Path) -> tuple[int, Path]:
-    """Step and path of a checkpoint, or of the newest complete one of a run.
-
-    Args:
-        out_dir: either's folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    around = run_of(out_dir)
-    if around is None:
+    """Step and path of a checkpoint, or of the newest complete one of a run, whichever the folder is."""
+    if run_of(out_dir) is None:
         return last_checkpoint(out_dir)
-    names = (out_dir.absolute().name, out_dir.resolve().name)
-    return max(map(step_of, names)), out_dir
+    return max(step_of(path.name) for path in (out_dir.absolute(), out_dir.resolve())), out_dir
 
 
 def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
     """Look at the files of a checkpoint before anything relies on them.
 
-    Args:
-        checkpoint: its folder.
-        config: the run's configuration; its keys that shape the model have to be the checkpoint's.
-
     Raises:
-        UserError: a file is missing or damaged, or the checkpoint is of another model.
+        UserError: a file is missing or damaged, or the checkpoint is of another model than the
+        configuration's.
     """
     saved = read_json(checkpoint / "config.json")
     require_architecture(saved.get("architectures"), checkpoint, config)
@@ -148,12 +122,7 @@ def require_architecture(architectures: Any, checkpoint: Path, config: TrainConf
 
 
 def require_loss(checkpoint: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise UserError when a checkpoint holds another state of the loss than this one can take.
-
-    Args:
-        checkpoint: its folder.
-        state: that of the loss that goes on.
-    """
+    """Raise UserError when a checkpoint holds another state of the loss than the one that goes on."""
     path = checkpoint / LOSS_FILE
     saved: Mapping[str, Tensor] = {}
     if path.exists():

@@ -22,19 +22,9 @@ from lossmith.training.run.checkpoints import checkpoints
 def choose_sizes(
     config: TrainConfig, corpus: Corpus
 ) -> tuple[TrainConfig, PreTrainedTokenizerFast, str | None]:
-    """Sizes that a text is large enough for.
-
-    Args:
-        config: a new run's configuration.
-        corpus: its text.
-
-    Returns:
-        The configuration, in which `vocab_size` and `block_size` are smaller where they are the defaults and
-        the text is too small for them; the tokenizer; what to say of it, or None.
-
-    Raises:
-        UserError: the text is too small for a size that was asked for.
-    """
+    """A new run's configuration, in which `vocab_size` and `block_size` are smaller where they are the
+    defaults and the text is too small for them; the tokenizer; what to say of it, or None. A UserError where
+    the text is too small for a size that was asked for."""
     is_default = {name: name not in config.changed([name]) for name in ("vocab_size", "block_size")}
     tokenizer = train_tokenizer(corpus, config.vocab_size, or_fewer=is_default["vocab_size"])
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer)}
@@ -48,18 +38,15 @@ def choose_sizes(
     if not smaller:
         return config, tokenizer, None
     config = replace(config, **smaller)
-    check_objective(config)  # ids of tokens that there are no more
+    if config.mode == SPECS["mode"].default:
+        check_objective(config)  # ids of tokens that there are no more
     said = " and ".join(f"{name}={size} instead of {SPECS[name].default}" for name, size in smaller.items())
     return config, tokenizer, f"{corpus.name} is a small text, so this run takes {said}."
 
 
 def choose_judge(config: TrainConfig) -> tuple[TrainConfig, str | None]:
-    """The newest checkpoint where the judge is named by its run's folder.
-
-    Returns:
-        The configuration, in which `judge_weight_checkpoint` is a checkpoint, so that a resumed run has the
-        same one; what to say of it, or None.
-    """
+    """The configuration with the newest checkpoint where the judge is named by its run's folder, so that a
+    resumed run has the same one; what to say of it, or None."""
     checkpoint = getattr(config, f"{SequenceScoringJudgeWeightModifier.prefix}checkpoint")
     folder = Path(checkpoint).expanduser()
     switches = (MASTER, SequenceScoringJudgeWeightModifier.enabled_key)

@@ -9,17 +9,17 @@ import contextlib
 import json
 import os
 import re
-import secrets
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.saved_run import CONFIG_FILE, step_of, write_whole
 from lossmith.training.errors import UserError
 
 RUN_FILE = "lossmith_run.json"
-CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 EVENTS_OF_TENSORBOARD = "events.out.tfevents."
@@ -37,14 +37,7 @@ class SetAside:
 
 
 class RunFolder:
-    """A run's folder, and the list of what the run wrote into it.
-
-    Args:
-        path: the folder.
-
-    Raises:
-        UserError: there is a list that is none.
-    """
+    """A run's folder, and the list of what the run wrote into it; a UserError where the list is none."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -66,21 +59,11 @@ class RunFolder:
         if events.is_dir() and all(p.name.startswith(EVENTS_OF_TENSORBOARD) for p in events.iterdir()):
             self.written.add(TENSORBOARD_FOLDER)
 
-    def require_room(self, names: Iterable[str], after_step: int) -> None:
-        """Refuse to write over what is somebody else's.
-
-        Args:
-            names: what will be written.
-            after_step: checkpoints of later steps than this may be written, too.
-
-        Raises:
-            UserError: there is something of such a name that the run did not write.
-        """
+    def require_room(self, names: Iterable[str], after_step: int = sys.maxsize) -> None:
+        """Raise UserError where something that the run did not write has one of these names, or is called
+        like a checkpoint of a step after that."""
         later = [path.name for step, path in numbered(self.path, "checkpoint") if step > after_step]
-        self._require_free_or_own([*names, *later])
-
-    def _require_free_or_own(self, names: Iterable[str]) -> None:
-        taken = [name for name in names if os.path.lexists(self.path / name) and not self.owns(name)]
+        taken = [n for n in (*names, *later) if os.path.lexists(self.path / n) and not self.owns(n)]
         if taken:
             was = "was" if len(taken) == 1 else "were"
             raise UserError(
@@ -90,23 +73,17 @@ class RunFolder:
             )
 
     def claim(self, *names: str) -> None:
-        """Put names on the list, before anything is written under them.
-
-        Raises:
-            UserError: there is something of such a name that the run did not write.
-        """
-        self._require_free_or_own(names)
+        """Put names on the list, before anything is written under them; a UserError where one is taken."""
+        self.require_room(names)
         self.written |= {*names}
         self._write_list()
 
     def set_aside(self) -> SetAside | None:
-        """Move an earlier run into a folder of its own, `previous-1/`, `previous-2/` and so on.
+        """Move an earlier run, if there is one, into a folder of its own, `previous-1/`, `previous-2/` and
+        so on.
 
         A second `python train.py` should just work, as with nanoGPT, but not at the price of a long run that
         somebody forgot to resume.
-
-        Returns:
-            What went where, or None when there was none.
         """
         names = in_order(name for name in self.written if "/" not in name and self.owns(name))
         self.written = set()
@@ -159,18 +136,13 @@ class RunFolder:
             self.written.discard(checkpoint.name)
 
     def _write_list(self) -> None:
-        names = in_order(self.written)
-        text = json.dumps({"program": PROGRAM, "written": names}, indent=1)
+        text = json.dumps({"program": PROGRAM, "written": in_order(self.written)}, indent=1)
         write_whole(self.path / RUN_FILE, text + "\n")
         self.has_list = True
 
 
 def read_list(path: Path) -> tuple[bool, set[str]]:
-    """Whether there is a list of what a run wrote, and the names on it.
-
-    Raises:
-        UserError: something else is in its place.
-    """
+    """Whether there is a list of what a run wrote, and the names on it; a UserError where it is none."""
     if not os.path.lexists(path):
         return False, set()
     names = None
@@ -199,28 +171,11 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (step_of(name.split("/")[0]), name))
 
 
-def step_of(name: str) -> int:
-    """The step of a checkpoint by its name; -1 for any other name."""
-    number = re.fullmatch(r"checkpoint-(\d+)", name, re.ASCII)
-    return int(number[1]) if number else -1
-
-
 def numbered(folder: Path, word: str) -> list[tuple[int, Path]]:
     """What is called `word-N` in a folder, by N."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        number = re.fullmatch(rf"{word}-(\d+)", path.name, re.ASCII)
-        if number:
-            found.append((int(number[1]), path))
-    return sorted(found)
-
-
-def run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in; None for a path that is no checkpoint."""
-    for path in (checkpoint.absolute(), checkpoint.resolve()):  # the latter for a link of another name
-        if step_of(path.name) >= 0 and (path / "config.json").is_file():
-            return path.parent
-    return None
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = [(re.fullmatch(rf"{word}-(\d+)", path.name, re.ASCII), path) for path in paths]
+    return sorted((int(number[1]), path) for number, path in found if number)
 
 
 def names_of(config: TrainConfig) -> tuple[str, ...]:
@@ -228,12 +183,20 @@ def names_of(config: TrainConfig) -> tuple[str, ...]:
     return (CONFIG_FILE, LOG_FILE, *([TENSORBOARD_FOLDER] if config.tensorboard_log else []))
 
 
-def require_writable(out_dir: Path) -> None:
-    """Make the folder and try it with a file.
+@contextlib.contextmanager
+def opened(out_dir: Path, *, is_main: bool) -> Iterator[RunFolder | None]:
+    """A run's folder, made if need be, that other runs are kept out of while entered; None for the ranks that
+    write nothing. A UserError where it cannot be written to, or another run is in there."""
+    require_writable(out_dir)
+    if not is_main:
+        yield None
+        return
+    with held(out_dir):
+        yield RunFolder(out_dir)
 
-    Raises:
-        UserError: it cannot be made or written to.
-    """
+
+def require_writable(out_dir: Path) -> None:
+    """Make the folder and try it with a file; a UserError where that fails."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
@@ -251,9 +214,6 @@ def held(out_dir: Path) -> Iterator[None]:
     """Keep other runs out of the folder while entered; the system lets go of it however this one ends.
 
     Where the system or the disk knows no such locks, two runs at once are not noticed.
-
-    Raises:
-        UserError: another run is in there.
     """
     try:
         import fcntl
@@ -272,20 +232,6 @@ def held(out_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in such a way that, whatever happens, it is there whole or as it was."""
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with fresh.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
 
 
 def lines_of(log: Path) -> list[str]:

@@ -16,11 +16,8 @@ REPEATED_S = 1.0
 
 
 class StopOnSignal(TrainerCallback):
-    """While entered, SIGINT and SIGTERM ask the run to save and stop; a second one stops it at once.
-
-    Args:
-        console: where to say so.
-    """
+    """While entered, SIGINT and SIGTERM ask the run to save and stop, and say so; a second one stops it at
+    once."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -41,15 +38,14 @@ class StopOnSignal(TrainerCallback):
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        # One Ctrl-C reaches a rank twice, from the terminal and from torchrun.
-        if self.received is not None and time.monotonic() - self.received_at > REPEATED_S:
+        if self.received is None:
+            self.received, self.received_at = number, time.monotonic()
+            say(self.console, "Finishing this step and saving; once more to stop at once.", "yellow")
+        elif time.monotonic() - self.received_at > REPEATED_S:
             raise KeyboardInterrupt
-        if self.received is not None:
-            return
-        self.received, self.received_at = number, time.monotonic()
-        say(self.console, "Finishing this step and saving; once more to stop at once.", "yellow")
+        # Else it is the same Ctrl-C, which reaches a rank twice: from the terminal and from torchrun.
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.received = on_any_rank(self.received, args)
         if self.received is not None:
             control.should_save = True

@@ -25,11 +25,8 @@ NUM_EXAMPLES = 8  # held-out rows that modifiers look at before training
 
 
 def add_modifiers(task: Task, device: str, dtype: str) -> None:
-    """Put the modifiers that the keys switch on into a task's loss.
-
-    Args:
-        task: its pipeline is replaced.
-        device, dtype: the run's; the judge has the same.
+    """Put the modifiers that the keys switch on into a task's loss; the judge has the run's device and
+    precision.
 
     Raises:
         UserError: values that do not go together, or a judge that cannot be used.

@@ -3,8 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from lossmith.training.run.folder import lines_of, step_in, write_whole
+from lossmith.integrations.huggingface.objective_trainer import PARTS
+from lossmith.training.config.saved_run import write_whole
+from lossmith.training.run.folder import lines_of, step_in
 from lossmith.training.run.terminal import say
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of a line: which value of a row of the log, in which words.
-
-    Args:
-        name: the value's name in the row.
-        words: a format of it, such as `loss {:.3f}`.
-        no_number: what a `null` in the row stood for.
-    """
-
-    name: str
-    words: str
-    no_number: float = math.nan
-
-
-SPEED = Figure("tokens_per_second", "{:,.0f} tokens/s")
-
-
-def describe(row: dict[str, Any], figures: Sequence[Figure]) -> str:
-    """A row of the log in words."""
-    values = [figure.no_number if row[figure.name] is None else row[figure.name] for figure in figures]
-    return "  ".join(figure.words.format(value) for figure, value in zip(figures, values, strict=True))
+from lossmith.training.tasks.measures import SPEED, Figure, describe
+from lossmith.training.tasks.task import Task
 
 
 class Stopwatch(TrainerCallback):
@@ -50,21 +29,21 @@ class Stopwatch(TrainerCallback):
         self.step_end = 0.0
         self.paused = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.lap_step, self.lap_start = state.global_step, time.perf_counter()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         if self.paused:
             self.lap_start += time.perf_counter() - self.step_end
             self.paused = False
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         self.step_end = time.perf_counter()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
         self.paused = True
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, *_: Any, **__: Any) -> None:
         self.paused = True
 
     def lap(self, step: int) -> float:
@@ -76,29 +55,22 @@ class Stopwatch(TrainerCallback):
 
 
 class LogFile(TrainerCallback):
-    """One JSON line per logged step.
-
-    Args:
-        path: where. Rows of later steps than the one a resumed run starts from are dropped, since it
-            takes those steps again.
-    """
+    """One JSON line per logged step. Rows of later steps than the one a resumed run starts from are dropped,
+    since it takes those steps again."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
         lines = lines_of(self.path) if self.path.is_file() else []
         steps = [step_in(line) for line in lines]
-        kept = [
-            line + "\n"
-            for line, step in zip(lines, steps, strict=True)
-            if step is not None and step <= state.global_step
-        ]
+        pairs = zip(lines, steps, strict=True)
+        kept = [f"{line}\n" for line, step in pairs if step is not None and step <= state.global_step]
         write_whole(self.path, "".join(kept))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         row = log_row(state.global_step, logs or {})
         if row and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
@@ -124,23 +96,16 @@ def log_row(step: int, logs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Display(TrainerCallback):
-    """A progress bar on a terminal, plain lines in a file or a pipe.
+    """A progress bar on a terminal, plain lines in a file or a pipe, in the words of a task."""
 
-    Args:
-        console: where.
-        steps: what to say of a logged step.
-        evaluations: what to say of an evaluation.
-    """
-
-    def __init__(self, console: Console, steps: Sequence[Figure], evaluations: Sequence[Figure]):
+    def __init__(self, console: Console, task: Task):
         self.console = console
-        self.steps = (*steps, SPEED)
-        self.evaluations = evaluations
+        self.task = task
         self.bar: Progress | None = None
         self.task_id: Any = None
         self.done = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.console.is_terminal:
             return
         bar = Progress(
@@ -156,24 +121,25 @@ class Display(TrainerCallback):
         bar.start()
         self.bar = bar
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.update(self.task_id, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         row = log_row(state.global_step, logs or {})
-        if row is None:
-            return
-        if "val_loss" in row and self.done:
+        if row is None or ("val_loss" in row and self.done):
             return  # the closing evaluation has a line of its own
+        # in a width that does not jump: `step  40/400`
+        step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        figures = (*self.task.step_figures, SPEED)
         if "val_loss" in row:
-            say(self.console, f"{step_of(state)}  {describe(row, self.evaluations)}", "bold")
+            say(self.console, f"{step}  {describe(row, self.task.evaluation_figures)}", "bold")
         elif self.bar is not None:
-            self.bar.update(self.task_id, measures=describe(row, self.steps))
+            self.bar.update(self.task_id, measures=describe(row, figures))
         else:
-            say(self.console, f"{step_of(state)}  {describe(row, self.steps)}")
+            say(self.console, f"{step}  {describe(row, [*figures, *parts_in(row)])}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self.done = True
         self.close()
 
@@ -184,6 +150,6 @@ class Display(TrainerCallback):
             self.bar = None
 
 
-def step_of(state: Any) -> str:
-    """How far a run is, in a width that does not jump: `step  40/400`."""
-    return f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+def parts_in(row: dict[str, Any]) -> Iterator[Figure]:
+    """The parts of the loss in a row of the log, under the names that they have there."""
+    return (Figure(name, f"{name} {{:.3g}}") for name in row if name.startswith(PARTS))

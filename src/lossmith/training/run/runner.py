@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import shlex
 import sys
 import warnings
@@ -11,19 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from rich.console import Console, RenderableType
-from rich.panel import Panel
-from rich.text import Text
-from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from lossmith.training.config.idle_keys import idle_in_evaluation, without_effect
+from lossmith.training.config.idle_keys import idle_in_evaluation
 from lossmith.training.config.keys import TrainConfig
-from lossmith.training.config.reading import saved_config
+from lossmith.training.config.reading import read_saved_config, resolve
 from lossmith.training.config.saved_run import save_config
-from lossmith.training.data.corpus import Corpus, load_corpus
+from lossmith.training.data.corpus import load_corpus
 from lossmith.training.errors import UserError
-from lossmith.training.run import folder as rundir
 from lossmith.training.run.checkpoints import (
     KeepCheckpoints,
     checkpoint_of,
@@ -32,14 +27,16 @@ from lossmith.training.run.checkpoints import (
     require_sound_checkpoint,
 )
 from lossmith.training.run.choices import choose_judge, choose_sizes
+from lossmith.training.run.folder import LOG_FILE, RunFolder, SetAside, names_of, opened
 from lossmith.training.run.interrupt import StopOnSignal
 from lossmith.training.run.loss_modifiers import add_modifiers, show_modifiers, verbose_modifiers
-from lossmith.training.run.progress import Display, LogFile, describe, log_row
+from lossmith.training.run.progress import Display, LogFile, log_row
+from lossmith.training.run.summary import no_effect, show_first_loss, show_results, show_summary
 from lossmith.training.run.terminal import say, saying_warnings
 from lossmith.training.run.trackers import open_trackers, require_trackers
 from lossmith.training.run.trainer import TaskTrainer, choose_dtype, training_arguments
 from lossmith.training.tasks import make_task
-from lossmith.training.tasks.task import Task
+from lossmith.training.tasks.measures import describe
 
 
 def run(config: TrainConfig, console: Console, command: str = "python train.py") -> int:
@@ -63,75 +60,56 @@ def run(config: TrainConfig, console: Console, command: str = "python train.py")
 
 def train(config: TrainConfig, console: Console, command: str) -> int:
     """A training run, new or resumed."""
-    out_dir = Path(config.out_dir)
-    rundir.require_writable(out_dir)
     args = training_arguments(config)
     require_trackers(config)
-    if args.process_index:  # the first rank alone writes
-        return train_in(None, config, args, console, command)
-    with rundir.held(out_dir):
-        return train_in(rundir.RunFolder(out_dir), config, args, console, command)
+    with opened(Path(config.out_dir), is_main=not args.process_index) as folder:
+        # 1. Everything that can be refused is refused before any work.
+        first_step, checkpoint = where_to_begin(config, folder)
+        config, of_judge = choose_judge(config)
 
-
-def train_in(
-    folder: rundir.RunFolder | None,
-    config: TrainConfig,
-    args: TrainingArguments,
-    console: Console,
-    command: str,
-) -> int:
-    """A training run in a folder that no other run is writing to; None on ranks that write nothing."""
-    out_dir = Path(config.out_dir)
-
-    # 1. Everything that can be refused is refused before any work.
-    first_step, checkpoint = where_to_begin(config, folder)
-    config, of_judge = choose_judge(config)
-
-    # 2. Text, tokens, loss, model.
-    corpus = load_corpus(config.dataset)
-    of_sizes = None
-    if checkpoint:
-        tokenizer = saved_tokenizer(checkpoint)
-    else:
-        config, tokenizer, of_sizes = choose_sizes(config, corpus)
-    transformers.set_seed(config.seed)
-    task = make_task(config, corpus, tokenizer, blocks_to_draw(config, args))
-    _ = task.train_blocks[0]  # a text too short for a block is refused here
-    add_modifiers(task, str(args.device), choose_dtype(config))
-    if checkpoint:
-        require_loss(checkpoint, task.pipeline.state_dict())
-    model = task.make_model()  # the Trainer reads a checkpoint's weights
-    model.to(args.device)  # pyright: ignore[reportArgumentType]
-    if folder:
-        for said in filter(None, (of_sizes, of_judge)):
-            say(console, said)
-        show_summary(config, console, corpus, task, model, args)
-        show_modifiers(console, task)
+        # 2. Text, tokens, loss, model.
+        corpus, of_sizes = load_corpus(config.dataset), None
         if checkpoint:
-            say(console, f"Resuming from {checkpoint}.\n")
+            tokenizer = saved_tokenizer(checkpoint)
         else:
-            show_first_loss(console, task, model, config)
-
-    # 3. The loop.
-    stop, display = StopOnSignal(console), Display(console, task.step_figures, task.evaluation_figures)
-    with open_trackers(config, first_step, is_main=folder is not None) as trackers:
-        aside = prepare_folder(folder, config, console) if folder else None
-        watchers = [*trackers, LogFile(out_dir / rundir.LOG_FILE), display, stop]
+            config, tokenizer, of_sizes = choose_sizes(config, corpus)
+        transformers.set_seed(config.seed)
+        task = make_task(config, corpus, tokenizer, blocks_to_draw(config, args))
+        _ = task.train_blocks[0]  # a text too short for a block is refused here
+        add_modifiers(task, str(args.device), choose_dtype(config))
+        if checkpoint:
+            require_loss(checkpoint, task.pipeline.state_dict())
+        model = task.make_model()  # the Trainer reads a checkpoint's weights
+        model.to(args.device)  # pyright: ignore[reportArgumentType]
         if folder:
-            watchers.append(KeepCheckpoints(folder))
-        trainer = TaskTrainer(task, model, config, args, watchers)
-        with stop, contextlib.closing(display), verbose_modifiers(config, console):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            for said in filter(None, (of_sizes, of_judge)):
+                say(console, said)
+            show_summary(console, task, model, args)
+            show_modifiers(console, task)
+            if checkpoint:
+                say(console, f"Resuming from {checkpoint}.\n")
+            else:
+                show_first_loss(console, task, model, config)
 
-        # 4. What came of it.
-        step = trainer.state.global_step
-        if stop.received and step < config.max_iters:
-            say(console, f"Stopped after step {step} of {config.max_iters}; checkpoint saved. To go on:")
-            say(console, f"  {command} --out_dir={shlex.quote(config.out_dir)} --resume", "bold")
-            return 128 + stop.received
-        measures = trainer.evaluate(everything=True)
-    show_results(console, out_dir, task, measures, task.sample(model), aside)
-    return 0
+        # 3. The loop.
+        stop, display = StopOnSignal(console), Display(console, task)
+        with open_trackers(config, first_step, is_main=folder is not None) as trackers:
+            aside = prepare_folder(folder, config, console) if folder else None
+            watchers = [*trackers, LogFile(Path(config.out_dir) / LOG_FILE), display, stop]
+            watchers += [KeepCheckpoints(folder)] if folder else []
+            trainer = TaskTrainer(task, model, config, args, watchers)
+            with stop, contextlib.closing(display), verbose_modifiers(config, console):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+            # 4. What came of it.
+            step = trainer.state.global_step
+            if stop.received and step < config.max_iters:
+                say(console, f"Stopped after step {step} of {config.max_iters}; checkpoint saved. To go on:")
+                say(console, f"  {command} --out_dir={shlex.quote(config.out_dir)} --resume", "bold")
+                return 128 + stop.received
+            measures = trainer.evaluate(everything=True)
+        show_results(console, task, measures, task.sample(model), aside)
+        return 0
 
 
 def evaluate_saved(config: TrainConfig, console: Console) -> int:
@@ -139,7 +117,7 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
     step, checkpoint = checkpoint_of(Path(config.out_dir))
     require_sound_checkpoint(checkpoint, config)
     args = training_arguments(config)
-    idle = idle_in_evaluation(config, saved_config(config))
+    idle = idle_in_evaluation(config, resolve(read_saved_config(config)))
     if idle:
         say(console, f"warning: {no_effect(idle)} with eval_only.\n", "yellow")
     corpus = load_corpus(config.dataset)
@@ -167,7 +145,7 @@ def saved_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(checkpoint)
 
 
-def where_to_begin(config: TrainConfig, folder: rundir.RunFolder | None) -> tuple[int, Path | None]:
+def where_to_begin(config: TrainConfig, folder: RunFolder | None) -> tuple[int, Path | None]:
     """The step that a run begins after, and the checkpoint that holds it, None for a new run.
 
     Raises:
@@ -182,106 +160,20 @@ def where_to_begin(config: TrainConfig, folder: rundir.RunFolder | None) -> tupl
     if folder and checkpoint and not folder.has_list:
         folder.recognise()
     if folder:
-        folder.require_room(rundir.names_of(config), after_step=first_step)
+        folder.require_room(names_of(config), after_step=first_step)
     if checkpoint:
         require_sound_checkpoint(checkpoint, config)
     return first_step, checkpoint
 
 
-def prepare_folder(folder: rundir.RunFolder, config: TrainConfig, console: Console) -> rundir.SetAside | None:
+def prepare_folder(folder: RunFolder, config: TrainConfig, console: Console) -> SetAside | None:
     """Move an earlier run out of the way and write this run's configuration."""
     aside = None if config.resume else folder.set_aside()
     if aside:
         say(console, f"The earlier run in {config.out_dir} is now in {aside.folder}.\n")
-    folder.claim(*rundir.names_of(config))
+    folder.claim(*names_of(config))
     save_config(config)
     return aside
-
-
-# ── what is shown ─────────────────────────────────────────────────────────────────────────────────
-
-
-def show_summary(
-    config: TrainConfig,
-    console: Console,
-    corpus: Corpus,
-    task: Task,
-    model: PreTrainedModel,
-    args: TrainingArguments,
-) -> None:
-    """What is about to be trained, on what, with what."""
-    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
-    of_the_loss = sum(p.numel() for p in task.pipeline.parameters() if p.requires_grad)
-    rows = {
-        "mode": config.mode + (f", {config.objective}" if config.mode == "language_model" else ""),
-        "text": f"{corpus.name}: {len(task.train_tokens):,} tokens to train on, "
-        f"{task.num_held_out_tokens:,} held out",
-        "vocabulary": f"{config.vocab_size:,} pieces",
-        "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}"
-        + (", {} experts with {} a token".format(*config.experts) if config.experts else "")
-        + f": {model.num_parameters() - sum(p.numel() for p in task.pipeline.parameters()):,} parameters",
-        "objective": task.describe_loss() + (f": {of_the_loss:,} parameters" if of_the_loss else ""),
-        "training": f"{config.max_iters:,} steps of {tokens_per_step * args.world_size:,} tokens, "
-        f"{args.device.type}, {precision}{', compiled' if config.compile else ''}",
-    }
-    for name, value in rows.items():
-        say(console, Text.assemble((f"{name:<12}", "cyan"), value))
-    say(console)
-    if config.warmup_iters >= config.max_iters:
-        say(
-            console,
-            f"warning: warmup_iters={config.warmup_iters} is no less than max_iters={config.max_iters}, so "
-            "the learning rate never reaches its height. Lower --warmup_iters.\n",
-            "yellow",
-        )
-    idle = without_effect(config)
-    for need in dict.fromkeys(need for _, need in idle):
-        names = [name for name, other in idle if other == need]
-        say(console, f"warning: {no_effect(names)} without {need}.\n", "yellow")
-
-
-def no_effect(names: list[str]) -> str:
-    """What to say of keys that change nothing."""
-    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect"
-
-
-def show_first_loss(console: Console, task: Task, model: PreTrainedModel, config: TrainConfig) -> None:
-    """Compare the untrained model's loss with what knowing nothing costs."""
-    some = range(min(config.batch_size, len(task.held_out)))  # pyright: ignore[reportArgumentType]
-    first = task.evaluate(model, DataLoader(Subset(task.held_out, some), batch_size=len(some)))["loss"]
-    nothing = task.knowing_nothing()
-    say(console, f"The initial loss is {first:.3f}; {nothing.said}.\n")
-    if not math.isfinite(first) or abs(first - nothing.loss) > nothing.margin:
-        say(
-            console,
-            f"warning: these are more than {nothing.margin} apart. An untrained model should know nothing; "
-            "look at the initialisation and at the loss.\n",
-            "yellow",
-        )
-
-
-def show_results(
-    console: Console,
-    out_dir: Path,
-    task: Task,
-    measures: dict[str, float],
-    sample: RenderableType | None,
-    aside: rundir.SetAside | None,
-) -> None:
-    """The final measures, a sample, and where everything is."""
-    if sample is not None:
-        say(console)
-        say(console, Panel(sample, title=task.sample_title, title_align="left", border_style="dim"))
-    row = log_row(0, measures) or {}
-    step, checkpoint = last_checkpoint(out_dir)
-    say(console, f"\nAll held-out text, after step {step}: {describe(row, task.evaluation_figures)}", "bold")
-    say(
-        console,
-        f"Saved {checkpoint} (model, tokenizer), {out_dir / rundir.LOG_FILE}, {out_dir / rundir.CONFIG_FILE}",
-    )
-    if aside:
-        say(console, f"The earlier run was moved to {aside.folder}: {', '.join(aside.names)}")
 
 
 @contextlib.contextmanager

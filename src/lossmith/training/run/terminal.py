@@ -43,13 +43,8 @@ def spelled_out(found: re.Match[str]) -> str:
 
 
 def say(console: Console, what: RenderableType = "", style: str | None = None) -> None:
-    """Print something as it is: no markup, no colouring of numbers, nothing that a terminal acts on.
-
-    Args:
-        console: where.
-        what: a text, which is not broken where a pipe has no width, or anything else that `rich` prints.
-        style: of a text.
-    """
+    """Print a text, or anything else that `rich` prints, as it is: no markup, no colouring of numbers,
+    nothing that a terminal acts on. A text is not broken where a pipe has no width."""
     if isinstance(what, str | Text):
         console.print(shown(what), style=style, soft_wrap=True)
     else:

@@ -21,10 +21,7 @@ NEEDED = {"tensorboard_log": "tensorboard", "wandb_log": "wandb"}
 
 
 def require_trackers(config: TrainConfig) -> None:
-    """
-    Raises:
-        UserError: a logger that was asked for is not installed, or cannot write.
-    """
+    """Raise UserError where a logger that was asked for is not installed, or cannot write."""
     for key, package in NEEDED.items():
         if getattr(config, key) and importlib.util.find_spec(package) is None:
             raise UserError(f"{key}=True needs the {package} package; `pip install 'lossmith[track]'`.")
@@ -37,18 +34,13 @@ def require_trackers(config: TrainConfig) -> None:
 
 
 class Tracker(TrainerCallback):
-    """Passes on what is logged.
-
-    Args:
-        write: (step, values by name).
-        close: called when the run is over.
-    """
+    """Passes on what is logged: `write(step, values by name)`, and `close()` when the run is over."""
 
     def __init__(self, write: Callable[[int, dict[str, float]], None], close: Callable[[], None]):
         self.write = write
         self.close = close
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if log_row(state.global_step, logs or {}) is not None:  # else the Trainer's closing summary
             self.write(state.global_step, tracked(logs))
 
@@ -69,16 +61,8 @@ def tracked(logs: dict[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def open_trackers(config: TrainConfig, first_step: int, is_main: bool) -> Iterator[list[Tracker]]:
-    """The trackers that the configuration asks for, closed on leaving.
-
-    Args:
-        config: the run's configuration.
-        first_step: where a resumed run starts, 0 for a new one.
-        is_main: whether this is the rank that writes.
-
-    Raises:
-        UserError: Weights & Biases refuses to start.
-    """
+    """The trackers that the configuration asks for, on the rank that writes, closed on leaving; a resumed
+    run goes on after `first_step`."""
     with contextlib.ExitStack() as stack:
         trackers = []
         if config.wandb_log and is_main:
@@ -111,7 +95,8 @@ def tensorboard(config: TrainConfig, first_step: int) -> Tracker:
 
 
 def weights_and_biases(config: TrainConfig) -> Tracker:
-    """A run of Weights & Biases, with its files in the run's folder."""
+    """A run of Weights & Biases, with its files in the run's folder; a UserError where it refuses to
+    start."""
     import wandb
 
     try:

@@ -24,15 +24,8 @@ from lossmith.training.tasks.task import Task
 
 
 class TaskTrainer(ObjectiveTrainer):
-    """The Trainer for one task.
-
-    Args:
-        task: what is trained; its model carries the loss inside its forward.
-        model: the task's model.
-        config: the run's configuration.
-        args: `training_arguments(config)`.
-        callbacks: what watches the run.
-    """
+    """The Trainer for one task, whose model carries the loss inside its forward; `args` are
+    `training_arguments(config)`, and `callbacks` watch the run."""
 
     def __init__(
         self,
@@ -140,11 +133,7 @@ class TaskTrainer(ObjectiveTrainer):
 
 
 class SettingsOfThisRun(TrainerCallback):
-    """A resumed run goes by its own configuration; the checkpoint brings that of the run before.
-
-    Args:
-        config: the run's configuration.
-    """
+    """A resumed run goes by its own configuration; the checkpoint brings that of the run before."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -152,11 +141,8 @@ class SettingsOfThisRun(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
     ) -> None:
-        state.logging_steps, state.eval_steps, state.save_steps = (
-            args.logging_steps,
-            args.eval_steps,
-            args.save_steps,
-        )
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            setattr(state, name, getattr(args, name))
         schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
         schedule.base_lrs = [self.config.learning_rate] * len(schedule.base_lrs)
         for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
@@ -172,11 +158,7 @@ class SettingsOfThisRun(TrainerCallback):
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Our keys as the Trainer's arguments.
-
-    Raises:
-        UserError: the device or the precision asked for is not there.
-    """
+    """Our keys as the Trainer's arguments; a UserError where the device or the precision is not there."""
     device, dtype = choose_device(config), choose_dtype(config)
     args = TrainingArguments(
         output_dir=config.out_dir,

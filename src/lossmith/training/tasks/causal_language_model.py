@@ -16,9 +16,17 @@ from lossmith.integrations.huggingface.attachment import attach, attached_to
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.data.blocks import IGNORED, RandomBlocks, Windows
 from lossmith.training.data.tokenizer import bytes_per_token
-from lossmith.training.run.progress import Figure
+from lossmith.training.tasks.measures import (
+    LOSS,
+    PERPLEXITY,
+    VALIDATION_LOSS,
+    Figure,
+    KnowingNothing,
+    perplexity,
+    uniform_guess,
+)
 from lossmith.training.tasks.models import choose_experts_by_bias, make_language_model
-from lossmith.training.tasks.task import Batch, KnowingNothing, Seen
+from lossmith.training.tasks.task import Batch, Seen
 from lossmith.training.tasks.token_task import TokenTask
 
 SAMPLE_TEMPERATURE = 0.8
@@ -32,16 +40,8 @@ class CausalLanguageModel(TokenTask):
     mode = lossmith.ModelMode.LANGUAGE_MODEL
     model_class = LlamaForCausalLM
     shift = True
-    training_measure = "perplexity"
-    step_figures = (
-        Figure("loss", "loss {:.3f}"),
-        Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf),
-    )
-    evaluation_figures = (
-        Figure("val_loss", "validation loss {:.3f}"),
-        Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf),
-        Figure("bits_per_byte", "{:.3f} bits per byte"),
-    )
+    step_figures = (LOSS, PERPLEXITY)
+    evaluation_figures = (VALIDATION_LOSS, PERPLEXITY, Figure("bits_per_byte", "{:.3f} bits per byte"))
 
     def make_held_out(self, tokens: Tensor) -> Dataset:
         self.bytes_per_token = bytes_per_token(self.tokenizer)
@@ -75,9 +75,6 @@ class CausalLanguageModel(TokenTask):
         assert self.attached.parts is not None
         assert self.attached.observed is not None
         return Seen(self.attached.parts, self.attached.observed)
-
-    def training_measures(self, mean: float) -> dict[str, float]:
-        return {"perplexity": perplexity(mean)}
 
     def knowing_nothing(self) -> KnowingNothing:
         return uniform_guess(self.config.vocab_size, FAR_OFF)
@@ -122,17 +119,3 @@ class CausalLanguageModel(TokenTask):
                 use_cache=True,
             )
         return Text(str(self.tokenizer.decode(tokens[0], skip_special_tokens=True)).strip("\n"))
-
-
-def perplexity(mean: float) -> float:
-    """The exponential of a mean negative log-likelihood, infinite where a float holds no such number."""
-    try:
-        return math.exp(mean)
-    except OverflowError:
-        return math.inf
-
-
-def uniform_guess(num_classes: int, margin: float) -> KnowingNothing:
-    """What giving each of the classes the same probability costs."""
-    loss = math.log(num_classes)
-    return KnowingNothing(loss, f"a uniform guess costs log {num_classes} = {loss:.3f}", margin)

@@ -22,13 +22,10 @@ def with_loss(model: PreTrainedModel, loss: Loss, fused: FusedHead | None = None
     it sees no labels. Parameters, `state_dict` and `save_pretrained` are untouched.
 
     Args:
-        model: a model whose output has `logits`.
+        model: a model whose output has `logits`; it is returned.
         loss: see `Loss`; the result is what the forward returns.
         fused: the model's head, where it is to be left out of the forward in training: `loss` gets what is
             multiplied there, and no logits.
-
-    Returns:
-        The same model.
     """
     original, seen = model.forward, HeadInput(fused)
     head: Any = model.get_output_embeddings() if fused is not None else None

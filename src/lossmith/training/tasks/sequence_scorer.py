@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
@@ -13,14 +13,14 @@ import lossmith
 from lossmith.modifiers.judge import expected_wrongness
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.data.corruption import draw_number, generator_of
-from lossmith.training.run.progress import Figure
 from lossmith.training.tasks.corrupted_task import CorruptedTask
-from lossmith.training.tasks.models import make_bidirectional_model
-from lossmith.training.tasks.task import Batch, KnowingNothing, detached
+from lossmith.training.tasks.measures import Figure, KnowingNothing
+from lossmith.training.tasks.task import Batch, detached, sum_each
 
 SAMPLE_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 FAR_OFF = 0.15  # of a mean over few texts
 ROUNDING = 1e-9
+ERROR = Figure("mean_absolute_error", "mean absolute error {:.3f}")
 
 
 class SequenceScorer(CorruptedTask):
@@ -32,14 +32,11 @@ class SequenceScorer(CorruptedTask):
 
     mode = lossmith.ModelMode.SEQUENCE_SCORER
     model_class = ModernBertForSequenceClassification
-    training_measure = "mean_absolute_error"
-    step_figures = (
-        Figure("loss", "loss {:.4f}"),
-        Figure("mean_absolute_error", "mean absolute error {:.3f}"),
-    )
+    head: ClassVar = {"id2label": {0: "wrongness"}}
+    step_figures = (Figure("loss", "loss {:.4f}"), ERROR)
     evaluation_figures = (
         Figure("val_loss", "validation loss {:.4f}"),
-        Figure("mean_absolute_error", "mean absolute error {:.3f}"),
+        ERROR,
         Figure("correlation", "correlation {:.3f}"),
     )
     sample_title = "one text, more and more of it replaced"
@@ -60,16 +57,6 @@ class SequenceScorer(CorruptedTask):
         """Replace a random share of a block [T], from none of it to all."""
         return self.replace(block, draw_number(0, len(block), generator), generator)
 
-    def build_model(self) -> PreTrainedModel:
-        return make_bidirectional_model(
-            self.model_class,
-            self.config,
-            self.end_of_text,
-            self.cls,
-            self.num_positions(self.config),
-            id2label={0: "wrongness"},
-        )
-
     def make_objective(self) -> None:
         return None
 
@@ -89,6 +76,9 @@ class SequenceScorer(CorruptedTask):
     def describe_loss(self) -> str:
         return "squared error of the score"
 
+    def training_measures(self, mean: float) -> dict[str, float]:
+        return {"mean_absolute_error": mean}
+
     def knowing_nothing(self) -> KnowingNothing:
         length = self.config.block_size
         targets = expected_wrongness(torch.arange(length + 1, dtype=torch.float64) / length)
@@ -100,8 +90,8 @@ class SequenceScorer(CorruptedTask):
         scores = logits.squeeze(-1).cpu().double().sigmoid()
         targets = batch["labels"].double()
         errors = scores - targets
-        values = (errors**2, errors.abs(), scores, targets, scores**2, targets**2, scores * targets)
-        return torch.stack([*(value.sum() for value in values), torch.tensor(float(len(targets)))])
+        products = (scores**2, targets**2, scores * targets)
+        return sum_each(errors**2, errors.abs(), scores, targets, *products, torch.ones_like(targets))
 
     def measures(self, sums: Sequence[float]) -> dict[str, float]:
         num = sums[-1]

@@ -1,7 +1,7 @@
 """``Task``: what one mode of the trainer trains: its data, its model, its loss and its measures.
 
-The runner asks a task for these and knows nothing else about it, so that another mode is another
-subclass.
+The runner asks a task for these and knows nothing else about it, so that another mode is another subclass,
+and a line in the table of modes (`config/keys.py`).
 """
 
 from abc import ABC, abstractmethod
@@ -22,27 +22,12 @@ from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.loss_keys import OPTIONS
 from lossmith.training.data.blocks import RandomBlocks
 from lossmith.training.data.corpus import Corpus
-from lossmith.training.data.tokenizer import CLS, END_OF_TEXT, MASK, encode, token_id
-from lossmith.training.run.progress import Figure
+from lossmith.training.data.tokenizer import END_OF_TEXT, encode, token_id
 from lossmith.training.tasks.loss_in_forward import with_loss
+from lossmith.training.tasks.measures import Figure, KnowingNothing
 
 Batch = dict[str, Tensor]
 LOSS_NAMES = {"cross_entropy": "cross-entropy", "nvamp": "NVAMP", "unified": "unified loss"}
-
-
-@dataclass(frozen=True)
-class KnowingNothing:
-    """What a model costs that knows nothing.
-
-    Attributes:
-        loss: its loss.
-        said: that in words, such as `a uniform guess costs log 2048 = 7.625`.
-        margin: an untrained model further away than this points at a mistake.
-    """
-
-    loss: float
-    said: str
-    margin: float
 
 
 @dataclass(frozen=True)
@@ -76,7 +61,6 @@ class Task(ABC):
     mode: ClassVar[lossmith.ModelMode]
     model_class: ClassVar[type[PreTrainedModel]]
     loss_of: ClassVar[str] = ""  # what the loss is of, where that has to be said
-    training_measure: ClassVar[str]  # logged beside the loss: a mean of what is observed
     step_figures: ClassVar[Sequence[Figure]]
     evaluation_figures: ClassVar[Sequence[Figure]]
     sample_title: ClassVar[str] = "sample"
@@ -88,6 +72,7 @@ class Task(ABC):
         self.tokenizer = tokenizer
         self.corpus = corpus
         self.num_blocks = num_blocks
+        self.end_of_text = token_id(tokenizer, END_OF_TEXT)
         held_out_tokens = encode(tokenizer, corpus.held_out)
         self.num_held_out_tokens = len(held_out_tokens)
         self.held_out: Dataset = self.make_held_out(held_out_tokens)
@@ -104,9 +89,8 @@ class Task(ABC):
     def train_blocks(self) -> Dataset:
         """What is trained on."""
         config = self.config
-        return self.make_train_blocks(
-            RandomBlocks(self.train_tokens, config.block_size, self.num_blocks, config.seed)
-        )
+        blocks = RandomBlocks(self.train_tokens, config.block_size, self.num_blocks, config.seed)
+        return self.make_train_blocks(blocks)
 
     @abstractmethod
     def make_held_out(self, tokens: Tensor) -> Dataset:
@@ -115,18 +99,6 @@ class Task(ABC):
     @abstractmethod
     def make_train_blocks(self, blocks: RandomBlocks) -> Dataset:
         """Examples of blocks of the training text."""
-
-    @property
-    def end_of_text(self) -> int:
-        return token_id(self.tokenizer, END_OF_TEXT)
-
-    @property
-    def mask(self) -> int:
-        return token_id(self.tokenizer, MASK)
-
-    @property
-    def cls(self) -> int:
-        return token_id(self.tokenizer, CLS)
 
     # ── the model and its loss ────────────────────────────────────────────────────────────────────
 
@@ -175,24 +147,20 @@ class Task(ABC):
         raise NotImplementedError
 
     def seen(self, outputs: Any) -> Seen:
-        """What is to be known of the last batch.
-
-        Args:
-            outputs: what the model's forward returned.
-        """
+        """What is to be known of the last batch, of what the model's forward returned."""
         return Seen(outputs["parts"], outputs["observed"])
 
     def count(self, batch: Batch) -> Tensor:
         """What the loss of a batch is divided by."""
         return self.pipeline.count(batch["labels"])
 
+    @abstractmethod
     def training_measures(self, mean: float) -> dict[str, float]:
         """What is logged beside the loss, from the mean of what was observed."""
-        return {self.training_measure: mean}
 
     def part_metrics(self) -> dict[str, float]:
-        """What the objective measures of its parts in a batch, `moe_balance_loss/max_violation` say: of the
-        last one, every metric with a slash in its name."""
+        """What the objective measured of its parts in the last batch, `moe_balance_loss/max_violation`
+        say."""
         return {}
 
     def describe_loss(self) -> str:
@@ -239,3 +207,8 @@ class Task(ABC):
 def detached(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parts of a loss as numbers, without what they were made of."""
     return {name: part.detach() for name, part in parts.items()}
+
+
+def sum_each(*values: Tensor) -> Tensor:
+    """The sum of each tensor, in double precision on the CPU."""
+    return torch.stack([value.detach().cpu().double().sum() for value in values])

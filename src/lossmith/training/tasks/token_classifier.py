@@ -1,6 +1,7 @@
 """``TokenClassifier``: tell which tokens of a text were replaced."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from rich.text import Text
@@ -10,11 +11,16 @@ from transformers import ModernBertForTokenClassification, PreTrainedModel
 import lossmith
 from lossmith.training.data.corruption import draw_number
 from lossmith.training.data.marked_text import Mark, marked_text
-from lossmith.training.run.progress import Figure
-from lossmith.training.tasks.causal_language_model import uniform_guess
 from lossmith.training.tasks.corrupted_task import CorruptedTask
-from lossmith.training.tasks.models import make_bidirectional_model
-from lossmith.training.tasks.task import Batch, KnowingNothing
+from lossmith.training.tasks.measures import (
+    ACCURACY,
+    LOSS,
+    VALIDATION_LOSS,
+    Figure,
+    KnowingNothing,
+    uniform_guess,
+)
+from lossmith.training.tasks.task import Batch, sum_each
 from lossmith.training.tasks.token_task import TokenTask
 
 LARGEST_SHARE = 0.5  # of a row's tokens replaced; beyond it too little of the text is left to go by
@@ -32,14 +38,14 @@ class TokenClassifier(CorruptedTask, TokenTask):
 
     mode = lossmith.ModelMode.TOKEN_CLASSIFIER
     model_class = ModernBertForTokenClassification
+    head: ClassVar = {"id2label": {KEPT: "kept", REPLACED: "replaced"}}
     num_classes = 2
     loss_of = " of replaced or not"
-    training_measure = "accuracy"
-    step_figures = (Figure("loss", "loss {:.3f}"), Figure("accuracy", "accuracy {:.1%}"))
+    step_figures = (LOSS, ACCURACY)
     evaluation_figures = (
-        Figure("val_loss", "validation loss {:.3f}"),
+        VALIDATION_LOSS,
         Figure("f1", "F1 {:.3f}"),
-        Figure("accuracy", "accuracy {:.1%}"),
+        ACCURACY,
         Figure("replaced", "({:.1%} replaced)"),
     )
     sample_title = "replaced tokens"
@@ -50,18 +56,11 @@ class TokenClassifier(CorruptedTask, TokenTask):
         ids, replaced = self.replacement(block, num, generator)
         return {"input_ids": ids, "labels": torch.where(replaced, REPLACED, KEPT)}
 
-    def build_model(self) -> PreTrainedModel:
-        return make_bidirectional_model(
-            self.model_class,
-            self.config,
-            self.end_of_text,
-            self.cls,
-            self.config.block_size,
-            id2label={KEPT: "kept", REPLACED: "replaced"},
-        )
-
     def observe(self, stats: lossmith.TokenStats) -> Tensor:
         return stats.unscaled.correct.float()
+
+    def training_measures(self, mean: float) -> dict[str, float]:
+        return {"accuracy": mean}
 
     def knowing_nothing(self) -> KnowingNothing:
         return uniform_guess(2, FAR_OFF)
@@ -71,8 +70,8 @@ class TokenClassifier(CorruptedTask, TokenTask):
         logits = model(input_ids=batch["input_ids"].to(model.device)).logits  # [B, T, 2]
         stats = lossmith.token_stats(logits, labels)
         replaced, found = labels == REPLACED, logits.argmax(-1) == REPLACED
-        values = (stats.nll, found == replaced, found & replaced, found, replaced, torch.ones_like(labels))
-        return torch.stack([value.cpu().double().sum() for value in values])
+        hits, everything = found & replaced, torch.ones_like(labels)
+        return sum_each(stats.nll, found == replaced, hits, found, replaced, everything)
 
     def measures(self, sums: Sequence[float]) -> dict[str, float]:
         nll, correct, hits, found, replaced, num_tokens = sums

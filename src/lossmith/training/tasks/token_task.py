@@ -8,6 +8,7 @@ from torch import Tensor
 
 import lossmith
 from lossmith.training.config.objective import make_objective
+from lossmith.training.tasks.measures import perplexity
 from lossmith.training.tasks.task import Task, detached
 
 
@@ -35,14 +36,17 @@ class TokenTask(Task):
 
     def observed(self, output: lossmith.LossOutput) -> Tensor:
         """[2] the sum of what is observed of every token, and how many they are. What the objective measures
-        of its parts is kept until the next batch, unread."""
+        of its parts, every metric with a slash in its name, is kept until the next batch, unread."""
         assert output.stats is not None
         self.measured = output.metrics.only(lambda name: "/" in name and name not in output.parts)
         return torch.stack([self.observe(output.stats).detach().sum(), output.num_tokens])
+
+    def training_measures(self, mean: float) -> dict[str, float]:
+        return {"perplexity": perplexity(mean)}
 
     def part_metrics(self) -> dict[str, float]:
         return {} if self.measured is None else self.measured.to_dict()
 
     def observe(self, stats: lossmith.TokenStats) -> Tensor:
-        """[N] what `training_measure` is made of: the plain negative log-likelihood of each token."""
+        """[N] what `training_measures` are made of: the plain negative log-likelihood of each token."""
         return stats.unscaled.nll

@@ -1,0 +1,140 @@
+"""What a configuration has to be: every key in its range, and no key about something that is not there."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from lossmith.options import Declared
+from lossmith.training.config.keys import MIN_LR_DIVISOR, SPECS, TaskKeys, TrainConfig
+from lossmith.training.config.loss_keys import LOSS_KEYS, OPTIONS
+from lossmith.training.config.objective import check_objective
+from lossmith.training.errors import UserError
+
+# What a component reads that only some models and modes have: the keys that switch it on.
+LEFT_TO_RIGHT = ("use_ngram_penalty", "use_immediate_repetition_penalty", "eos_token_id")
+OF_HIDDEN_STATES = ("use_mtp", "use_contrastive_loss")
+OF_ROUTERS = ("use_moe_balancing", "router_z_loss_weight")
+OF_EXPERTS = ("num_experts", "moe_top_k", "moe_num_layers")
+# Larger whole numbers are shown as powers of ten.
+LONGEST_NUMBER = 10**15
+
+
+def check(config: TrainConfig) -> None:
+    """Raise UserError for a value out of its range or values that do not go together."""
+    for name, spec in SPECS.items():
+        check_range(spec, getattr(config, name))
+    _check_sizes(config)
+    for is_wrong, names, why in _out_of_place(config):
+        for name in config.changed(names) if is_wrong else ():
+            raise UserError(f"{name}={getattr(config, name)} {why}{name} out.")
+    if config.mode == TaskKeys.mode:
+        _check_experts(config)
+        _refuse_keys_of_others(config)
+        check_objective(config)
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    width, heads = config.n_embd, config.n_head
+    if width % heads or (width // heads) % 2:
+        raise UserError(
+            f"n_embd={width} over n_head={heads} is {width / heads:g} per head; "
+            "expected an even whole number, since rotary positions turn pairs of coordinates. "
+            f"Try --n_embd={heads * 2 * max(1, round(width / heads / 2))}."
+        )
+    if config.min_lr > config.learning_rate:
+        raise UserError(
+            f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}; expected the lowest "
+            "learning rate to be no higher than the highest. "
+            f"Try --min_lr={config.learning_rate / MIN_LR_DIVISOR:g}."
+        )
+
+
+def _out_of_place(config: TrainConfig) -> tuple[tuple[bool, Iterable[str], str], ...]:
+    """Keys that mean nothing in some mode or with some model: whether this is one, which keys, and why."""
+    mode, of_cross_entropy = config.mode, OPTIONS["cross_entropy"]
+    is_other = mode != TaskKeys.mode
+    is_masked = config.objective != TaskKeys.objective
+    of_language_models = f"is about a language model, but mode={mode}. "
+    return (
+        (is_other, ["objective"], f"{of_language_models}Pass --mode={TaskKeys.mode}, or leave "),
+        (
+            is_other or is_masked,
+            ["model"],
+            f"is a causal language model, but mode={mode}, objective={config.objective}. Leave ",
+        ),
+        (
+            is_other,
+            ["materialize_logits"],
+            f"is about a language model; mode={mode} has few logits, which are always there. Leave ",
+        ),
+        (
+            mode == "sequence_scorer",
+            of_cross_entropy,
+            f"is an option of cross-entropy; mode={mode} trains the squared error. Leave ",
+        ),
+        (is_other, [k for k in LOSS_KEYS if k not in of_cross_entropy], f"{of_language_models}Leave "),
+        (
+            True,
+            ["use_diversity_loss"],
+            "reads the output of every expert, which no model of the trainer gives: leave ",
+        ),
+        (
+            config.experts is None,
+            [*OF_ROUTERS, *OF_EXPERTS],
+            "is about a mixture of experts: pass --model=moe, or leave ",
+        ),
+        (
+            is_masked,
+            OF_HIDDEN_STATES,
+            "reads the hidden states of a causal model, but objective=masked: leave ",
+        ),
+        (
+            is_masked,
+            LEFT_TO_RIGHT,
+            "is about what comes after what, but objective=masked sees both sides: leave ",
+        ),
+    )
+
+
+def _check_experts(config: TrainConfig) -> None:
+    if config.moe_num_layers not in (None, config.n_layer):
+        raise UserError(
+            f"moe_num_layers={config.moe_num_layers}, but every layer has experts and n_layer="
+            f"{config.n_layer}. Leave moe_num_layers out."
+        )
+    if config.experts is not None and config.experts[1] > config.experts[0]:
+        raise UserError(
+            f"moe_top_k={config.experts[1]} is above num_experts={config.experts[0]}; expected no more "
+            f"experts a token than there are. Try --num_experts={2 * config.experts[1]}."
+        )
+
+
+def _refuse_keys_of_others(config: TrainConfig) -> None:
+    own = {"loss", *OPTIONS[config.loss], *(OF_EXPERTS[:2] if config.experts else ())}  # the model's too
+    for name in config.changed(LOSS_KEYS):
+        if name not in own:
+            having = [f"loss={loss}" for loss, options in OPTIONS.items() if name in options]
+            raise UserError(
+                f"{name}={getattr(config, name)} is a key of {' or '.join(having)}, but loss={config.loss}. "
+                f"Leave {name} out, or pass --{having[-1]}."
+            )
+
+
+# ── ranges ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_range(spec: Declared, value: Any, origin: str = "") -> None:
+    """Raise UserError, naming the key and where it was set, when `value` is outside the limits of `spec`."""
+    if spec.kind.holds(value):
+        return
+    if spec.choices:
+        raise UserError(f"{origin}{spec.name}={value!r}; expected one of {', '.join(spec.choices)}.")
+    shown = f"{value:g}" if isinstance(value, int) and abs(value) > LONGEST_NUMBER else repr(value)
+    raise UserError(f"{origin}{spec.name}={shown} is out of range; expected {spec.name} {spec.kind.limits}.")
+
+
+def limits_of(spec: Declared) -> str:
+    """What a key's value has to be, `max_iters >= 1`; nothing where any of its type will do."""
+    if spec.choices:
+        return f"one of {', '.join(spec.choices)}"
+    limits = spec.kind.limits
+    return f"{spec.name} {limits}" if limits[:1] in ("<", ">") else ""

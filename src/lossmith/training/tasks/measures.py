@@ -1,0 +1,58 @@
+"""The figures of a run: how they are said in words, and what a model costs that knows nothing."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a line: which value of a row of the log, in which words, `loss {:.3f}` for instance, and
+    what a `null` there stood for."""
+
+    name: str
+    words: str
+    no_number: float = math.nan
+
+
+LOSS = Figure("loss", "loss {:.3f}")
+VALIDATION_LOSS = Figure("val_loss", "validation loss {:.3f}")
+PERPLEXITY = Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf)
+ACCURACY = Figure("accuracy", "accuracy {:.1%}")
+SPEED = Figure("tokens_per_second", "{:,.0f} tokens/s")
+
+
+def describe(row: dict[str, Any], figures: Sequence[Figure]) -> str:
+    """A row of the log in words."""
+    values = [figure.no_number if row[figure.name] is None else row[figure.name] for figure in figures]
+    return "  ".join(figure.words.format(value) for figure, value in zip(figures, values, strict=True))
+
+
+def perplexity(mean: float) -> float:
+    """The exponential of a mean negative log-likelihood, infinite where a float holds no such number."""
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
+
+
+@dataclass(frozen=True)
+class KnowingNothing:
+    """What a model costs that knows nothing.
+
+    Attributes:
+        loss: its loss.
+        said: that in words, such as `a uniform guess costs log 2048 = 7.625`.
+        margin: an untrained model further away than this points at a mistake.
+    """
+
+    loss: float
+    said: str
+    margin: float
+
+
+def uniform_guess(num_classes: int, margin: float) -> KnowingNothing:
+    """What giving each of the classes the same probability costs."""
+    loss = math.log(num_classes)
+    return KnowingNothing(loss, f"a uniform guess costs log {num_classes} = {loss:.3f}", margin)
