@@ -102,7 +102,7 @@ def test_every_modifier_that_waits_for_the_master_switch_is_named(tiny: list[str
     flags = ["--entropy_modifier_enabled", "--target_smoothing_enabled", "--max_iters=1"]
     shown = go([*tiny, *flags])[1]
     names = "entropy_modifier_enabled, target_smoothing_enabled"
-    assert f"warning: {names} has no effect without loss_modifiers_enabled=True." in shown
+    assert f"warning: {names} have no effect without loss_modifiers_enabled=True." in shown
 
 
 def test_what_waits_for_the_same_thing_is_one_line(tiny: list[str]):

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("transformers")
 
 from every_mode import make_task
+from gradients_case import gradients_of_one_step
 from running import go, rows, weights
-from test_tasks import gradients_of_one_step
 
 import lossmith
 from lossmith.components.moe import MoEBalance

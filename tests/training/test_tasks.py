@@ -7,21 +7,20 @@ import pytest
 import torch
 from rich.console import Console
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 pytest.importorskip("transformers")
 
 from every_mode import MODES, make_task
+from gradients_case import Uneven, gradients_of_one_step
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 
 from lossmith.training.config.reading import load_config
 from lossmith.training.data.blocks import IGNORED
 from lossmith.training.data.corpus import load_corpus
 from lossmith.training.data.tokenizer import END_OF_TEXT
-from lossmith.training.run.loss_modifiers import add_modifiers
-from lossmith.training.run.runner import quiet_libraries, show_first_loss
-from lossmith.training.run.trainer import TaskTrainer, training_arguments
+from lossmith.training.run.runner import show_first_loss
 from lossmith.training.tasks.causal_language_model import CausalLanguageModel
 from lossmith.training.tasks.models import make_language_model
 
@@ -110,42 +109,6 @@ def test_an_older_run_has_fewer_special_tokens(tiny: list[str]):
 # ── gradients through the Trainer ─────────────────────────────────────────────────────────────────
 
 
-class Uneven(Dataset):
-    """The task's blocks with a different number of targets in each, so that a mean of means shows."""
-
-    def __init__(self, blocks: Dataset):
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)  # pyright: ignore[reportArgumentType]
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        example = self.blocks[index]
-        if example["labels"].dim():
-            example["labels"][: 1 + index % 11] = IGNORED
-        return example
-
-
-class KeepGradients(TrainerCallback):
-    """A copy of the gradients just before the optimizer uses them."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def gradients_of_one_step(flags: list[str], batch_size: int, accumulation: int) -> dict[str, torch.Tensor]:
-    split = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
-    config = load_config([*flags, *split, "--max_iters=1", "--grad_clip=0"])
-    with quiet_libraries():
-        task = make_task(config)
-        add_modifiers(task, "cpu", "float32")
-        task.train_blocks = Uneven(task.train_blocks)
-        torch.manual_seed(0)
-        keep = KeepGradients()
-        TaskTrainer(task, task.make_model(), config, training_arguments(config), [keep]).train()
-    return keep.gradients
-
-
 def naive_loss(mode: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The mean over all targets of the whole batch."""
     if mode == "scorer":
@@ -210,7 +173,7 @@ def test_a_first_loss_far_from_a_uniform_guess_is_pointed_out(tiny: list[str]):
         with torch.no_grad():
             model.lm_head.weight.mul_(scale)
         console = Console(file=io.StringIO())
-        show_first_loss(console, task, model, config)
+        show_first_loss(console, task, model)
         shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
         assert "log 300 = 5.704" in shown
         assert ("warning" in shown) == warned

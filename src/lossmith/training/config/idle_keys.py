@@ -1,15 +1,12 @@
 """Keys that are set and change nothing, and what would let them act."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
 
 from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
 from lossmith.objectives import unified_parts
-from lossmith.training.config.keys import OptimizerKeys, TaskKeys, TrainConfig
+from lossmith.training.config.keys import OptimizerKeys, TrainConfig
 from lossmith.training.config.loss_keys import LOSS_KEYS
-
-Condition = Callable[[Any], bool]  # of a configuration
 
 # What is switched on with loss=unified and weighs nothing.
 WEIGHTS = {
@@ -18,22 +15,14 @@ WEIGHTS = {
     for option in switch.options
     if switch.name.startswith("use_") and option.endswith("_weight")
 }
-# By loss, or by none where it is any: keys, what they need, and whether it is there.
-NEEDS: dict[str | None, tuple[tuple[tuple[str, ...], str, Condition], ...]] = {
-    None: (
-        (("smoothing_mode",), "label_smoothing", lambda c: c.label_smoothing != 0),
-        (("wandb_project",), "wandb_log", lambda c: c.wandb_log),
-        (
-            ("target_smoothing_padding_token",),
-            "target_smoothing_exclude_padding",
-            lambda c: c.target_smoothing_exclude_padding,
-        ),
-    ),
-    "unified": ((("contrastive_temperature",), "pairs of samples, which no text here has", lambda c: False),),
-    "nvamp": (
-        (("nvamp_top_k",), "nvamp_gamma", lambda c: c.nvamp_gamma != 0),
-        (("nvamp_eps", "nvamp_legacy"), "nvamp_alpha", lambda c: c.nvamp_alpha != 0),
-    ),
+# Keys that say more about another, which has to be on.
+NEEDS = {
+    "smoothing_mode": "label_smoothing",
+    "wandb_project": "wandb_log",
+    "target_smoothing_padding_token": "target_smoothing_exclude_padding",
+    "nvamp_top_k": "nvamp_gamma",
+    "nvamp_eps": "nvamp_alpha",
+    "nvamp_legacy": "nvamp_alpha",
 }
 # What an evaluation does not read.
 OF_TRAINING = (
@@ -63,10 +52,11 @@ def _candidates(config: TrainConfig) -> Iterator[tuple[str, str]]:
             is_read = weight not in dict(idle)
             if config.changed([switch]) and is_read and getattr(config, weight) == 0:
                 yield switch, weight
-    for loss in (None, config.loss):
-        for names, need, is_met in NEEDS.get(loss, ()):
-            if not is_met(config):
-                yield from ((name, need) for name in config.changed(names))
+    for name in config.changed(NEEDS):
+        if not getattr(config, NEEDS[name]):
+            yield name, NEEDS[name]
+    for name in config.changed(["contrastive_temperature"]):
+        yield name, "pairs of samples, which no text here has"
     yield from _beyond_the_block(config)
     yield from _of_modifiers(config)
 
@@ -75,8 +65,8 @@ def _beyond_the_block(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """What a block has no tokens for."""
     longest = {}
     if config.mode != "sequence_scorer":  # whose sample is a table
-        is_causal = (config.mode, config.objective) == (TaskKeys.mode, TaskKeys.objective)
-        longest["sample_tokens"] = config.block_size - is_causal  # the end of text stands before what is said
+        # What a causal model says stands after the end of text.
+        longest["sample_tokens"] = config.block_size - config.is_causal
     if config.loss == "unified" and config.changed(["use_mtp"]):
         longest["num_future_tokens"] = config.block_size - 2  # the last of these heads has one target left
     for name in config.changed(longest):
@@ -91,8 +81,11 @@ def _of_modifiers(config: TrainConfig) -> Iterator[tuple[str, str]]:
         own = [name for name in KEYS if name.startswith(modifier.prefix) and name not in switches]
         if not config.changed([modifier.enabled_key]):
             yield from ((name, modifier.enabled_key) for name in config.changed(own))
-    if getattr(config, MASTER) and not config.changed(switches):
+    switched_on = config.changed(switches)
+    if getattr(config, MASTER) and not switched_on:
         yield MASTER, f"a modifier: {', '.join(switches)}"
+    elif not getattr(config, MASTER):
+        yield from ((name, f"{MASTER}=True") for name in switched_on)
 
 
 def idle_in_evaluation(config: TrainConfig, saved: TrainConfig) -> list[str]:

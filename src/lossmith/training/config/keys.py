@@ -147,6 +147,15 @@ class TrainConfig(
     """Everything `lossmith train` can be told."""
 
     @property
+    def is_language_model(self) -> bool:
+        return self.mode == TaskKeys.mode
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it predicts the next token, and so sees no later one."""
+        return self.is_language_model and self.objective == TaskKeys.objective
+
+    @property
     def experts(self) -> tuple[int, int] | None:
         """How many experts a layer has and how many a token is sent to; None of a model without."""
         if self.model != "moe":

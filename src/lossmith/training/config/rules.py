@@ -1,6 +1,6 @@
 """What a configuration has to be: every key in its range, and no key about something that is not there."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lossmith.options import Declared
@@ -23,10 +23,10 @@ def check(config: TrainConfig) -> None:
     for name, spec in SPECS.items():
         check_range(spec, getattr(config, name))
     _check_sizes(config)
-    for is_wrong, names, why in _out_of_place(config):
-        for name in config.changed(names) if is_wrong else ():
+    for names, why in _out_of_place(config):
+        for name in config.changed(names):
             raise UserError(f"{name}={getattr(config, name)} {why}{name} out.")
-    if config.mode == TaskKeys.mode:
+    if config.is_language_model:
         _check_experts(config)
         _refuse_keys_of_others(config)
         check_objective(config)
@@ -48,51 +48,32 @@ def _check_sizes(config: TrainConfig) -> None:
         )
 
 
-def _out_of_place(config: TrainConfig) -> tuple[tuple[bool, Iterable[str], str], ...]:
-    """Keys that mean nothing in some mode or with some model: whether this is one, which keys, and why."""
+def _out_of_place(config: TrainConfig) -> Iterator[tuple[Iterable[str], str]]:
+    """Keys that mean nothing in this mode or with this model, and why."""
     mode, of_cross_entropy = config.mode, OPTIONS["cross_entropy"]
-    is_other = mode != TaskKeys.mode
-    is_masked = config.objective != TaskKeys.objective
-    of_language_models = f"is about a language model, but mode={mode}. "
-    return (
-        (is_other, ["objective"], f"{of_language_models}Pass --mode={TaskKeys.mode}, or leave "),
-        (
-            is_other or is_masked,
-            ["model"],
-            f"is a causal language model, but mode={mode}, objective={config.objective}. Leave ",
-        ),
-        (
-            is_other,
-            ["materialize_logits"],
-            f"is about a language model; mode={mode} has few logits, which are always there. Leave ",
-        ),
-        (
-            mode == "sequence_scorer",
-            of_cross_entropy,
-            f"is an option of cross-entropy; mode={mode} trains the squared error. Leave ",
-        ),
-        (is_other, [k for k in LOSS_KEYS if k not in of_cross_entropy], f"{of_language_models}Leave "),
-        (
-            True,
-            ["use_diversity_loss"],
-            "reads the output of every expert, which no model of the trainer gives: leave ",
-        ),
-        (
-            config.experts is None,
-            [*OF_ROUTERS, *OF_EXPERTS],
-            "is about a mixture of experts: pass --model=moe, or leave ",
-        ),
-        (
-            is_masked,
-            OF_HIDDEN_STATES,
-            "reads the hidden states of a causal model, but objective=masked: leave ",
-        ),
-        (
-            is_masked,
-            LEFT_TO_RIGHT,
-            "is about what comes after what, but objective=masked sees both sides: leave ",
-        ),
-    )
+    if not config.is_causal:
+        causal = "is a causal language model, but"
+        yield ["model"], f"{causal} mode={mode}, objective={config.objective}. Leave "
+    if not config.is_language_model:
+        others = [name for name in LOSS_KEYS if name not in of_cross_entropy]
+        language = "is about a language model"
+        yield ["objective"], f"{language}, but mode={mode}. Pass --mode={TaskKeys.mode}, or leave "
+        yield others, f"{language}, but mode={mode}. Leave "
+        few = f"mode={mode} has few logits, which are always there"
+        yield ["materialize_logits"], f"{language}; {few}. Leave "
+    if mode == "sequence_scorer":
+        squared = f"mode={mode} trains the squared error"
+        yield of_cross_entropy, f"is an option of cross-entropy; {squared}. Leave "
+    outputs = "reads the output of every expert, which no model of the trainer gives"
+    yield ["use_diversity_loss"], f"{outputs}: leave "
+    if config.experts is None:
+        keys = (*OF_ROUTERS, *OF_EXPERTS)
+        yield keys, "is about a mixture of experts: pass --model=moe, or leave "
+    if config.objective == "masked":
+        hidden = "reads the hidden states of a causal model"
+        yield OF_HIDDEN_STATES, f"{hidden}, but objective=masked: leave "
+        order = "is about what comes after what"
+        yield LEFT_TO_RIGHT, f"{order}, but objective=masked sees both sides: leave "
 
 
 def _check_experts(config: TrainConfig) -> None:

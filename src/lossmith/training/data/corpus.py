@@ -27,14 +27,8 @@ class Corpus:
 
 
 def load_corpus(dataset: str) -> Corpus:
-    """Read the text that `--dataset` names.
-
-    Args:
-        dataset: `pydoc`, a path, the name of a folder under `data/`, or a name on the Hugging Face hub.
-
-    Raises:
-        UserError: nothing of that name was found (the message lists what was tried), or no text in it.
-    """
+    """Read the text that `--dataset` names: `pydoc`, a path, the name of a folder under `data/`, or a name
+    on the Hugging Face hub. A UserError where nothing of that name was found, or no text in it."""
     if dataset == "pydoc":
         return split_corpus("Python's own documentation (pydoc)", python_documentation())
     if not dataset.strip():
@@ -69,13 +63,8 @@ def split_corpus(name: str, documents: list[str]) -> Corpus:
 
 
 def place_to_cut(document: str, position: int, reach: int) -> int:
-    """The nearest position after a line break, else after a space, else `position` itself.
-
-    Args:
-        document: the text to cut in two.
-        position: where it would be cut if any place were as good as another.
-        reach: how far from there to look, in characters; a long line must not shift the cut at will.
-    """
+    """The nearest position after a line break, else after a space, else `position` itself; `reach` is how
+    far from there to look, in characters, since a long line must not shift the cut at will."""
     for separator in "\n ":
         before = document.rfind(separator, max(0, position - reach - 1), position) + 1
         after = document.find(separator, position, position + reach) + 1
@@ -139,8 +128,10 @@ def read_folder(folder: Path) -> Corpus:
             f"dataset {folder} holds no UTF-8 text file; expected .txt files or the like "
             "(nanoGPT's train.bin holds tokens of another vocabulary, not text)."
         )
-    train = [text for path, text in texts.items() if path.parent == folder and path.stem in TRAIN_NAMES]
-    held_out = [text for path, text in texts.items() if path.parent == folder and path.stem in HELD_OUT_NAMES]
+    train, held_out = (
+        [text for path, text in texts.items() if path.parent == folder and path.stem in names]
+        for names in (TRAIN_NAMES, HELD_OUT_NAMES)
+    )
     if train and held_out:
         return Corpus(str(folder), train, held_out)
     return split_corpus(str(folder), list(texts.values()))
@@ -170,8 +161,10 @@ def read_from_hub(name: str) -> Corpus:
                 "Write that column to a text file and pass its path."
             )
         texts[str(split)] = [text for text in rows["text"] if text.strip()]
-    train = next((texts[split] for split in TRAIN_NAMES if split in texts), None)
-    held_out = next((texts[split] for split in HELD_OUT_NAMES if split in texts), None)
+    train, held_out = (
+        next((texts[split] for split in names if split in texts), None)
+        for names in (TRAIN_NAMES, HELD_OUT_NAMES)
+    )
     if train and held_out:
         return Corpus(name, train, held_out)
     return split_corpus(name, train or [text for rows in texts.values() for text in rows])

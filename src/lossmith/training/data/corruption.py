@@ -17,13 +17,8 @@ Example = dict[str, Tensor]
 
 
 class Corrupted(Dataset):
-    """The blocks of a dataset, corrupted.
-
-    Args:
-        blocks: a dataset whose examples have `input_ids` [T].
-        corrupt: (block [T], generator) -> the example to train on.
-        stream: names the random numbers; block `i` depends on it and `i`, on nothing else.
-    """
+    """The blocks of a dataset, whose `input_ids` [T] `corrupt` makes examples of; `stream` names the random
+    numbers, and block `i` depends on it and `i`, on nothing else."""
 
     def __init__(self, blocks: Dataset, corrupt: Callable[[Tensor, torch.Generator], Example], stream: str):
         self.blocks = blocks
@@ -55,16 +50,9 @@ def draw_number(low: int, high: int, generator: torch.Generator) -> int:
 
 
 class Replacement:
-    """Other tokens in place of a text's own, drawn by how often they occur in a text.
-
-    Args:
-        tokens: the text [N] whose frequencies they have.
-        vocab_size: pieces of the vocabulary.
-        never: tokens that are never drawn, such as the special ones.
-
-    Raises:
-        UserError: the text holds too few kinds of tokens to put another in place of any.
-    """
+    """Other tokens in place of a block's own, drawn as often as they occur in a text [N], but for those that
+    are `never` drawn. A UserError where the text holds too few kinds of tokens to put another in place of
+    any."""
 
     def __init__(self, tokens: Tensor, vocab_size: int, never: list[int]):
         counts = torch.bincount(tokens, minlength=vocab_size)
@@ -78,11 +66,7 @@ class Replacement:
         self.ends = counts.cumsum(0)  # token v owns the numbers from ends[v] - counts[v] up to ends[v]
 
     def __call__(self, block: Tensor, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Replace `num` tokens of `block` [T], each by another one.
-
-        Returns:
-            The block, and which of its tokens were replaced, [T] bool.
-        """
+        """A block [T] with `num` tokens replaced, each by another one, and which they are, [T] bool."""
         replaced = choose(len(block), num, generator)
         own = self.counts[block]
         # A number among those that the token at hand does not own: no drawing again, no bias.
@@ -96,10 +80,6 @@ class Replacement:
 
 
 def mask_tokens(block: Tensor, mask: int, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Put `mask` in place of `num` tokens of `block` [T].
-
-    Returns:
-        The block, and which of its tokens were masked, [T] bool.
-    """
+    """A block [T] with `mask` in place of `num` tokens, and which they are, [T] bool."""
     masked = choose(len(block), num, generator)
     return torch.where(masked, mask, block), masked

@@ -26,14 +26,8 @@ def marked_text(
     marks: Sequence[Mark | None],
     legend: Sequence[Mark],
 ) -> Text:
-    """The text of some tokens, with signs around those that are marked, neighbours together.
-
-    Args:
-        tokenizer: spells the tokens.
-        tokens: the text.
-        marks: the mark of each token, or None.
-        legend: the marks to explain and count in a last line.
-    """
+    """The text of some tokens, with signs around those that are marked, neighbours together; the marks of the
+    legend are explained and counted in a last line."""
     text = Text()
     for mark, group in groupby(zip(marks, tokens, strict=True), key=lambda pair: pair[0]):
         ids = [token for _, token in group]

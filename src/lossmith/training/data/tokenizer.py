@@ -17,13 +17,8 @@ SPECIAL_TOKENS = (END_OF_TEXT, MASK, CLS)
 def train_tokenizer(corpus: Corpus, vocab_size: int, *, or_fewer: bool = False) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the training split alone; any text at all is then encodable.
 
-    Args:
-        corpus: the text.
-        vocab_size: how many pieces.
-        or_fewer: take as many as there are, if they are fewer.
-
     Raises:
-        UserError: the text does not hold `vocab_size` different pieces.
+        UserError: the text does not hold `vocab_size` different pieces, and fewer will not do.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

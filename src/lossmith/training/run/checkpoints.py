@@ -18,21 +18,13 @@ from lossmith.training.config.saved_run import CONFIG_FILE, run_of, step_of
 from lossmith.training.errors import UserError
 from lossmith.training.run.folder import LAST_FILE_OF_A_CHECKPOINT, RunFolder, numbered
 from lossmith.training.tasks import task_class
+from lossmith.training.tasks.models import EXPERTS, SIZES
 
 KEPT = 2
 MODEL_FILES = "model*.safetensors"  # a large model is written in several
 # What a run needs to go on, beyond what its model needs to be evaluated. Without these two the Trainer
 # would go on all the same, with an optimizer that remembers nothing.
 FILES_OF_THE_OPTIMIZER = ("optimizer.pt", "scheduler.pt")
-# Our keys and what the model's own configuration calls them.
-KEYS_OF_THE_MODEL = {
-    "vocab_size": "vocab_size",
-    "block_size": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_embd": "hidden_size",
-}
-KEYS_OF_THE_EXPERTS = {"num_experts": "num_local_experts", "moe_top_k": "num_experts_per_tok"}
 
 
 class KeepCheckpoints(TrainerCallback):
@@ -88,16 +80,13 @@ def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
     """
     saved = read_json(checkpoint / "config.json")
     require_architecture(saved.get("architectures"), checkpoint, config)
-    said = {key: getattr(config, key) for key in KEYS_OF_THE_MODEL}
-    said |= zip(KEYS_OF_THE_EXPERTS, config.experts or (), strict=False)
+    said = {key: getattr(config, key) for key in SIZES}
+    said |= zip(EXPERTS, config.experts or (), strict=False)
     expected = said | {"block_size": task_class(config).num_positions(config)}
-    for key, name in (KEYS_OF_THE_MODEL | KEYS_OF_THE_EXPERTS).items():
+    for key, name in (SIZES | EXPERTS).items():
         if key in said and saved.get(name) != expected[key]:
-            raise UserError(
-                f"{checkpoint / 'config.json'} says {name}={saved.get(name)} but {CONFIG_FILE} of "
-                f"the run says {key}={said[key]}; expected them to agree. Restore the file that was "
-                "changed, or train anew."
-            )
+            theirs = f"{checkpoint / 'config.json'} says {name}={saved.get(name)}"
+            raise disagreeing(theirs, f"{CONFIG_FILE} of the run says {key}={said[key]}")
     read_json(checkpoint / "tokenizer_config.json")
     require_tokenizer(checkpoint / "tokenizer.json", config.vocab_size)
     for path in sorted(checkpoint.glob(MODEL_FILES)) or [checkpoint / "model.safetensors"]:
@@ -114,10 +103,10 @@ def require_architecture(architectures: Any, checkpoint: Path, config: TrainConf
     """Raise UserError when a checkpoint is of another mode; its head would be filled with random numbers."""
     wanted = task_class(config).architecture(config).__name__
     if architectures != [wanted]:
-        raise UserError(
-            f"{checkpoint / 'config.json'} says architectures={architectures} but {CONFIG_FILE} of the run "
-            f"says mode={config.mode}, objective={config.objective}, model={config.model}, which is "
-            f"a {wanted}; expected them to agree. Restore the file that was changed, or train anew."
+        raise disagreeing(
+            f"{checkpoint / 'config.json'} says architectures={architectures}",
+            f"{CONFIG_FILE} of the run says mode={config.mode}, objective={config.objective}, "
+            f"model={config.model}, which is a {wanted}",
         )
 
 
@@ -148,10 +137,7 @@ def require_tokenizer(path: Path, vocab_size: int) -> None:
     except Exception:  # the library raises no other class
         raise damaged(path, "a tokenizer") from None
     if size != vocab_size:
-        raise UserError(
-            f"{path} has {size} pieces but the model has vocab_size={vocab_size}; expected them to agree. "
-            "Restore the file that was changed, or train anew."
-        )
+        raise disagreeing(f"{path} has {size} pieces", f"the model has vocab_size={vocab_size}")
 
 
 def require_weights(path: Path) -> None:
@@ -172,6 +158,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise damaged(path, "a JSON object")
     return value
+
+
+def disagreeing(one: str, other: str) -> UserError:
+    """The error for files that say different things."""
+    return UserError(
+        f"{one} but {other}; expected them to agree. Restore the file that was changed, or train anew."
+    )
 
 
 def damaged(path: Path, expected: str) -> UserError:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lossmith.modifiers.config import MASTER
 from lossmith.modifiers.judge import SequenceScoringJudgeWeightModifier
 from lossmith.training.config.keys import SPECS, TrainConfig
-from lossmith.training.config.objective import check_objective
+from lossmith.training.config.rules import check
 from lossmith.training.data.blocks import block_that_fits
 from lossmith.training.data.corpus import Corpus
 from lossmith.training.data.tokenizer import encode, train_tokenizer
@@ -38,8 +38,7 @@ def choose_sizes(
     if not smaller:
         return config, tokenizer, None
     config = replace(config, **smaller)
-    if config.mode == SPECS["mode"].default:
-        check_objective(config)  # ids of tokens that there are no more
+    check(config)  # for ids of tokens that there are no more
     said = " and ".join(f"{name}={size} instead of {SPECS[name].default}" for name, size in smaller.items())
     return config, tokenizer, f"{corpus.name} is a small text, so this run takes {said}."
 
@@ -50,7 +49,7 @@ def choose_judge(config: TrainConfig) -> tuple[TrainConfig, str | None]:
     checkpoint = getattr(config, f"{SequenceScoringJudgeWeightModifier.prefix}checkpoint")
     folder = Path(checkpoint).expanduser()
     switches = (MASTER, SequenceScoringJudgeWeightModifier.enabled_key)
-    is_wanted = config.mode == SPECS["mode"].default and all(getattr(config, name) for name in switches)
+    is_wanted = config.is_language_model and all(getattr(config, name) for name in switches)
     if not (is_wanted and checkpoint) or (folder / "config.json").exists():
         return config, None
     found = checkpoints(folder)

@@ -187,16 +187,6 @@ def names_of(config: TrainConfig) -> tuple[str, ...]:
 def opened(out_dir: Path, *, is_main: bool) -> Iterator[RunFolder | None]:
     """A run's folder, made if need be, that other runs are kept out of while entered; None for the ranks that
     write nothing. A UserError where it cannot be written to, or another run is in there."""
-    require_writable(out_dir)
-    if not is_main:
-        yield None
-        return
-    with held(out_dir):
-        yield RunFolder(out_dir)
-
-
-def require_writable(out_dir: Path) -> None:
-    """Make the folder and try it with a file; a UserError where that fails."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
@@ -207,6 +197,11 @@ def require_writable(out_dir: Path) -> None:
             f"out_dir={out_dir} cannot be written to: {reason}. "
             "Pass --out_dir with a folder that you may write to."
         ) from None
+    if not is_main:
+        yield None
+        return
+    with held(out_dir):
+        yield RunFolder(out_dir)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,7 @@ from lossmith.modifiers.configured_modifier import ConfiguredModifier
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
 from lossmith.training.run.terminal import say
-from lossmith.training.tasks.task import Task
-from lossmith.training.tasks.token_task import TokenTask
+from lossmith.training.tasks.task import Task, TokenTask
 
 LOGGER = "lossmith.modifiers"
 NUM_EXAMPLES = 8  # held-out rows that modifiers look at before training
@@ -83,15 +82,9 @@ def require_same_tokenizer(task: Task, judge: Path) -> None:
 
 def show_modifiers(console: Console, task: Task) -> None:
     """Which modifiers act, and which of those switched on do not."""
-    wanted = switched_on(task.config)
-    if wanted and not getattr(task.config, MASTER):
-        say(
-            console,
-            f"warning: {', '.join(m.enabled_key for m in wanted)} has no effect without {MASTER}=True.\n",
-            "yellow",
-        )
+    if not getattr(task.config, MASTER):
         return
-    told = told_of(task)
+    wanted, told = switched_on(task.config), told_of(task)
     act = task.pipeline.get_enabled_modifier_names()
     idle = [modifier.__name__ for modifier in wanted if not acts(modifier, task)]
     if act:

@@ -89,7 +89,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             if checkpoint:
                 say(console, f"Resuming from {checkpoint}.\n")
             else:
-                show_first_loss(console, task, model, config)
+                show_first_loss(console, task, model)
 
         # 3. The loop.
         stop, display = StopOnSignal(console), Display(console, task)
@@ -97,7 +97,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             aside = prepare_folder(folder, config, console) if folder else None
             watchers = [*trackers, LogFile(Path(config.out_dir) / LOG_FILE), display, stop]
             watchers += [KeepCheckpoints(folder)] if folder else []
-            trainer = TaskTrainer(task, model, config, args, watchers)
+            trainer = TaskTrainer(task, model, args, watchers)
             with stop, contextlib.closing(display), verbose_modifiers(config, console):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -124,7 +124,7 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
     task = make_task(config, corpus, saved_tokenizer(checkpoint), num_blocks=0)
     model = task.load_model(checkpoint)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
-    trainer = TaskTrainer(task, model, config, args, [])
+    trainer = TaskTrainer(task, model, args)
     if config.experts and config.moe_balance_mode == "bias":  # experts are chosen with it
         require_loss(checkpoint, task.pipeline.state_dict())
         trainer.load_loss(checkpoint)

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainingArguments
 
 from lossmith.training.config.idle_keys import without_effect
-from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.saved_run import CONFIG_FILE
 from lossmith.training.run.checkpoints import last_checkpoint
 from lossmith.training.run.folder import LOG_FILE, SetAside
@@ -29,7 +28,7 @@ def show_summary(console: Console, task: Task, model: PreTrainedModel, args: Tra
     num_parameters = model.num_parameters() - sum(p.numel() for p in task.pipeline.parameters())
     experts = ", {} experts with {} a token".format(*config.experts) if config.experts else ""
     rows = {
-        "mode": config.mode + (f", {config.objective}" if config.mode == "language_model" else ""),
+        "mode": config.mode + (f", {config.objective}" if config.is_language_model else ""),
         "text": f"{task.corpus.name}: {len(task.train_tokens):,} tokens to train on, "
         f"{task.num_held_out_tokens:,} held out",
         "vocabulary": f"{config.vocab_size:,} pieces",
@@ -63,9 +62,9 @@ def no_effect(names: list[str]) -> str:
     return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect"
 
 
-def show_first_loss(console: Console, task: Task, model: PreTrainedModel, config: TrainConfig) -> None:
+def show_first_loss(console: Console, task: Task, model: PreTrainedModel) -> None:
     """Compare the untrained model's loss with what knowing nothing costs."""
-    some = range(min(config.batch_size, len(task.held_out)))  # pyright: ignore[reportArgumentType]
+    some = range(min(task.config.batch_size, len(task.held_out)))  # pyright: ignore[reportArgumentType]
     first = task.evaluate(model, DataLoader(Subset(task.held_out, some), batch_size=len(some)))["loss"]
     nothing = task.knowing_nothing()
     say(console, f"The initial loss is {first:.3f}; {nothing.said}.\n")

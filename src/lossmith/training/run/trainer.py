@@ -6,7 +6,7 @@ means of batches, which weighs tokens unevenly) and what is logged.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,12 @@ class TaskTrainer(ObjectiveTrainer):
         self,
         task: Task,
         model: PreTrainedModel,
-        config: TrainConfig,
         args: TrainingArguments,
-        callbacks: list[TrainerCallback],
+        callbacks: Sequence[TrainerCallback] = (),
     ):
         self.task = task
         self.loss = task.pipeline
-        self.config = config
+        config = self.config = task.config
         self.observed: torch.Tensor | float = 0.0  # summed since the last line of the log
         tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.stopwatch = Stopwatch(tokens_per_step * config.block_size)

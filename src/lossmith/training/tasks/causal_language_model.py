@@ -21,17 +21,13 @@ from lossmith.training.tasks.measures import (
     PERPLEXITY,
     VALIDATION_LOSS,
     Figure,
-    KnowingNothing,
     perplexity,
-    uniform_guess,
 )
 from lossmith.training.tasks.models import choose_experts_by_bias, make_language_model
-from lossmith.training.tasks.task import Batch, Seen
-from lossmith.training.tasks.token_task import TokenTask
+from lossmith.training.tasks.task import Batch, Seen, TokenTask
 
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_K = 50
-FAR_OFF = 0.5  # nats
 
 
 class CausalLanguageModel(TokenTask):
@@ -75,9 +71,6 @@ class CausalLanguageModel(TokenTask):
         assert self.attached.parts is not None
         assert self.attached.observed is not None
         return Seen(self.attached.parts, self.attached.observed)
-
-    def knowing_nothing(self) -> KnowingNothing:
-        return uniform_guess(self.config.vocab_size, FAR_OFF)
 
     def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         labels = batch["labels"]  # [B, T]

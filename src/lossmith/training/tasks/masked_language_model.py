@@ -13,20 +13,15 @@ from lossmith.integrations.huggingface.trial import try_out
 from lossmith.training.data.blocks import IGNORED
 from lossmith.training.data.corruption import draw_number, generator_of, mask_tokens
 from lossmith.training.data.marked_text import Mark, marked_text
-from lossmith.training.tasks.causal_language_model import FAR_OFF
-from lossmith.training.tasks.corrupted_task import CorruptedTask
 from lossmith.training.tasks.loss_in_forward import with_loss
 from lossmith.training.tasks.measures import (
     ACCURACY,
     LOSS,
     PERPLEXITY,
     VALIDATION_LOSS,
-    KnowingNothing,
     perplexity,
-    uniform_guess,
 )
-from lossmith.training.tasks.task import Batch, sum_each
-from lossmith.training.tasks.token_task import TokenTask
+from lossmith.training.tasks.task import Batch, CorruptedTask, TokenTask, sum_each
 
 SAMPLE_SHARE = 0.3  # masked in the sample: enough to see something, with enough left to go by
 RIGHT, WRONG = Mark("«", "»", "bold green", "right"), Mark("‹", "›", "bold red", "wrong")
@@ -51,9 +46,6 @@ class MaskedLanguageModel(CorruptedTask, TokenTask):
     def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
         fused = None if self.config.materialize_logits else FusedHead(model, try_out(model))
         return with_loss(model, self.loss, fused)
-
-    def knowing_nothing(self) -> KnowingNothing:
-        return uniform_guess(self.config.vocab_size, FAR_OFF)
 
     def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         labels = batch["labels"].to(model.device)

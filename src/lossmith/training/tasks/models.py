@@ -27,6 +27,24 @@ GLOBAL_EVERY = 4  # layers of a bidirectional model
 NEIGHBOURS = 4  # tokens, half of them on either side, that its other layers see
 
 
+# Our keys and what the libraries' configurations call them.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+}
+EXPERTS = {"num_experts": "num_local_experts", "moe_top_k": "num_experts_per_tok"}
+
+
+def _shape(config: TrainConfig, end_of_text: int) -> dict[str, Any]:
+    """What the configurations of all models say."""
+    sizes = {name: getattr(config, key) for key, name in SIZES.items()}
+    special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": None}
+    return {**sizes, **special, "attention_dropout": config.dropout}
+
+
 def make_language_model(
     config: TrainConfig, end_of_text: int, never_generated: Sequence[int] = ()
 ) -> PreTrainedModel:
@@ -40,32 +58,21 @@ def make_language_model(
         end_of_text: the token that stands before and after every document.
         never_generated: tokens that are no text; generation leaves them out.
     """
-    shape: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.block_size,
-        "hidden_size": config.n_embd,
+    shape = _shape(config, end_of_text) | {
         "intermediate_size": mlp_width(config.n_embd),
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_head,
-        "attention_dropout": config.dropout,
         "initializer_range": INIT_STD,
         "tie_word_embeddings": False,
         "rms_norm_eps": NORM_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "pad_token_id": None,
         "use_cache": False,
     }
     model: PreTrainedModel
     if config.experts is None:
         model = LlamaForCausalLM(LlamaConfig(**shape))
     else:
-        num, per_token = config.experts
-        model = MixtralForCausalLM(
-            MixtralConfig(**shape, num_local_experts=num, num_experts_per_tok=per_token)
-        )
+        shape |= zip(EXPERTS.values(), config.experts, strict=True)
+        model = MixtralForCausalLM(MixtralConfig(**shape))
     # Each layer adds to the residual stream twice; without this its variance grows with depth (GPT-2).
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
@@ -111,33 +118,22 @@ def make_bidirectional_model(
     Args:
         model_class: with the head that is wanted.
         config: gives the sizes.
-        end_of_text: the token that stands before every document.
-        cls: the token that may stand before a sequence.
+        end_of_text, cls: the tokens that stand before every document, and may stand before a sequence.
         num_positions: how long a sequence it can read.
-        head: what the head is told, `num_labels` for instance.
+        head: what the head is told, `id2label` for instance.
     """
     is_local = [(layer + 1) % GLOBAL_EVERY and layer + 1 < config.n_layer for layer in range(config.n_layer)]
-    model = model_class(
-        ModernBertConfig(
-            vocab_size=config.vocab_size,
-            max_position_embeddings=num_positions,
-            hidden_size=config.n_embd,
-            intermediate_size=2 * config.n_embd,
-            num_hidden_layers=config.n_layer,
-            num_attention_heads=config.n_head,
-            attention_dropout=config.dropout,
-            layer_types=["sliding_attention" if local else "full_attention" for local in is_local],
-            local_attention=NEIGHBOURS,
-            initializer_range=1 / math.sqrt(config.n_embd),
-            classifier_pooling="mean",
-            bos_token_id=end_of_text,
-            eos_token_id=end_of_text,
-            cls_token_id=cls,
-            sep_token_id=None,
-            pad_token_id=None,
-            **head,
-        )
-    )
+    shape = _shape(config, end_of_text) | {
+        "max_position_embeddings": num_positions,
+        "intermediate_size": 2 * config.n_embd,
+        "layer_types": ["sliding_attention" if local else "full_attention" for local in is_local],
+        "local_attention": NEIGHBOURS,
+        "initializer_range": 1 / math.sqrt(config.n_embd),
+        "classifier_pooling": "mean",
+        "cls_token_id": cls,
+        "sep_token_id": None,
+    }
+    model = model_class(ModernBertConfig(**shape, **head))
     # The embedding is normalised where it comes in, but of a masked language model it is the output as well.
     narrow: list[Any] = [model.get_input_embeddings(), getattr(model, "classifier", None)]
     for module in filter(None, narrow):

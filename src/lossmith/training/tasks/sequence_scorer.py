@@ -13,9 +13,8 @@ import lossmith
 from lossmith.modifiers.judge import expected_wrongness
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.data.corruption import draw_number, generator_of
-from lossmith.training.tasks.corrupted_task import CorruptedTask
 from lossmith.training.tasks.measures import Figure, KnowingNothing
-from lossmith.training.tasks.task import Batch, detached, sum_each
+from lossmith.training.tasks.task import Batch, CorruptedTask, detached, sum_each
 
 SAMPLE_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 FAR_OFF = 0.15  # of a mean over few texts

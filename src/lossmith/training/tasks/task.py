@@ -13,20 +13,24 @@ from typing import Any, ClassVar
 
 import torch
 from rich.console import RenderableType
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lossmith
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.loss_keys import OPTIONS
-from lossmith.training.data.blocks import RandomBlocks
+from lossmith.training.config.objective import make_objective
+from lossmith.training.data.blocks import RandomBlocks, WholeBlocks
 from lossmith.training.data.corpus import Corpus
-from lossmith.training.data.tokenizer import END_OF_TEXT, encode, token_id
+from lossmith.training.data.corruption import Corrupted, Replacement
+from lossmith.training.data.tokenizer import CLS, END_OF_TEXT, MASK, encode, token_id
 from lossmith.training.tasks.loss_in_forward import with_loss
-from lossmith.training.tasks.measures import Figure, KnowingNothing
+from lossmith.training.tasks.measures import Figure, KnowingNothing, perplexity, uniform_guess
+from lossmith.training.tasks.models import make_bidirectional_model
 
 Batch = dict[str, Tensor]
+HELD_OUT = "held out"  # names the random numbers of the held-out blocks: the same in every run
 LOSS_NAMES = {"cross_entropy": "cross-entropy", "nvamp": "NVAMP", "unified": "unified loss"}
 
 
@@ -99,6 +103,14 @@ class Task(ABC):
     @abstractmethod
     def make_train_blocks(self, blocks: RandomBlocks) -> Dataset:
         """Examples of blocks of the training text."""
+
+    @property
+    def mask(self) -> int:
+        return token_id(self.tokenizer, MASK)
+
+    @property
+    def cls(self) -> int:
+        return token_id(self.tokenizer, CLS)
 
     # ── the model and its loss ────────────────────────────────────────────────────────────────────
 
@@ -202,6 +214,87 @@ class Task(ABC):
     @abstractmethod
     def sample(self, model: PreTrainedModel) -> RenderableType | None:
         """Something to look at once the run is over, or None."""
+
+
+class TokenTask(Task):
+    """A task whose labels are a class at every position, or none there."""
+
+    measured: lossmith.Metrics | None = None
+    shift: ClassVar[bool] = False  # whether logits[t] predict labels[t + 1]
+    num_classes: ClassVar[int | None] = None  # where they are not the vocabulary's
+    far_off: ClassVar[float] = 0.5  # nats
+
+    def make_objective(self) -> lossmith.Objective:
+        return make_objective(self.config, shift=self.shift)
+
+    def loss(
+        self,
+        predictions: Mapping[str, Any],  # logits [B, T, V], or what makes them
+        labels: Tensor,  # [B, T]
+        inputs: dict[str, Any],
+        denominator: Tensor | None,
+    ) -> dict[str, Any]:
+        output = self.pipeline.evaluate(
+            targets=labels, denominator=denominator, input_ids=inputs["input_ids"], **predictions
+        )
+        return {"loss": output.total, "parts": detached(output.parts), "observed": self.observed(output)}
+
+    def observed(self, output: lossmith.LossOutput) -> Tensor:
+        """[2] the sum of what is observed of every token, and how many they are. What the objective measures
+        of its parts, every metric with a slash in its name, is kept until the next batch, unread."""
+        assert output.stats is not None
+        self.measured = output.metrics.only(lambda name: "/" in name and name not in output.parts)
+        return torch.stack([self.observe(output.stats).detach().sum(), output.num_tokens])
+
+    def training_measures(self, mean: float) -> dict[str, float]:
+        return {"perplexity": perplexity(mean)}
+
+    def knowing_nothing(self) -> KnowingNothing:
+        return uniform_guess(self.num_classes or self.config.vocab_size, self.far_off)
+
+    def part_metrics(self) -> dict[str, float]:
+        return {} if self.measured is None else self.measured.to_dict()
+
+    def observe(self, stats: lossmith.TokenStats) -> Tensor:
+        """[N] what `training_measures` are made of: the plain negative log-likelihood of each token."""
+        return stats.unscaled.nll
+
+
+class CorruptedTask(Task):
+    """A task of a model that sees a corrupted block from both sides."""
+
+    head: ClassVar[dict[str, Any]] = {}  # what the model's head is told
+
+    @abstractmethod
+    def corrupt(self, block: Tensor, generator: Generator) -> Batch:
+        """What is made of a block [T]."""
+
+    def make_held_out(self, tokens: Tensor) -> Dataset:
+        return Corrupted(WholeBlocks(tokens, self.config.block_size), self.corrupt, HELD_OUT)
+
+    def make_train_blocks(self, blocks: RandomBlocks) -> Dataset:
+        return Corrupted(blocks, self.corrupt, f"corruption {self.config.seed}")
+
+    def build_model(self) -> PreTrainedModel:
+        return make_bidirectional_model(
+            self.model_class,
+            self.config,
+            self.end_of_text,
+            self.cls,
+            self.num_positions(self.config),
+            **self.head,
+        )
+
+    @property
+    def first_block(self) -> Tensor:
+        """The first block [T] of the held-out text as it was."""
+        assert isinstance(self.held_out, Corrupted)
+        return self.held_out.blocks[0]["input_ids"]
+
+    @cached_property
+    def replacement(self) -> Replacement:
+        """Tokens drawn as often as they occur in the training text."""
+        return Replacement(self.train_tokens, self.config.vocab_size, [self.end_of_text, self.mask, self.cls])
 
 
 def detached(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,21 +11,16 @@ from transformers import ModernBertForTokenClassification, PreTrainedModel
 import lossmith
 from lossmith.training.data.corruption import draw_number
 from lossmith.training.data.marked_text import Mark, marked_text
-from lossmith.training.tasks.corrupted_task import CorruptedTask
 from lossmith.training.tasks.measures import (
     ACCURACY,
     LOSS,
     VALIDATION_LOSS,
     Figure,
-    KnowingNothing,
-    uniform_guess,
 )
-from lossmith.training.tasks.task import Batch, sum_each
-from lossmith.training.tasks.token_task import TokenTask
+from lossmith.training.tasks.task import Batch, CorruptedTask, TokenTask, sum_each
 
 LARGEST_SHARE = 0.5  # of a row's tokens replaced; beyond it too little of the text is left to go by
 KEPT, REPLACED = 0, 1
-FAR_OFF = 0.1  # nats
 FOUND, MISSED, FALSE_ALARM = (
     Mark("«", "»", "bold green", "found"),
     Mark("‹", "›", "bold red", "missed"),
@@ -40,6 +35,7 @@ class TokenClassifier(CorruptedTask, TokenTask):
     model_class = ModernBertForTokenClassification
     head: ClassVar = {"id2label": {KEPT: "kept", REPLACED: "replaced"}}
     num_classes = 2
+    far_off = 0.1
     loss_of = " of replaced or not"
     step_figures = (LOSS, ACCURACY)
     evaluation_figures = (
@@ -61,9 +57,6 @@ class TokenClassifier(CorruptedTask, TokenTask):
 
     def training_measures(self, mean: float) -> dict[str, float]:
         return {"accuracy": mean}
-
-    def knowing_nothing(self) -> KnowingNothing:
-        return uniform_guess(2, FAR_OFF)
 
     def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         labels = batch["labels"].to(model.device)
