@@ -245,6 +245,22 @@ def test_a_saved_run_is_continued_by_its_folder_alone(tmp_path: Path):
 
 
 @pytest.mark.parametrize("switch", ["--resume", "--eval_only"])
+def test_a_run_that_was_moved_goes_on_where_it_is(
+    switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Not in the folder that its configuration names; nor does it inherit what the command was."""
+    save_config(load_config([f"--out_dir={tmp_path}", "--n_layer=2"]))
+    (tmp_path / "out").mkdir()
+    text = (tmp_path / "config.yaml").read_text()
+    text = text.replace("resume: false", "resume: true").replace("eval_only: false", "eval_only: true")
+    (tmp_path / "out" / "config.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    config = load_config([switch])
+    assert (config.out_dir, config.n_layer) == ("out", 2)
+    assert (config.resume, config.eval_only) == (switch == "--resume", switch == "--eval_only")
+
+
+@pytest.mark.parametrize("switch", ["--resume", "--eval_only"])
 def test_nothing_to_go_on_from(tmp_path: Path, switch: str):
     with pytest.raises(UserError, match=f"{switch}: there is no run in"):
         load_config([f"--out_dir={tmp_path}", switch])

@@ -81,6 +81,16 @@ def test_a_split_that_the_folder_brings_is_kept(tmp_path: Path, monkeypatch: pyt
     assert (corpus.train, corpus.held_out) == (["to learn from"], ["to be judged by"])
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_a_held_out_part_may_have_several_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "train.txt").write_text("to learn from")
+    (tmp_path / f"{name}.txt").write_text("to be judged by")
+    corpus = load_corpus(str(tmp_path))
+    assert (corpus.train, corpus.held_out) == (["to learn from"], ["to be judged by"])
+    fake_hub(monkeypatch, {"train": Rows(text=["a"]), name: Rows(text=["b"])})
+    assert load_corpus("someone/poems") == Corpus("someone/poems", ["a"], ["b"])
+
+
 def test_a_missing_dataset_says_what_was_tried(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(

@@ -198,13 +198,16 @@ def test_a_bias_moves_the_choice_of_experts(tiny: list[str]):
 
 
 def test_a_bias_of_nothing_changes_nothing(tiny: list[str], tmp_path: Path):
-    """Up to the first optimizer step: the hook that chooses is the model's own choice at a bias of 0."""
-    plain, biased = tmp_path / "plain", tmp_path / "biased"
-    go([*tiny, "--model=moe", "--max_iters=1", f"--out_dir={plain}"])
-    go([*tiny, *BY_BIAS, "--max_iters=1", f"--out_dir={biased}"])
-    theirs, ours = weights(plain / "checkpoint-1"), weights(biased / "checkpoint-1")
+    """In the first optimizer step: the hook that chooses is the model's own choice at a bias of 0."""
+    plain, biased, untrained = tmp_path / "plain", tmp_path / "biased", tmp_path / "untrained"
+    one_step = ["--max_iters=1", "--warmup_iters=0"]  # else the first step's learning rate is 0
+    go([*tiny, "--model=moe", *one_step, f"--out_dir={plain}"])
+    go([*tiny, *BY_BIAS, *one_step, f"--out_dir={biased}"])
+    go([*tiny, "--model=moe", "--max_iters=1", "--warmup_iters=1", f"--out_dir={untrained}"])
+    theirs, ours, before = (weights(out / "checkpoint-1") for out in (plain, biased, untrained))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-7)
+        assert (value - before[name]).abs().max() > 1e-3, name
 
 
 def test_a_run_balanced_by_bias_is_evaluated_with_it(tiny: list[str], tmp_path: Path):

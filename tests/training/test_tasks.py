@@ -40,6 +40,36 @@ def test_the_size_is_what_was_asked_for(tiny: list[str]):
     assert model.model.layers[0].self_attn.attention_dropout == 0.25
 
 
+@pytest.mark.parametrize("flags", [[], ["--model=moe"]], ids=["llama", "moe"])
+def test_what_adds_to_the_residual_stream_is_narrower_the_deeper_the_model(flags: list[str], tiny: list[str]):
+    """By 1 / sqrt(2 L), since each of L layers adds to it twice (GPT-2)."""
+    config = load_config([*tiny, *flags, "--n_embd=64", "--n_layer=8"])
+    torch.manual_seed(0)
+    spread = {name: p.std().item() for name, p in make_language_model(config, 0).named_parameters()}
+    adding = [name for name in spread if "o_proj" in name or "down_proj" in name]
+    others = [name for name in spread if name not in adding and "norm" not in name]
+    assert len(adding) == 16
+    assert [spread[name] for name in adding] == pytest.approx([0.02 / 4] * 16, rel=0.1)
+    assert [spread[name] for name in others] == pytest.approx([0.02] * len(others), rel=0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_dropped_in_an_evaluation(mode: str, tiny: list[str]):
+    """Whatever the model was doing before."""
+    task = make_task(load_config([*tiny, *MODES[mode], "--dropout=0.5", "--n_layer=2"]))
+    torch.manual_seed(0)
+    model = task.make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that attention matters
+    batches = DataLoader(task.held_out, batch_size=4)
+    expected = task.evaluate(model.eval(), batches)
+    assert task.evaluate(model.train(), batches) == expected
+    model.train()
+    model.eval = lambda: model  # type: ignore[method-assign]
+    assert task.evaluate(model, batches) != expected  # else this would show nothing
+
+
 def test_the_measures_are_those_of_the_text(tiny: list[str]):
     config = load_config([*tiny, "--block_size=300", "--label_smoothing=0.3", "--temperature=2"])
     task = make_task(config)

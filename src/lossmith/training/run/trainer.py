@@ -150,6 +150,7 @@ class SettingsOfThisRun(TrainerCallback):
             group["betas"] = (self.config.beta1, self.config.beta2)
             group["initial_lr"] = self.config.learning_rate
             group["lr"] = self.config.learning_rate * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the log says
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
