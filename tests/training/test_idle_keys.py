@@ -45,6 +45,11 @@ PAIRS = "pairs of samples, which no text here has"
             [("use_auxiliary_loss", "auxiliary_weight")],
         ),
         ([*UNIFIED, "--use_focal_loss", "--focal_weight=1"], []),
+        ([*UNIFIED, "--use_focal_loss", "--focal_weight=0"], [("use_focal_loss", "focal_weight")]),
+        (
+            [*UNIFIED, "--use_focal_loss", "--focal_weight=0", "--focal_mode=replace"],
+            [("focal_weight", "focal_mode='add'")],
+        ),
         (
             [*UNIFIED, "--use_focal_loss", "--focal_weight=1", "--focal_mode=replace"],
             [("focal_weight", "focal_mode='add'")],
@@ -75,6 +80,7 @@ PAIRS = "pairs of samples, which no text here has"
             [*NVAMP, "--nvamp_legacy", "--nvamp_eps=1", "--nvamp_alpha=0"],
             [("nvamp_eps", "nvamp_alpha"), ("nvamp_legacy", "nvamp_alpha")],
         ),
+        (["--entropy_modifier_enabled"], [("entropy_modifier_enabled", f"{ON[2:]}=True")]),
         (["--entropy_modifier_weight=2"], [("entropy_modifier_weight", "entropy_modifier_enabled")]),
         (
             [ON, "--entropy_modifier_enabled", "--entropy_modifier_weight=2", "--judge_weight_exponent=2"],
