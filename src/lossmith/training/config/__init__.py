@@ -1,1 +1,1 @@
-"""What a run is told: every key, where the values come from, and whether they go together."""
+"""The configuration of a run: its keys, where their values come from, and the rules that they obey."""

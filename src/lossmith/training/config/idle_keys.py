@@ -1,4 +1,4 @@
-"""Keys that are set and change nothing, and what would let them act."""
+"""Keys that are set but have no effect, and what they need to have one."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -8,14 +8,14 @@ from lossmith.objectives import unified_parts
 from lossmith.training.config.keys import OptimizerKeys, TrainConfig
 from lossmith.training.config.loss_keys import LOSS_KEYS
 
-# What is switched on with loss=unified and weighs nothing.
+# The weight of each component of UnifiedLoss; at 0 its switch has no effect.
 WEIGHTS = {
     switch.name: option
     for switch in unified_parts.SWITCHES
     for option in switch.options
     if switch.name.startswith("use_") and option.endswith("_weight")
 }
-# Keys that say more about another, which has to be on.
+# Keys that refine another key, which has to be on.
 NEEDS = {
     "smoothing_mode": "label_smoothing",
     "wandb_project": "wandb_log",
@@ -24,19 +24,19 @@ NEEDS = {
     "nvamp_eps": "nvamp_alpha",
     "nvamp_legacy": "nvamp_alpha",
 }
-# What an evaluation does not read.
+# Keys that an evaluation does not read.
 OF_TRAINING = (
     *(spec.name for spec in fields(OptimizerKeys) if spec.name != "batch_size"),
     "eval_interval", "eval_iters", "log_interval", "sample_tokens", "compile", "materialize_logits", "seed",
     "tensorboard_log", "wandb_log", "wandb_project",
-    # A bias of experts belongs to the model.
+    # The bias that chooses experts is part of the model.
     *(name for name in LOSS_KEYS if not name.startswith(("moe_", "num_experts", "use_moe"))),
     *KEYS,
 )  # fmt: skip
 
 
 def without_effect(config: TrainConfig) -> list[tuple[str, str]]:
-    """Keys that are set and change nothing, each with what they need."""
+    """Pairs of a key that is set but has no effect and what it needs to have one."""
     found: dict[str, str] = {}
     for name, need in _candidates(config):
         found.setdefault(name, need)
@@ -62,13 +62,13 @@ def _candidates(config: TrainConfig) -> Iterator[tuple[str, str]]:
 
 
 def _beyond_the_block(config: TrainConfig) -> Iterator[tuple[str, str]]:
-    """What a block has no tokens for."""
+    """Lengths that exceed a block."""
     longest = {}
-    if config.mode != "sequence_scorer":  # whose sample is a table
-        # What a causal model says stands after the end of text.
+    if config.mode != "sequence_scorer":  # its sample is a table
+        # A causal model's sample follows an end-of-text token.
         longest["sample_tokens"] = config.block_size - config.is_causal
     if config.loss == "unified" and config.changed(["use_mtp"]):
-        longest["num_future_tokens"] = config.block_size - 2  # the last of these heads has one target left
+        longest["num_future_tokens"] = config.block_size - 2  # leaves the last head one target
     for name in config.changed(longest):
         most = longest[name]
         if getattr(config, name) > most:
@@ -89,5 +89,5 @@ def _of_modifiers(config: TrainConfig) -> Iterator[tuple[str, str]]:
 
 
 def idle_in_evaluation(config: TrainConfig, saved: TrainConfig) -> list[str]:
-    """The keys that differ from the saved run's and that an evaluation of it does not read."""
+    """The keys that differ from the saved run's but that an evaluation ignores."""
     return [name for name in OF_TRAINING if getattr(config, name) != getattr(saved, name)]

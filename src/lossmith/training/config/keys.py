@@ -1,8 +1,8 @@
 """Every key of the trainer: its name, type, default, range and meaning.
 
-The names are nanoGPT's wherever nanoGPT has one. A group of keys is a dataclass; `TrainConfig` is all
-of them side by side, so that `--n_layer=6` needs no prefix. The keys of the losses are the options of their
-constructors (`loss_keys`), those of the loss modifiers what `lossmith.modifiers` declares.
+Names follow nanoGPT where it has one. Each group of keys is a dataclass, and `TrainConfig` inherits from all
+of them, so that `--n_layer=6` needs no prefix. The losses' keys are the options of their constructors
+(`loss_keys`); `lossmith.modifiers` declares those of the loss modifiers.
 """
 
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ from lossmith.modifiers.config import KEYS as DECLARED_BY_MODIFIERS
 from lossmith.options import Declared, option, options_of
 from lossmith.training.config.loss_keys import LossKeys, NVAMPKeys, UnifiedKeys, keys_class
 
-# Of a mixture of experts, where the keys say nothing.
+# Defaults of a mixture of experts.
 NUM_EXPERTS, EXPERTS_PER_TOKEN = 4, 2
-# A learning rate that is set alone brings its lowest value with it.
+# Unless it is set, min_lr is learning_rate divided by this.
 MIN_LR_DIVISOR = 10
 
 
-# Each mode by its two keys, and what trains it: a module of `tasks/` and a class in it.
+# The module in `tasks/` and the class that train each combination of `mode` and `objective`.
 MODES = {
     ("language_model", "causal"): "causal_language_model.CausalLanguageModel",
     ("language_model", "masked"): "masked_language_model.MaskedLanguageModel",
@@ -152,18 +152,18 @@ class TrainConfig(
 
     @property
     def is_causal(self) -> bool:
-        """Whether it predicts the next token, and so sees no later one."""
+        """Whether the model predicts the next token."""
         return self.is_language_model and self.objective == TaskKeys.objective
 
     @property
     def experts(self) -> tuple[int, int] | None:
-        """How many experts a layer has and how many a token is sent to; None of a model without."""
+        """Experts per layer and experts per token; None without a mixture of experts."""
         if self.model != "moe":
             return None
         return self.num_experts or NUM_EXPERTS, self.moe_top_k or EXPERTS_PER_TOKEN
 
     def changed(self, names: Iterable[str]) -> list[str]:
-        """Those of the keys that are set to something else than their default."""
+        """The keys whose values differ from their defaults."""
         return [name for name in names if getattr(self, name) != SPECS[name].default]
 
 
@@ -171,7 +171,7 @@ SPECS = options_of(TrainConfig)
 
 
 def sections() -> list[tuple[str, list[Declared]]]:
-    """The keys by group, in the order they are documented: (what the group is, its keys)."""
+    """The groups of keys in documented order, each as (title, keys)."""
     groups: tuple[Any, ...] = (
         TaskKeys, DataKeys, ModelKeys, LossKeys, OptimizerKeys, RunKeys, UnifiedKeys, NVAMPKeys, ModifierKeys,
     )  # fmt: skip
@@ -179,10 +179,10 @@ def sections() -> list[tuple[str, list[Declared]]]:
 
 
 def describe(spec: Declared) -> str:
-    """What a key means, with the values it can take where they are few."""
+    """A key's meaning and, if it has them, its choices."""
     return spec.meaning + (f": {', '.join(spec.choices)}" if spec.choices else "")
 
 
 def default_of(spec: Declared) -> str:
-    """A key's default as it is shown."""
+    """A key's default as shown to users."""
     return str(spec.default) or '""'

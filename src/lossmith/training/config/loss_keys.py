@@ -1,7 +1,7 @@
 """The keys of the training objective, read off the constructors of the losses.
 
-A key has the type, default, range and meaning of the option that it becomes. What a run knows better of it,
-since it knows the model and the tokenizer, stands here.
+A key has the type, default, range and meaning of the constructor's option. Only what depends on the trainer's
+own models and tokenizers is declared here.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ CONSTRUCTORS: dict[str, type[lossmith.Objective]] = {
 }
 PREFIXES = {"nvamp": "nvamp_"}
 
-# What is no key of the trainer's, because the trainer knows it.
+# Options that are not keys, because the trainer decides them.
 DECIDED = {
     "vocab_size": "the key of that name",
     "hidden_size": "n_embd",
@@ -30,7 +30,7 @@ DECIDED = {
     "special_tokens": "target_smoothing_special_tokens has them",
 }
 
-# What a key says here that its option does not say.
+# Declarations that override those of the options.
 HERE = {
     "z_loss": option("", low=0),
     "focal_gamma": option(
@@ -52,8 +52,8 @@ HERE = {
     "track_statistics": option("keep the loss's own means of its parts; the log has them anyway"),
     "reduction": option("whether every token counts the same, or every sequence"),
 }
-# What a key can be, where that is less than the option: no tensors or modules, and no sums, since the trainer
-# divides by what it counts over micro-batches and ranks, whatever the loss.
+# Types narrower than the options': no tensors or modules, and no sums, since the trainer itself divides by
+# the count over all micro-batches and ranks.
 NARROWER: dict[str, Any] = {"temperature": float, "reduction": Literal["mean", "sequence_mean"]}
 
 
@@ -62,7 +62,7 @@ def _options_of(loss: str) -> dict[str, Declared]:
 
 
 SHARED = frozenset(_options_of("cross_entropy"))
-# The keys of each loss: what each is called among the options of its constructor, by key.
+# The keys of each loss, each with the name of its option.
 OPTIONS = {
     loss: {name if name in SHARED else PREFIXES.get(loss, "") + name: name for name in _options_of(loss)}
     for loss in CONSTRUCTORS
@@ -71,12 +71,12 @@ LOSS_KEYS = tuple(dict.fromkeys(["loss", *(name for options in OPTIONS.values() 
 
 
 def keys_class(meaning: str, keys: Iterable[tuple[str, Any, Any]]) -> Any:
-    """A group of keys, (name, annotation, default) each, as a dataclass."""
+    """A dataclass of keys, each given as (name, annotation, default)."""
     return make_dataclass("Keys", keys, namespace={"__doc__": meaning})
 
 
 def _keys_of(loss: str) -> Iterator[tuple[str, Any, Any]]:
-    """The keys that a loss has and cross-entropy has not, or cross-entropy's own."""
+    """The keys that belong to one loss alone; cross-entropy owns those that it shares."""
     declared = _options_of(loss)
     for name, of in OPTIONS[loss].items():
         if loss == "cross_entropy" or name not in SHARED:

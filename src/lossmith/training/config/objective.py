@@ -1,4 +1,4 @@
-"""The training objective that the keys describe."""
+"""The training objective described by the keys."""
 
 import re
 import warnings
@@ -13,19 +13,14 @@ from lossmith.training.errors import UserError
 
 
 def make_objective(config: TrainConfig, *, shift: bool) -> lossmith.Objective:
-    """The objective of a task that predicts tokens, without modifiers.
-
-    Args:
-        config: the run's configuration.
-        shift: whether logits[t] predict labels[t + 1].
-    """
+    """The objective of a token task, without modifiers; `shift` if logits[t] predict labels[t + 1]."""
     options: dict[str, Any] = {option: getattr(config, name) for name, option in OPTIONS[config.loss].items()}
     if config.loss == "unified":
         options |= _of_the_model(config)
         if not config.focal_gamma:
-            del options["focal_gamma"]  # the loss has a default of its own
-    # The seed gives every loss the same model, whether it draws heads of its own or not. What the constructor
-    # has to say of options without effect the run says of its keys.
+            del options["focal_gamma"]  # the constructor has its own default
+    # Forked, so that a loss that draws heads of its own leaves the model's initialisation unchanged. The
+    # run itself warns of keys without effect.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* no effect without ")
         torch.manual_seed(config.seed)
@@ -45,8 +40,7 @@ def _of_the_model(config: TrainConfig) -> dict[str, Any]:
 
 
 def check_objective(config: TrainConfig) -> None:
-    """Raise UserError, by the names of the keys, for what the constructor of a language model's loss
-    refuses."""
+    """Raise UserError, in terms of keys, for options that the loss's constructor refuses."""
     for name in ("eos_token_id", "pad_token_id"):
         token = getattr(config, name)
         if token is not None and token >= config.vocab_size:
@@ -55,7 +49,7 @@ def check_objective(config: TrainConfig) -> None:
                 f"The end of text is 0, so pass --{name}=0."
             )
     try:
-        with torch.device("meta"):  # its values are looked at, and nothing is allocated
+        with torch.device("meta"):  # checks the values without allocating memory
             make_objective(config, shift=True)
     except ValueError as error:
         names = {option: name for name, option in OPTIONS[config.loss].items()}

@@ -1,4 +1,5 @@
-"""What a configuration has to be: every key in its range, and no key about something that is not there."""
+"""The rules that a configuration obeys: values are in range, and every key applies to the mode, model and
+loss."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,17 +10,17 @@ from lossmith.training.config.loss_keys import LOSS_KEYS, OPTIONS
 from lossmith.training.config.objective import check_objective
 from lossmith.training.errors import UserError
 
-# What a component reads that only some models and modes have: the keys that switch it on.
+# Keys that switch on components which only some models and modes support.
 LEFT_TO_RIGHT = ("use_ngram_penalty", "use_immediate_repetition_penalty", "eos_token_id")
 OF_HIDDEN_STATES = ("use_mtp", "use_contrastive_loss")
 OF_ROUTERS = ("use_moe_balancing", "router_z_loss_weight")
 OF_EXPERTS = ("num_experts", "moe_top_k", "moe_num_layers")
-# Larger whole numbers are shown as powers of ten.
+# Integers above this are shown as powers of ten.
 LONGEST_NUMBER = 10**15
 
 
 def check(config: TrainConfig) -> None:
-    """Raise UserError for a value out of its range or values that do not go together."""
+    """Raise UserError for values that are out of range or incompatible."""
     for name, spec in SPECS.items():
         check_range(spec, getattr(config, name))
     _check_sizes(config)
@@ -49,7 +50,7 @@ def _check_sizes(config: TrainConfig) -> None:
 
 
 def _out_of_place(config: TrainConfig) -> Iterator[tuple[Iterable[str], str]]:
-    """Keys that mean nothing in this mode or with this model, and why."""
+    """Groups of keys that do not apply to this mode or model, each with the reason."""
     mode, of_cross_entropy = config.mode, OPTIONS["cross_entropy"]
     if not config.is_causal:
         causal = "is a causal language model, but"
@@ -90,7 +91,8 @@ def _check_experts(config: TrainConfig) -> None:
 
 
 def _refuse_keys_of_others(config: TrainConfig) -> None:
-    own = {"loss", *OPTIONS[config.loss], *(OF_EXPERTS[:2] if config.experts else ())}  # the model's too
+    of_the_model = OF_EXPERTS[:2] if config.experts else ()
+    own = {"loss", *OPTIONS[config.loss], *of_the_model}
     for name in config.changed(LOSS_KEYS):
         if name not in own:
             having = [f"loss={loss}" for loss, options in OPTIONS.items() if name in options]
@@ -104,7 +106,7 @@ def _refuse_keys_of_others(config: TrainConfig) -> None:
 
 
 def check_range(spec: Declared, value: Any, origin: str = "") -> None:
-    """Raise UserError, naming the key and where it was set, when `value` is outside the limits of `spec`."""
+    """Raise UserError if `value` is out of range; the message begins with where it was set."""
     if spec.kind.holds(value):
         return
     if spec.choices:
@@ -114,7 +116,7 @@ def check_range(spec: Declared, value: Any, origin: str = "") -> None:
 
 
 def limits_of(spec: Declared) -> str:
-    """What a key's value has to be, `max_iters >= 1`; nothing where any of its type will do."""
+    """A key's range in words, such as `max_iters >= 1`; empty if its type is the only limit."""
     if spec.choices:
         return f"one of {', '.join(spec.choices)}"
     limits = spec.kind.limits

@@ -1,1 +1,1 @@
-"""What a run reads: a text, its tokens, blocks of them, and what is done to a block."""
+"""The data of a run: text, tokens, blocks, and corrupted blocks."""

@@ -1,8 +1,8 @@
 """Tokens to blocks.
 
-Training blocks start anywhere (nanoGPT's way) and each is a function of the seed and its number alone,
-so a resumed run sees exactly the blocks it would have seen. Evaluation walks the held-out text: a causal
-model in windows that predict every token once, the others in whole blocks side by side.
+Training blocks start anywhere, as in nanoGPT. Each is a function of the seed and its index alone, so that a
+resumed run sees the blocks it would have seen. Evaluation walks through the held-out text: causal models in
+windows that predict every token once, the others in adjacent blocks.
 """
 
 import random
@@ -17,13 +17,12 @@ IGNORED = -100
 
 
 def block_that_fits(num_tokens: int) -> int:
-    """Tokens in a block where the text has as few as this: blocks begin at several places of it."""
+    """A block size for a short text, such that blocks can start in several places."""
     return max(2, num_tokens // 4)
 
 
 class RandomBlocks(Dataset):
-    """Blocks at random offsets of the training tokens [N], as many as the run will draw. Block `i` depends
-    on the seed and `i`, on nothing else. A UserError where the text is shorter than one block."""
+    """Blocks at random offsets of the training tokens [N]; block `i` depends on the seed and `i` alone."""
 
     def __init__(self, tokens: Tensor, block_size: int, num_blocks: int, seed: int):
         if len(tokens) <= block_size:
@@ -40,13 +39,13 @@ class RandomBlocks(Dataset):
         return self.num_blocks
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        # Seeding with a text hashes it, so that neighbouring numbers give unrelated offsets.
+        # A string seed is hashed, so that neighbouring indices give unrelated offsets.
         start = random.Random(f"{self.seed}:{index}").randrange(len(self.tokens) - self.block_size + 1)
         return as_example(self.tokens[start : start + self.block_size])
 
 
 class _HeldOut(Dataset):
-    """Blocks of the held-out tokens [N]; a UserError where there is nothing to look at."""
+    """Blocks of the held-out tokens [N]."""
 
     def __init__(self, tokens: Tensor, block_size: int):
         if len(tokens) < 2:
@@ -58,9 +57,9 @@ class _HeldOut(Dataset):
 
 
 class Windows(_HeldOut):
-    """The held-out tokens [N] cut so that each token but the first is predicted exactly once.
+    """The held-out tokens [N] in windows that predict each token but the first exactly once.
 
-    Neighbouring windows share one token: the last that one predicts is the first the next one is given.
+    Neighbours share one token: the last target of one is the first input of the next.
     """
 
     def __len__(self) -> int:
@@ -70,7 +69,7 @@ class Windows(_HeldOut):
         start = index * (self.block_size - 1)
         example = as_example(self.tokens[start : start + self.block_size])
         short = self.block_size - len(example["input_ids"])
-        # Padding comes last, so under a causal model nothing that counts can see it.
+        # Padding comes last, where no supervised token of a causal model sees it.
         return {
             "input_ids": pad(example["input_ids"], (0, short), value=0),
             "labels": pad(example["labels"], (0, short), value=IGNORED),
@@ -78,10 +77,10 @@ class Windows(_HeldOut):
 
 
 class WholeBlocks(_HeldOut):
-    """The held-out tokens [N] cut into blocks side by side, for models that see both ways.
+    """The held-out tokens [N] in adjacent blocks, for bidirectional models.
 
-    All are `block_size` long, so that none needs padding: the last reaches back into the one before it. A
-    text shorter than that is one short block.
+    None needs padding: the last block overlaps the one before it. A text shorter than a block is one short
+    block.
     """
 
     def __len__(self) -> int:
@@ -95,9 +94,9 @@ class WholeBlocks(_HeldOut):
 
 
 def as_example(block: Tensor) -> dict[str, Tensor]:
-    """Inputs and labels of a block [T]; the shift by one is the loss's duty."""
+    """Inputs and labels of a block [T]; the loss shifts them."""
     labels = block.clone()
-    # Nothing predicts the first token. Saying so keeps the Trainer's count of targets right whether or
-    # not its version knows that this model's loss shifts.
+    # Nothing predicts the first token. This keeps the Trainer's count of targets right, whether or not
+    # its version knows that the loss shifts.
     labels[0] = IGNORED
     return {"input_ids": block, "labels": labels}

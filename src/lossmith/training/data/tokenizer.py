@@ -10,16 +10,12 @@ from lossmith.training.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
 CLS = "<|cls|>"
-# Every mode's tokenizer has all three, so that a scorer can judge any model of the same text.
+# Every mode has all three, so that a scorer can judge any model of the same text.
 SPECIAL_TOKENS = (END_OF_TEXT, MASK, CLS)
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, *, or_fewer: bool = False) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the training split alone; any text at all is then encodable.
-
-    Raises:
-        UserError: the text does not hold `vocab_size` different pieces, and fewer will not do.
-    """
+    """Train a byte-level BPE, which can encode any text, on the training split."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -38,7 +34,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, *, or_fewer: bool = False) 
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,  # no padding token: a model's embedding row for one gets no gradient
+        eos_token=END_OF_TEXT,  # no padding token, whose embedding would get no gradient
         mask_token=MASK,
         cls_token=CLS,
         clean_up_tokenization_spaces=False,
@@ -46,21 +42,18 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, *, or_fewer: bool = False) 
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    """The number of a special token."""
+    """The id of a special token."""
     found = tokenizer.convert_tokens_to_ids(token)
     assert isinstance(found, int), f"the tokenizer has no {token}"
     return found
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
-    """All documents as one row of token ids [N], each document after an end-of-text token.
-
-    The first token stands for "nothing came before", so every token of the text itself is predicted.
-    """
+    """All documents as token ids [N], each after an end-of-text token that predicts its first one."""
     start = token_id(tokenizer, END_OF_TEXT)
     bpe = tokenizer.backend_tokenizer
     before = bpe.encode_special_tokens
-    # Spelled out in a text, "<|endoftext|>" is 13 characters of it like any other, with 13 bytes to count.
+    # "<|endoftext|>" spelled out in a text is 13 ordinary characters.
     bpe.encode_special_tokens = True
     try:
         rows = bpe.encode_batch(documents)
@@ -71,8 +64,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Te
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """UTF-8 bytes that each token of the vocabulary stands for, [V]; none for special tokens."""
-    # A byte-level vocabulary spells each byte as one character, so the spelling's length counts bytes.
+    """The number of UTF-8 bytes of each token, [V]; 0 for special tokens."""
+    # A byte-level vocabulary spells each byte as one character.
     vocabulary = tokenizer.get_vocab()
     sizes = torch.zeros(len(vocabulary), dtype=torch.long)
     for piece, token in vocabulary.items():
