@@ -1,1 +1,1 @@
-"""A run: the story (`runner`), the loop (`trainer`), the folder, what is shown and what is written down."""
+"""A run: the story (`runner`), the loop (`trainer`), its folder, and what it shows and logs."""

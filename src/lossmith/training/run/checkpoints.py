@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, and whether they are sound."""
+"""The checkpoints of a run: finding them, keeping the newest, and checking that they are sound."""
 
 import json
 import zipfile
@@ -21,16 +21,15 @@ from lossmith.training.tasks import task_class
 from lossmith.training.tasks.models import EXPERTS, SIZES
 
 KEPT = 2
-MODEL_FILES = "model*.safetensors"  # a large model is written in several
-# What a run needs to go on, beyond what its model needs to be evaluated. Without these two the Trainer
-# would go on all the same, with an optimizer that remembers nothing.
+MODEL_FILES = "model*.safetensors"  # large models have several
+# Without these two the Trainer would resume all the same, with an optimizer that remembers nothing.
 FILES_OF_THE_OPTIMIZER = ("optimizer.pt", "scheduler.pt")
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Lists a checkpoint before it is written, and deletes what is listed of all but the newest.
+    """Claims a checkpoint before it is written, and deletes the run's older ones.
 
-    The Trainer's own rotation deletes whatever is called `checkpoint-1...`, whoever made it.
+    The Trainer's own rotation would delete any folder called `checkpoint-N`, whoever made it.
     """
 
     def __init__(self, folder: RunFolder):
@@ -48,13 +47,13 @@ class KeepCheckpoints(TrainerCallback):
 
 
 def checkpoints(out_dir: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints of a folder, (step, path), oldest first."""
+    """The complete checkpoints in a folder as (step, path), oldest first."""
     found = numbered(out_dir, "checkpoint")
     return [(step, path) for step, path in found if (path / LAST_FILE_OF_A_CHECKPOINT).is_file()]
 
 
 def last_checkpoint(out_dir: Path) -> tuple[int, Path]:
-    """Step and path of the newest complete checkpoint, or a UserError: there is none."""
+    """The newest complete checkpoint as (step, path); a UserError if there is none."""
     found = checkpoints(out_dir)
     if not found:
         raise UserError(
@@ -65,19 +64,15 @@ def last_checkpoint(out_dir: Path) -> tuple[int, Path]:
 
 
 def checkpoint_of(out_dir: Path) -> tuple[int, Path]:
-    """Step and path of a checkpoint, or of the newest complete one of a run, whichever the folder is."""
+    """The checkpoint that the folder is, or the newest complete one in it, as (step, path)."""
     if run_of(out_dir) is None:
         return last_checkpoint(out_dir)
     return max(step_of(path.name) for path in (out_dir.absolute(), out_dir.resolve())), out_dir
 
 
 def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
-    """Look at the files of a checkpoint before anything relies on them.
-
-    Raises:
-        UserError: a file is missing or damaged, or the checkpoint is of another model than the
-        configuration's.
-    """
+    """Raise UserError if a file of a checkpoint is missing or damaged, or of another model than the
+    configuration's."""
     saved = read_json(checkpoint / "config.json")
     require_architecture(saved.get("architectures"), checkpoint, config)
     said = {key: getattr(config, key) for key in SIZES}
@@ -94,13 +89,13 @@ def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
     if config.resume:
         read_json(checkpoint / LAST_FILE_OF_A_CHECKPOINT)
         for name in FILES_OF_THE_OPTIMIZER:
-            # PyTorch saves zip files, whose table of contents comes last: one that was cut short has none.
+            # PyTorch saves zip files, whose directory comes last: a truncated one has none.
             if not zipfile.is_zipfile(checkpoint / name):
                 raise damaged(checkpoint / name, "a file saved by PyTorch")
 
 
 def require_architecture(architectures: Any, checkpoint: Path, config: TrainConfig) -> None:
-    """Raise UserError when a checkpoint is of another mode; its head would be filled with random numbers."""
+    """Raise UserError if a checkpoint is of another mode; its head would be initialised at random."""
     wanted = task_class(config).architecture(config).__name__
     if architectures != [wanted]:
         raise disagreeing(
@@ -111,13 +106,13 @@ def require_architecture(architectures: Any, checkpoint: Path, config: TrainConf
 
 
 def require_loss(checkpoint: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise UserError when a checkpoint holds another state of the loss than the one that goes on."""
+    """Raise UserError if a checkpoint's state of the loss is not that of the current loss."""
     path = checkpoint / LOSS_FILE
     saved: Mapping[str, Tensor] = {}
     if path.exists():
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # whatever the library raises of a file that was cut short
+        except Exception:  # the library raises many classes
             raise damaged(path, "the state of the loss") from None
     theirs = {name: value.shape for name, value in saved.items()}
     ours = {name: value.shape for name, value in state.items()}
@@ -131,7 +126,7 @@ def require_loss(checkpoint: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def require_tokenizer(path: Path, vocab_size: int) -> None:
-    """Raise UserError when a checkpoint's tokenizer cannot be read or has another vocabulary."""
+    """Raise UserError if a checkpoint's tokenizer cannot be read or has another vocabulary."""
     try:
         size = Tokenizer.from_file(str(path)).get_vocab_size()
     except Exception:  # the library raises no other class
@@ -141,7 +136,7 @@ def require_tokenizer(path: Path, vocab_size: int) -> None:
 
 
 def require_weights(path: Path) -> None:
-    """Raise UserError when a file of weights is missing or cut short; only its header is read."""
+    """Raise UserError if a file of weights is missing or truncated; only its header is read."""
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -150,7 +145,7 @@ def require_weights(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint, or a UserError that names the file."""
+    """The object in a JSON file; a UserError that names the file if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -161,14 +156,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def disagreeing(one: str, other: str) -> UserError:
-    """The error for files that say different things."""
+    """The error for files that contradict each other."""
     return UserError(
         f"{one} but {other}; expected them to agree. Restore the file that was changed, or train anew."
     )
 
 
 def damaged(path: Path, expected: str) -> UserError:
-    """The error for a file of a checkpoint that cannot be used."""
+    """The error for a checkpoint's file that cannot be used."""
     state = "is missing" if not path.exists() else "is empty" if not path.stat().st_size else "is damaged"
     return UserError(
         f"{path} {state}; expected {expected}. Restore it, or move {path.parent} away so that the "

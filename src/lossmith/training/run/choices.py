@@ -1,6 +1,6 @@
-"""What a run chooses where it could as well refuse, each with a sentence that says so.
+"""Defaults that give way to what is there, each with a sentence that says so.
 
-Only defaults give way to what is there; what somebody asked for is had, or refused.
+What the user asked for is never changed; it is done or refused.
 """
 
 from dataclasses import replace
@@ -22,13 +22,15 @@ from lossmith.training.run.checkpoints import checkpoints
 def choose_sizes(
     config: TrainConfig, corpus: Corpus
 ) -> tuple[TrainConfig, PreTrainedTokenizerFast, str | None]:
-    """A new run's configuration, in which `vocab_size` and `block_size` are smaller where they are the
-    defaults and the text is too small for them; the tokenizer; what to say of it, or None. A UserError where
-    the text is too small for a size that was asked for."""
+    """Reduce default sizes that a small text cannot fill; a UserError if the user asked for them.
+
+    Returns:
+        The configuration, the tokenizer, and what to say about it, if anything.
+    """
     is_default = {name: name not in config.changed([name]) for name in ("vocab_size", "block_size")}
     tokenizer = train_tokenizer(corpus, config.vocab_size, or_fewer=is_default["vocab_size"])
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer)}
-    # In a text of this many characters there are more tokens than that, and counting them takes a while.
+    # A longer text has enough tokens for sure, and encoding it takes a while.
     longest = max(map(len, tokenizer.get_vocab()))
     if is_default["block_size"] and sum(map(len, corpus.train)) <= config.block_size * longest:
         num_tokens = len(encode(tokenizer, corpus.train))
@@ -38,14 +40,17 @@ def choose_sizes(
     if not smaller:
         return config, tokenizer, None
     config = replace(config, **smaller)
-    check(config)  # for ids of tokens that there are no more
+    check(config)  # refuses ids beyond the smaller vocabulary
     said = " and ".join(f"{name}={size} instead of {SPECS[name].default}" for name, size in smaller.items())
     return config, tokenizer, f"{corpus.name} is a small text, so this run takes {said}."
 
 
 def choose_judge(config: TrainConfig) -> tuple[TrainConfig, str | None]:
-    """The configuration with the newest checkpoint where the judge is named by its run's folder, so that a
-    resumed run has the same one; what to say of it, or None."""
+    """Replace a judge that is named by its run's folder by its newest checkpoint, which resuming then keeps.
+
+    Returns:
+        The configuration, and what to say about it, if anything.
+    """
     checkpoint = getattr(config, f"{SequenceScoringJudgeWeightModifier.prefix}checkpoint")
     folder = Path(checkpoint).expanduser()
     switches = (MASTER, SequenceScoringJudgeWeightModifier.enabled_key)
@@ -54,7 +59,7 @@ def choose_judge(config: TrainConfig) -> tuple[TrainConfig, str | None]:
         return config, None
     found = checkpoints(folder)
     if not found:
-        return config, None  # what is wrong is said where it is loaded
+        return config, None  # loading it says what is wrong
     newest = found[-1][1]
     return (
         replace(config, judge_weight_checkpoint=str(newest)),

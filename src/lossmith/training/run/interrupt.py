@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run in good order: after the step it is in, with a checkpoint."""
+"""Ctrl-C ends a run after the current step, with a checkpoint."""
 
 import signal
 import threading
@@ -16,8 +16,7 @@ REPEATED_S = 1.0
 
 
 class StopOnSignal(TrainerCallback):
-    """While entered, SIGINT and SIGTERM ask the run to save and stop, and say so; a second one stops it at
-    once."""
+    """While entered, SIGINT and SIGTERM ask the run to save and stop; a second one stops it at once."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -26,7 +25,7 @@ class StopOnSignal(TrainerCallback):
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
-        # Only the main thread may set handlers; elsewhere the host program keeps its own.
+        # Only the main thread may set handlers.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous[number] = signal.signal(number, self.receive)
@@ -43,7 +42,7 @@ class StopOnSignal(TrainerCallback):
             say(self.console, "Finishing this step and saving; once more to stop at once.", "yellow")
         elif time.monotonic() - self.received_at > REPEATED_S:
             raise KeyboardInterrupt
-        # Else it is the same Ctrl-C, which reaches a rank twice: from the terminal and from torchrun.
+        # Else it is the same Ctrl-C, which reaches a rank from the terminal and from torchrun.
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.received = on_any_rank(self.received, args)
@@ -54,7 +53,7 @@ class StopOnSignal(TrainerCallback):
 
 
 def on_any_rank(received: int | None, args: Any) -> int | None:
-    """The signal that any rank received: all of them have to stop after the same step."""
+    """The signal that any rank received, so that all of them stop after the same step."""
     if args.world_size == 1:
         return received
     number = torch.tensor(received or 0, device=args.device)

@@ -1,4 +1,4 @@
-"""What a run shows and what it writes down while it goes."""
+"""What a run shows and logs while it trains."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from lossmith.training.tasks.task import Task
 
 
 class Stopwatch(TrainerCallback):
-    """Tokens per second of training, leaving out evaluations and checkpoints."""
+    """Tokens per second of training, without evaluations and checkpoints."""
 
     def __init__(self, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
@@ -55,8 +55,7 @@ class Stopwatch(TrainerCallback):
 
 
 class LogFile(TrainerCallback):
-    """One JSON line per logged step. Rows of later steps than the one a resumed run starts from are dropped,
-    since it takes those steps again."""
+    """Writes `log.jsonl`; a resumed run drops the rows of steps that it takes again."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -77,26 +76,26 @@ class LogFile(TrainerCallback):
                 file.write(json.dumps(row) + "\n")
 
 
-# These stand beside the training's in a reader's tables, so they are told apart by their names.
+# Renamed, so that a reader's tables keep them apart from those of training.
 OF_EVALUATION = {f"eval_{name}": f"val_{name}" for name in ("loss", "tokens", "sequences")}
 
 
 def log_row(step: int, logs: dict[str, Any]) -> dict[str, Any] | None:
-    """One row of `log.jsonl`, or None for what is no step: the Trainer's closing summary."""
+    """A row of `log.jsonl`; None for the Trainer's closing summary."""
     if "loss" not in logs and "eval_loss" not in logs:
         return None
     row: dict[str, Any] = {"step": step}
     for name, value in logs.items():
         if name == "epoch":
-            continue  # blocks are drawn at random, so there are none
+            continue  # there are none: blocks are random
         name = OF_EVALUATION.get(name, name.removeprefix("eval_"))
-        # JSON has no NaN and no infinity; a reader of the file would fail on them.
+        # JSON has neither NaN nor infinity.
         row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
     return row
 
 
 class Display(TrainerCallback):
-    """A progress bar on a terminal, plain lines in a file or a pipe, in the words of a task."""
+    """A progress bar on a terminal, plain lines otherwise."""
 
     def __init__(self, console: Console, task: Task):
         self.console = console
@@ -128,8 +127,8 @@ class Display(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         row = log_row(state.global_step, logs or {})
         if row is None or ("val_loss" in row and self.done):
-            return  # the closing evaluation has a line of its own
-        # in a width that does not jump: `step  40/400`
+            return  # `show_results` prints the closing evaluation
+        # of constant width: `step  40/400`
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         figures = (*self.task.step_figures, SPEED)
         if "val_loss" in row:
@@ -144,12 +143,12 @@ class Display(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the bar off the terminal; harmless when there is none."""
+        """Remove the bar from the terminal, if there is one."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
 
 def parts_in(row: dict[str, Any]) -> Iterator[Figure]:
-    """The parts of the loss in a row of the log, under the names that they have there."""
+    """The parts of the loss in a row, by their names there."""
     return (Figure(name, f"{name} {{:.3g}}") for name in row if name.startswith(PARTS))

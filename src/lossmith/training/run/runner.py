@@ -44,15 +44,15 @@ def run(config: TrainConfig, console: Console, command: str = "python train.py")
 
     Args:
         config: a checked configuration.
-        console: where to show it.
+        console: where to print.
         command: how the user started this, for the line that says how to resume.
 
     Returns:
-        The exit code: 0, or 128 plus the signal's number for a run that a signal ended.
+        The exit code: 0, or 128 plus the signal's number if a signal ended the run.
 
     Raises:
-        UserError: something that was asked for is not there; nothing has been trained yet, except where
-            the loss stopped being a number.
+        UserError: something is missing or impossible; only a loss that is not finite raises it during
+        training.
     """
     with quiet_libraries(), saying_warnings(console):
         return evaluate_saved(config, console) if config.eval_only else train(config, console, command)
@@ -63,7 +63,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
     args = training_arguments(config)
     require_trackers(config)
     with opened(Path(config.out_dir), is_main=not args.process_index) as folder:
-        # 1. Everything that can be refused is refused before any work.
+        # 1. Refuse what can be refused before any work.
         first_step, checkpoint = where_to_begin(config, folder)
         config, of_judge = choose_judge(config)
 
@@ -75,11 +75,11 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             config, tokenizer, of_sizes = choose_sizes(config, corpus)
         transformers.set_seed(config.seed)
         task = make_task(config, corpus, tokenizer, blocks_to_draw(config, args))
-        _ = task.train_blocks[0]  # a text too short for a block is refused here
+        _ = task.train_blocks[0]  # refuses a text shorter than a block
         add_modifiers(task, str(args.device), choose_dtype(config))
         if checkpoint:
             require_loss(checkpoint, task.pipeline.state_dict())
-        model = task.make_model()  # the Trainer reads a checkpoint's weights
+        model = task.make_model()  # the Trainer loads a checkpoint's weights
         model.to(args.device)  # pyright: ignore[reportArgumentType]
         if folder:
             for said in filter(None, (of_sizes, of_judge)):
@@ -113,7 +113,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
 
 
 def evaluate_saved(config: TrainConfig, console: Console) -> int:
-    """Evaluate the last checkpoint of a run over all of the held-out text."""
+    """Evaluate the last checkpoint of a run on all held-out text."""
     step, checkpoint = checkpoint_of(Path(config.out_dir))
     require_sound_checkpoint(checkpoint, config)
     args = training_arguments(config)
@@ -125,7 +125,7 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
     model = task.load_model(checkpoint)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     trainer = TaskTrainer(task, model, args)
-    if config.experts and config.moe_balance_mode == "bias":  # experts are chosen with it
+    if config.experts and config.moe_balance_mode == "bias":  # it chooses the experts
         require_loss(checkpoint, task.pipeline.state_dict())
         trainer.load_loss(checkpoint)
     measures = trainer.evaluate(everything=True)
@@ -135,21 +135,21 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
 
 
 def blocks_to_draw(config: TrainConfig, args: TrainingArguments) -> int:
-    """How many training blocks all ranks will draw together."""
+    """How many training blocks all ranks draw together."""
     num = config.max_iters * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return min(num, sys.maxsize)  # more is no length in Python
+    return min(num, sys.maxsize)  # the largest length in Python
 
 
 def saved_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that a checkpoint's model was trained with."""
+    """A checkpoint's tokenizer."""
     return PreTrainedTokenizerFast.from_pretrained(checkpoint)
 
 
 def where_to_begin(config: TrainConfig, folder: RunFolder | None) -> tuple[int, Path | None]:
-    """The step that a run begins after, and the checkpoint that holds it, None for a new run.
+    """The step after which a run begins and its checkpoint, if it is resumed.
 
     Raises:
-        UserError: there is nothing to resume or nothing left to do, or the folder holds what is another's.
+        UserError: nothing to resume, nothing left to train, or somebody else's files in the way.
     """
     first_step, checkpoint = last_checkpoint(Path(config.out_dir)) if config.resume else (0, None)
     if first_step >= config.max_iters:
@@ -167,7 +167,7 @@ def where_to_begin(config: TrainConfig, folder: RunFolder | None) -> tuple[int, 
 
 
 def prepare_folder(folder: RunFolder, config: TrainConfig, console: Console) -> SetAside | None:
-    """Move an earlier run out of the way and write this run's configuration."""
+    """Move an earlier run aside and write this run's configuration."""
     aside = None if config.resume else folder.set_aside()
     if aside:
         say(console, f"The earlier run in {config.out_dir} is now in {aside.folder}.\n")
@@ -178,7 +178,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, console: Console) -> 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' own notes off the user's screen; errors still come through."""
+    """Silence the libraries' notes while entered; errors still come through."""
     before: Any = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What a run says before and after: what is trained, on what, what it begins with, what came of it."""
+"""What a run prints before and after training."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ from lossmith.training.tasks.task import Task
 
 
 def show_summary(console: Console, task: Task, model: PreTrainedModel, args: TrainingArguments) -> None:
-    """What is about to be trained, on what, with what, and which keys will change nothing."""
+    """Print what is about to be trained, and warn of keys without effect."""
     config = task.config
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
@@ -53,17 +53,17 @@ def show_summary(console: Console, task: Task, model: PreTrainedModel, args: Tra
 
 
 def warn(console: Console, text: str) -> None:
-    """A warning and an empty line."""
+    """Print a warning and an empty line."""
     say(console, f"warning: {text}\n", "yellow")
 
 
 def no_effect(names: list[str]) -> str:
-    """What to say of keys that change nothing."""
+    """Say that keys have no effect."""
     return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect"
 
 
 def show_first_loss(console: Console, task: Task, model: PreTrainedModel) -> None:
-    """Compare the untrained model's loss with what knowing nothing costs."""
+    """Compare the untrained model's loss with that of knowing nothing."""
     some = range(min(task.config.batch_size, len(task.held_out)))  # pyright: ignore[reportArgumentType]
     first = task.evaluate(model, DataLoader(Subset(task.held_out, some), batch_size=len(some)))["loss"]
     nothing = task.knowing_nothing()
@@ -83,7 +83,7 @@ def show_results(
     sample: RenderableType | None,
     aside: SetAside | None,
 ) -> None:
-    """The final measures, a sample, and where everything is."""
+    """Print the final measures, a sample, and where everything is."""
     if sample is not None:
         say(console)
         say(console, Panel(sample, title=task.sample_title, title_align="left", border_style="dim"))

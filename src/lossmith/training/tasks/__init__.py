@@ -1,4 +1,4 @@
-"""What one mode of the trainer trains, a file each; `make_task` picks it by the keys."""
+"""What each mode trains, a file each; `make_task` picks it by the keys."""
 
 from importlib import import_module
 
@@ -18,5 +18,5 @@ def task_class(config: TrainConfig) -> type[Task]:
 def make_task(
     config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_blocks: int
 ) -> Task:
-    """What a run trains; the arguments are those of :class:`Task`."""
+    """The task of a run; the arguments are those of :class:`Task`."""
     return task_class(config)(config, corpus, tokenizer, num_blocks)

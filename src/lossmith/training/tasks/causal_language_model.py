@@ -51,12 +51,12 @@ class CausalLanguageModel(TokenTask):
         return MixtralForCausalLM if config.experts else cls.model_class
 
     def build_model(self) -> PreTrainedModel:
-        # By what the tokenizer has: that of an older run knows the end of text alone.
+        # The tokenizer of an older run knows only the end of text.
         others = [token for token in self.tokenizer.all_special_ids if token != self.end_of_text]
         return make_language_model(self.config, self.end_of_text, never_generated=others)
 
     def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
-        # In here components find hidden states, routers and the output matrix.
+        # `attach` gives components the hidden states, the routers' logits and the unembedding.
         attach(model, self.pipeline, materialize_logits=self.config.materialize_logits)
         for part in self.pipeline.modules():
             if isinstance(part, MoEBalance) and part.mode == "bias":
@@ -92,8 +92,8 @@ class CausalLanguageModel(TokenTask):
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel) -> Text | None:
-        """Text generated from nothing; the same for the same weights and seed."""
-        # Beyond block_size the rotary positions were never trained.
+        """Text generated from nothing, the same for the same weights and seed."""
+        # Positions beyond block_size were never trained.
         length = min(self.config.sample_tokens, self.config.block_size - 1)
         if length <= 0:
             return None

@@ -1,4 +1,4 @@
-"""``MaskedLanguageModel``: predict the tokens that were masked, from what is left on both sides."""
+"""``MaskedLanguageModel``: predict masked tokens from both sides."""
 
 from collections.abc import Sequence
 
@@ -23,13 +23,15 @@ from lossmith.training.tasks.measures import (
 )
 from lossmith.training.tasks.task import Batch, CorruptedTask, TokenTask, sum_each
 
-SAMPLE_SHARE = 0.3  # masked in the sample: enough to see something, with enough left to go by
+SAMPLE_SHARE = 0.3  # masked in the sample
 RIGHT, WRONG = Mark("«", "»", "bold green", "right"), Mark("‹", "›", "bold red", "wrong")
 
 
 class MaskedLanguageModel(CorruptedTask, TokenTask):
-    """Predict the tokens that were masked, a share r of each row that is drawn anew, as discrete diffusion
-    trains: every number of masked tokens from 1 to all is as likely, and so is every choice of them."""
+    """Predict masked tokens, with a new share masked in each row, as in discrete diffusion: every number of
+    masked
+    tokens from 1 to all is equally likely, and so is every choice of them.
+    """
 
     mode = lossmith.ModelMode.LANGUAGE_MODEL
     model_class = ModernBertForMaskedLM
@@ -39,7 +41,7 @@ class MaskedLanguageModel(CorruptedTask, TokenTask):
     sample_title = "masked tokens filled in"
 
     def corrupt(self, block: Tensor, generator: Generator) -> Batch:
-        """Mask a random share of a block [T]; only what is masked has a label."""
+        """Mask a random share of a block [T]; only masked tokens have labels."""
         ids, masked = mask_tokens(block, self.mask, draw_number(1, len(block), generator), generator)
         return {"input_ids": ids, "labels": torch.where(masked, block, IGNORED)}
 
@@ -64,7 +66,7 @@ class MaskedLanguageModel(CorruptedTask, TokenTask):
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel) -> Text | None:
-        """The beginning of the held-out text with three tokens in ten masked, and the likeliest put there."""
+        """The beginning of the held-out text with three tokens in ten masked and filled in."""
         block = self.first_block[: self.config.sample_tokens]
         if not len(block):
             return None

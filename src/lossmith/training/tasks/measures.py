@@ -1,4 +1,4 @@
-"""The figures of a run: how they are said in words, and what a model costs that knows nothing."""
+"""The figures of a run: their words, and what a model costs that knows nothing."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a line: which value of a row of the log, in which words, `loss {:.3f}` for instance, and
-    what a `null` there stood for."""
+    """A value in a row of the log, its format, such as `loss {:.3f}`, and what `null` stands for."""
 
     name: str
     words: str
@@ -30,7 +29,7 @@ def describe(row: dict[str, Any], figures: Sequence[Figure]) -> str:
 
 
 def perplexity(mean: float) -> float:
-    """The exponential of a mean negative log-likelihood, infinite where a float holds no such number."""
+    """The exponential of a mean negative log-likelihood; infinite where that overflows."""
     try:
         return math.exp(mean)
     except OverflowError:
@@ -43,8 +42,8 @@ class KnowingNothing:
 
     Attributes:
         loss: its loss.
-        said: that in words, such as `a uniform guess costs log 2048 = 7.625`.
-        margin: an untrained model further away than this points at a mistake.
+        said: the same in words, such as `a uniform guess costs log 2048 = 7.625`.
+        margin: an untrained model further away than this hints at a mistake.
     """
 
     loss: float
@@ -53,6 +52,6 @@ class KnowingNothing:
 
 
 def uniform_guess(num_classes: int, margin: float) -> KnowingNothing:
-    """What giving each of the classes the same probability costs."""
+    """The cost of giving each class the same probability."""
     loss = math.log(num_classes)
     return KnowingNothing(loss, f"a uniform guess costs log {num_classes} = {loss:.3f}", margin)

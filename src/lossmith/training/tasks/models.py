@@ -1,5 +1,4 @@
-"""The model: Llama's architecture, Mixtral's, or ModernBERT's, at any size, from a configuration; nothing is
-downloaded."""
+"""The models: Llama, Mixtral or ModernBERT of any size, made from a configuration without downloads."""
 
 import math
 from collections.abc import Sequence
@@ -24,10 +23,10 @@ INIT_STD = 0.02
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
 GLOBAL_EVERY = 4  # layers of a bidirectional model
-NEIGHBOURS = 4  # tokens, half of them on either side, that its other layers see
+NEIGHBOURS = 4  # tokens that its other layers see, half of them on either side
 
 
-# Our keys and what the libraries' configurations call them.
+# Our keys and their names in the configurations of transformers.
 SIZES = {
     "vocab_size": "vocab_size",
     "block_size": "max_position_embeddings",
@@ -39,7 +38,7 @@ EXPERTS = {"num_experts": "num_local_experts", "moe_top_k": "num_experts_per_tok
 
 
 def _shape(config: TrainConfig, end_of_text: int) -> dict[str, Any]:
-    """What the configurations of all models say."""
+    """What all models' configurations have in common."""
     sizes = {name: getattr(config, key) for key, name in SIZES.items()}
     special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": None}
     return {**sizes, **special, "attention_dropout": config.dropout}
@@ -48,15 +47,15 @@ def _shape(config: TrainConfig, end_of_text: int) -> dict[str, Any]:
 def make_language_model(
     config: TrainConfig, end_of_text: int, never_generated: Sequence[int] = ()
 ) -> PreTrainedModel:
-    """A causal model whose first loss is close to log V.
+    """A causal model whose initial loss is close to log V.
 
-    The embeddings are not tied: after 300 steps on the default text the tied model was at 2.08 bits per
+    Its embeddings are not tied: after 300 steps on the default text the tied model was at 2.08 bits per
     byte, the untied one at 1.92.
 
     Args:
-        config: gives the sizes, the model and its experts.
-        end_of_text: the token that stands before and after every document.
-        never_generated: tokens that are no text; generation leaves them out.
+        config: gives the sizes and the experts.
+        end_of_text: the token before and after every document.
+        never_generated: tokens that generation leaves out.
     """
     shape = _shape(config, end_of_text) | {
         "intermediate_size": mlp_width(config.n_embd),
@@ -73,7 +72,7 @@ def make_language_model(
     else:
         shape |= zip(EXPERTS.values(), config.experts, strict=True)
         model = MixtralForCausalLM(MixtralConfig(**shape))
-    # Each layer adds to the residual stream twice; without this its variance grows with depth (GPT-2).
+    # Each layer adds to the residual stream twice; else its variance would grow with depth (GPT-2).
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
             parameter.data.mul_(1 / math.sqrt(2 * config.n_layer))
@@ -87,8 +86,7 @@ def make_language_model(
 
 
 def choose_experts_by_bias(model: PreTrainedModel, balance: MoEBalance) -> None:
-    """Let every router of a mixture of experts choose with the bias that balances them, a row of it a
-    layer."""
+    """Let every router of a mixture of experts choose with the bias of its layer."""
     for i, layer in enumerate(model.model.layers):
 
         def choose(
@@ -109,18 +107,18 @@ def make_bidirectional_model(
     num_positions: int,
     **head: Any,
 ) -> PreTrainedModel:
-    """A ModernBERT that sees both ways, with any of its heads, whose first loss is close to a guess's.
+    """A ModernBERT with any of its heads whose initial loss is close to that of a guess.
 
-    Three layers in four look at their neighbours alone. With full attention everywhere and the library's
-    narrow initialisation (0.02 whatever the width), small models stay at the frequencies of tokens for
-    hundreds of steps before they learn to look anywhere.
+    Three layers in four attend to their neighbours alone. With full attention everywhere and the library's
+    narrow initialisation (0.02 at any width), small models learn nothing but token frequencies for hundreds
+    of steps.
 
     Args:
-        model_class: with the head that is wanted.
+        model_class: the class with the head that is wanted.
         config: gives the sizes.
-        end_of_text, cls: the tokens that stand before every document, and may stand before a sequence.
-        num_positions: how long a sequence it can read.
-        head: what the head is told, `id2label` for instance.
+        end_of_text, cls: the tokens before every document, and before a sequence.
+        num_positions: the longest sequence it can read.
+        head: options of the head, such as `id2label`.
     """
     is_local = [(layer + 1) % GLOBAL_EVERY and layer + 1 < config.n_layer for layer in range(config.n_layer)]
     shape = _shape(config, end_of_text) | {
@@ -134,7 +132,7 @@ def make_bidirectional_model(
         "sep_token_id": None,
     }
     model = model_class(ModernBertConfig(**shape, **head))
-    # The embedding is normalised where it comes in, but of a masked language model it is the output as well.
+    # The input embedding is normalised, but in a masked language model it is also the unembedding.
     narrow: list[Any] = [model.get_input_embeddings(), getattr(model, "classifier", None)]
     for module in filter(None, narrow):
         torch.nn.init.normal_(module.weight, std=INIT_STD)

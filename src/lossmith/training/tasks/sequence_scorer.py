@@ -1,4 +1,4 @@
-"""``SequenceScorer``: tell how much of a text was replaced."""
+"""``SequenceScorer``: predict how much of a text was replaced."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,16 +17,16 @@ from lossmith.training.tasks.measures import Figure, KnowingNothing
 from lossmith.training.tasks.task import Batch, CorruptedTask, detached, sum_each
 
 SAMPLE_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-FAR_OFF = 0.15  # of a mean over few texts
+FAR_OFF = 0.15  # for a mean over few texts
 ROUNDING = 1e-9
 ERROR = Figure("mean_absolute_error", "mean absolute error {:.3f}")
 
 
 class SequenceScorer(CorruptedTask):
-    """Tell how much of a text was replaced by other tokens: y(x) = x^4 - 2 x^3 + 2 x of the share x.
+    """Predict the score y(x) = x^4 - 2 x^3 + 2 x of the share x of tokens that were replaced.
 
-    The input is the token `<|cls|>` and a block; the prediction is the sigmoid of the model's one logit, the
-    loss its squared error. Such a checkpoint is what `judge_weight_checkpoint` takes.
+    The input is `<|cls|>` and a block, the prediction the sigmoid of the model's one logit, the loss its
+    squared error. Such a checkpoint is what `judge_weight_checkpoint` takes.
     """
 
     mode = lossmith.ModelMode.SEQUENCE_SCORER
@@ -42,10 +42,10 @@ class SequenceScorer(CorruptedTask):
 
     @classmethod
     def num_positions(cls, config: TrainConfig) -> int:
-        return config.block_size + 1  # <|cls|> stands before the block
+        return config.block_size + 1  # <|cls|> precedes the block
 
     def replace(self, block: Tensor, num: int, generator: Generator) -> Batch:
-        """A block [T] with `num` tokens replaced, and the score that it deserves."""
+        """A block [T] with `num` tokens replaced, and its score."""
         ids, replaced = self.replacement(block, num, generator)
         return {
             "input_ids": torch.cat([torch.tensor([self.cls]), ids]),
@@ -99,14 +99,14 @@ class SequenceScorer(CorruptedTask):
         return {
             "loss": squared,
             "mean_absolute_error": absolute,
-            # Below that, it would be the correlation of what rounding left of the sums.
+            # Below that it would be the correlation of rounding errors.
             "correlation": (product - score * target) / spread if spread > ROUNDING else math.nan,
             "sequences": int(num),
         }
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel) -> Table | None:
-        """A held-out text with more and more of it replaced, and what the model says of it."""
+        """A held-out text with more and more of it replaced, and the model's scores."""
         if not self.config.sample_tokens:
             return None
         block = self.first_block

@@ -1,7 +1,7 @@
-"""``Task``: what one mode of the trainer trains: its data, its model, its loss and its measures.
+"""``Task``: what a mode of the trainer trains: its data, model, loss and measures.
 
-The runner asks a task for these and knows nothing else about it, so that another mode is another subclass,
-and a line in the table of modes (`config/keys.py`).
+The runner knows nothing else about a mode, so that another one is a subclass and a line in `MODES` of
+`config/keys.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -30,17 +30,17 @@ from lossmith.training.tasks.measures import Figure, KnowingNothing, perplexity,
 from lossmith.training.tasks.models import make_bidirectional_model
 
 Batch = dict[str, Tensor]
-HELD_OUT = "held out"  # names the random numbers of the held-out blocks: the same in every run
+HELD_OUT = "held out"  # the seed of the held-out blocks, the same in every run
 LOSS_NAMES = {"cross_entropy": "cross-entropy", "nvamp": "NVAMP", "unified": "unified loss"}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What is to be known of a batch that was trained on.
+    """What is known of a batch that was trained on.
 
     Attributes:
-        parts: what its loss was made of, detached.
-        observed: the sum that `training_measures` takes the mean of, and how many they were [2].
+        parts: the parts of its loss, detached.
+        observed: the sum of what `training_measures` averages, and the number of its terms [2].
     """
 
     parts: Mapping[str, Tensor]
@@ -48,23 +48,23 @@ class Seen:
 
 
 class Task(ABC):
-    """One mode of the trainer.
+    """A mode of the trainer.
 
     Args:
         config: the run's configuration.
         corpus: the text.
         tokenizer: trained on the corpus's training split, or the saved run's.
-        num_blocks: training blocks that the run will draw.
+        num_blocks: the number of training blocks that the run will draw.
 
     Attributes:
-        held_out: what it is judged by.
-        num_held_out_tokens: how much that is.
+        held_out: the data for evaluations.
+        num_held_out_tokens: the length of the held-out text.
         pipeline: the loss; the loss modifiers are added to it when training starts.
     """
 
     mode: ClassVar[lossmith.ModelMode]
     model_class: ClassVar[type[PreTrainedModel]]
-    loss_of: ClassVar[str] = ""  # what the loss is of, where that has to be said
+    loss_of: ClassVar[str] = ""  # what it predicts, if that has to be said
     step_figures: ClassVar[Sequence[Figure]]
     evaluation_figures: ClassVar[Sequence[Figure]]
     sample_title: ClassVar[str] = "sample"
@@ -86,12 +86,12 @@ class Task(ABC):
 
     @cached_property
     def train_tokens(self) -> Tensor:
-        """The training text, [N]; most evaluations do not need it."""
+        """The training text, [N], which most evaluations do not need."""
         return encode(self.tokenizer, self.corpus.train)
 
     @cached_property
     def train_blocks(self) -> Dataset:
-        """What is trained on."""
+        """The training data."""
         config = self.config
         blocks = RandomBlocks(self.train_tokens, config.block_size, self.num_blocks, config.seed)
         return self.make_train_blocks(blocks)
@@ -116,7 +116,7 @@ class Task(ABC):
 
     @classmethod
     def num_positions(cls, config: TrainConfig) -> int:
-        """How long a sequence the model can read."""
+        """The longest sequence that the model can read."""
         return config.block_size
 
     @classmethod
@@ -126,23 +126,23 @@ class Task(ABC):
 
     @abstractmethod
     def build_model(self) -> PreTrainedModel:
-        """A new model, as its library makes it."""
+        """A new model, without the loss."""
 
     def make_model(self) -> PreTrainedModel:
         """A new model with the loss inside its forward."""
         return self.put_loss_into(self.build_model())
 
     def load_model(self, checkpoint: Path) -> PreTrainedModel:
-        """The model of a checkpoint, likewise."""
+        """A checkpoint's model with the loss inside its forward."""
         return self.put_loss_into(self.architecture(self.config).from_pretrained(checkpoint))
 
     def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Let the model's forward return the loss; the modifiers have to be in it already."""
+        """Put the loss, which has its modifiers already, into the model's forward."""
         return with_loss(model, self.loss)
 
     @abstractmethod
     def make_objective(self) -> lossmith.Objective | None:
-        """The training loss without modifiers, None for squared error."""
+        """The training loss without modifiers; None for squared error."""
 
     def loss(
         self,
@@ -153,17 +153,17 @@ class Task(ABC):
     ) -> dict[str, Any]:
         """What the model's forward returns in training: `loss`, and the fields of `Seen`.
 
-        The Trainer adds up `count` over all micro-batches and ranks before any forward; with that sum as
-        the denominator the micro-batches' losses simply add up.
+        The Trainer sums `count` over all micro-batches and ranks before any forward and passes it as
+        `denominator`, so that the losses of the micro-batches add up.
         """
         raise NotImplementedError
 
     def seen(self, outputs: Any) -> Seen:
-        """What is to be known of the last batch, of what the model's forward returned."""
+        """What is known of the last batch, from what the model's forward returned."""
         return Seen(outputs["parts"], outputs["observed"])
 
     def count(self, batch: Batch) -> Tensor:
-        """What the loss of a batch is divided by."""
+        """The denominator of a batch's loss."""
         return self.pipeline.count(batch["labels"])
 
     @abstractmethod
@@ -171,12 +171,12 @@ class Task(ABC):
         """What is logged beside the loss, from the mean of what was observed."""
 
     def part_metrics(self) -> dict[str, float]:
-        """What the objective measured of its parts in the last batch, `moe_balance_loss/max_violation`
-        say."""
+        """The objective's metrics of its parts in the last batch, such as
+        `moe_balance_loss/max_violation`."""
         return {}
 
     def describe_loss(self) -> str:
-        """The loss and those of its options that are on."""
+        """The loss and its options that are on."""
         config = self.config
         changed = [f"{name} {getattr(config, name)}" for name in config.changed(OPTIONS[config.loss])]
         return ", ".join([LOSS_NAMES[config.loss] + self.loss_of, *changed])
@@ -189,11 +189,11 @@ class Task(ABC):
 
     @abstractmethod
     def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Sums over a held-out batch that `measures` is made of."""
+        """Sums over a held-out batch, from which `measures` are computed."""
 
     @abstractmethod
     def measures(self, sums: Sequence[float]) -> dict[str, float]:
-        """The measures, from the sums over everything; `loss`, unmodified, is always among them."""
+        """The measures from the total of all sums; the unmodified `loss` is among them."""
 
     @torch.no_grad()
     def evaluate(
@@ -202,8 +202,7 @@ class Task(ABC):
         batches: Any,
         add_over_ranks: Callable[[list[float]], list[float]] = list,
     ) -> dict[str, float]:
-        """The measures of a model over batches of the held-out data, each sequence weighing the same
-        whatever batch it came in."""
+        """The measures of a model over held-out batches; how they are batched does not matter."""
         model.eval()
         total: Tensor | float = 0.0
         for batch in batches:
@@ -213,15 +212,15 @@ class Task(ABC):
 
     @abstractmethod
     def sample(self, model: PreTrainedModel) -> RenderableType | None:
-        """Something to look at once the run is over, or None."""
+        """Something to show at the end of a run, or None."""
 
 
 class TokenTask(Task):
-    """A task whose labels are a class at every position, or none there."""
+    """A task with a class to predict at every position that has a label, trained by cross-entropy."""
 
     measured: lossmith.Metrics | None = None
     shift: ClassVar[bool] = False  # whether logits[t] predict labels[t + 1]
-    num_classes: ClassVar[int | None] = None  # where they are not the vocabulary's
+    num_classes: ClassVar[int | None] = None  # if it is not the vocabulary's
     far_off: ClassVar[float] = 0.5  # nats
 
     def make_objective(self) -> lossmith.Objective:
@@ -240,8 +239,11 @@ class TokenTask(Task):
         return {"loss": output.total, "parts": detached(output.parts), "observed": self.observed(output)}
 
     def observed(self, output: lossmith.LossOutput) -> Tensor:
-        """[2] the sum of what is observed of every token, and how many they are. What the objective measures
-        of its parts, every metric with a slash in its name, is kept until the next batch, unread."""
+        """The sum of what is observed of every token, and their number [2].
+
+        The objective's metrics of its parts, those with a slash in their names, are kept until the next
+        batch, unread.
+        """
         assert output.stats is not None
         self.measured = output.metrics.only(lambda name: "/" in name and name not in output.parts)
         return torch.stack([self.observe(output.stats).detach().sum(), output.num_tokens])
@@ -256,18 +258,18 @@ class TokenTask(Task):
         return {} if self.measured is None else self.measured.to_dict()
 
     def observe(self, stats: lossmith.TokenStats) -> Tensor:
-        """[N] what `training_measures` are made of: the plain negative log-likelihood of each token."""
+        """What `training_measures` average, [N]: each token's plain negative log-likelihood."""
         return stats.unscaled.nll
 
 
 class CorruptedTask(Task):
-    """A task of a model that sees a corrupted block from both sides."""
+    """A task of a bidirectional model that sees a corrupted block."""
 
-    head: ClassVar[dict[str, Any]] = {}  # what the model's head is told
+    head: ClassVar[dict[str, Any]] = {}  # options of the model's head
 
     @abstractmethod
     def corrupt(self, block: Tensor, generator: Generator) -> Batch:
-        """What is made of a block [T]."""
+        """The example that is made of a block [T]."""
 
     def make_held_out(self, tokens: Tensor) -> Dataset:
         return Corrupted(WholeBlocks(tokens, self.config.block_size), self.corrupt, HELD_OUT)
@@ -287,18 +289,18 @@ class CorruptedTask(Task):
 
     @property
     def first_block(self) -> Tensor:
-        """The first block [T] of the held-out text as it was."""
+        """The first block [T] of the held-out text, not corrupted."""
         assert isinstance(self.held_out, Corrupted)
         return self.held_out.blocks[0]["input_ids"]
 
     @cached_property
     def replacement(self) -> Replacement:
-        """Tokens drawn as often as they occur in the training text."""
+        """Draws tokens by their frequency in the training text."""
         return Replacement(self.train_tokens, self.config.vocab_size, [self.end_of_text, self.mask, self.cls])
 
 
 def detached(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parts of a loss as numbers, without what they were made of."""
+    """The parts of a loss without their graphs."""
     return {name: part.detach() for name, part in parts.items()}
 
 

@@ -1,4 +1,4 @@
-"""``TokenClassifier``: tell which tokens of a text were replaced."""
+"""``TokenClassifier``: predict which tokens of a text were replaced."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -19,7 +19,7 @@ from lossmith.training.tasks.measures import (
 )
 from lossmith.training.tasks.task import Batch, CorruptedTask, TokenTask, sum_each
 
-LARGEST_SHARE = 0.5  # of a row's tokens replaced; beyond it too little of the text is left to go by
+LARGEST_SHARE = 0.5  # of a row's tokens replaced; beyond that too little of the text is left
 KEPT, REPLACED = 0, 1
 FOUND, MISSED, FALSE_ALARM = (
     Mark("«", "»", "bold green", "found"),
@@ -29,7 +29,7 @@ FOUND, MISSED, FALSE_ALARM = (
 
 
 class TokenClassifier(CorruptedTask, TokenTask):
-    """Tell which tokens of a text were replaced by others."""
+    """Predict which tokens of a text were replaced by others."""
 
     mode = lossmith.ModelMode.TOKEN_CLASSIFIER
     model_class = ModernBertForTokenClassification
@@ -78,7 +78,7 @@ class TokenClassifier(CorruptedTask, TokenTask):
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel) -> Text | None:
-        """A held-out block with the replaced tokens that were found, those that were not, and others."""
+        """A held-out block with its replaced tokens marked as found, missed or false alarms."""
         length = self.config.sample_tokens
         if not length:
             return None
