@@ -2,12 +2,12 @@
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import TrainerCallback
@@ -20,6 +20,7 @@ from lossmith.training.run.folder import LAST_FILE_OF_A_CHECKPOINT, RunFolder, n
 from lossmith.training.tasks import task_class
 from lossmith.training.tasks.models import EXPERTS, SIZES
 
+T = TypeVar("T")
 KEPT = 2
 MODEL_FILES = "model*.safetensors"  # large models have several
 # Without these two the Trainer would resume all the same, with an optimizer that remembers nothing.
@@ -83,9 +84,12 @@ def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
             theirs = f"{checkpoint / 'config.json'} says {name}={saved.get(name)}"
             raise disagreeing(theirs, f"{CONFIG_FILE} of the run says {key}={said[key]}")
     read_json(checkpoint / "tokenizer_config.json")
-    require_tokenizer(checkpoint / "tokenizer.json", config.vocab_size)
+    path = checkpoint / "tokenizer.json"
+    size = contents(path, "a tokenizer", lambda p: Tokenizer.from_file(str(p)).get_vocab_size())
+    if size != config.vocab_size:
+        raise disagreeing(f"{path} has {size} pieces", f"the model has vocab_size={config.vocab_size}")
     for path in sorted(checkpoint.glob(MODEL_FILES)) or [checkpoint / "model.safetensors"]:
-        require_weights(path)
+        contents(path, "the model's weights", lambda p: safe_open(p, framework="pt").keys())
     if config.resume:
         read_json(checkpoint / LAST_FILE_OF_A_CHECKPOINT)
         for name in FILES_OF_THE_OPTIMIZER:
@@ -110,10 +114,7 @@ def require_loss(checkpoint: Path, state: Mapping[str, Tensor]) -> None:
     path = checkpoint / LOSS_FILE
     saved: Mapping[str, Tensor] = {}
     if path.exists():
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # the library raises many classes
-            raise damaged(path, "the state of the loss") from None
+        saved = contents(path, "the state of the loss", lambda p: torch.load(p, "cpu", weights_only=True))
     theirs = {name: value.shape for name, value in saved.items()}
     ours = {name: value.shape for name, value in state.items()}
     if theirs != ours:
@@ -125,34 +126,20 @@ def require_loss(checkpoint: Path, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def require_tokenizer(path: Path, vocab_size: int) -> None:
-    """Raise UserError if a checkpoint's tokenizer cannot be read or has another vocabulary."""
-    try:
-        size = Tokenizer.from_file(str(path)).get_vocab_size()
-    except Exception:  # the library raises no other class
-        raise damaged(path, "a tokenizer") from None
-    if size != vocab_size:
-        raise disagreeing(f"{path} has {size} pieces", f"the model has vocab_size={vocab_size}")
-
-
-def require_weights(path: Path) -> None:
-    """Raise UserError if a file of weights is missing or truncated; only its header is read."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError):
-        raise damaged(path, "the model's weights") from None
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; a UserError that names the file if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise damaged(path, "a JSON file") from None
+    value = contents(path, "a JSON file", lambda p: json.loads(p.read_text(encoding="utf-8")))
     if not isinstance(value, dict):
         raise damaged(path, "a JSON object")
     return value
+
+
+def contents(path: Path, expected: str, read: Callable[[Path], T]) -> T:
+    """What is read from a file; a UserError that names it if it cannot be read."""
+    try:
+        return read(path)
+    except Exception:  # the libraries raise many classes
+        raise damaged(path, expected) from None
 
 
 def disagreeing(one: str, other: str) -> UserError:

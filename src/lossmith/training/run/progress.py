@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from lossmith.integrations.huggingface.objective_trainer import PARTS
 from lossmith.training.config.saved_run import write_whole
 from lossmith.training.run.folder import lines_of, step_in
 from lossmith.training.run.terminal import say
-from lossmith.training.tasks.measures import SPEED, Figure, describe
+from lossmith.training.tasks.measures import Figure
 from lossmith.training.tasks.task import Task
 
 
@@ -130,13 +129,14 @@ class Display(TrainerCallback):
             return  # `show_results` prints the closing evaluation
         # of constant width: `step  40/400`
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-        figures = (*self.task.step_figures, SPEED)
+        said = self.task.describe(row)
         if "val_loss" in row:
-            say(self.console, f"{step}  {describe(row, self.task.evaluation_figures)}", "bold")
+            say(self.console, f"{step}  {said}", "bold")
         elif self.bar is not None:
-            self.bar.update(self.task_id, measures=describe(row, figures))
+            self.bar.update(self.task_id, measures=said)
         else:
-            say(self.console, f"{step}  {describe(row, [*figures, *parts_in(row)])}")
+            parts = [Figure(name, f"{name} {{:.3g}}") for name in row if name.startswith(PARTS)]
+            say(self.console, "  ".join([step, said, *(part.of(row) for part in parts)]))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.done = True
@@ -147,8 +147,3 @@ class Display(TrainerCallback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-def parts_in(row: dict[str, Any]) -> Iterator[Figure]:
-    """The parts of the loss in a row, by their names there."""
-    return (Figure(name, f"{name} {{:.3g}}") for name in row if name.startswith(PARTS))

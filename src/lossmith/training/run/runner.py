@@ -36,7 +36,6 @@ from lossmith.training.run.terminal import say, saying_warnings
 from lossmith.training.run.trackers import open_trackers, require_trackers
 from lossmith.training.run.trainer import TaskTrainer, choose_dtype, training_arguments
 from lossmith.training.tasks import make_task
-from lossmith.training.tasks.measures import describe
 
 
 def run(config: TrainConfig, console: Console, command: str = "python train.py") -> int:
@@ -130,7 +129,7 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
         trainer.load_loss(checkpoint)
     measures = trainer.evaluate(everything=True)
     say(console, f"{checkpoint} (step {step}) on the held-out text of {corpus.name}:")
-    say(console, describe(log_row(step, measures) or {}, task.evaluation_figures), "bold")
+    say(console, task.describe(log_row(step, measures) or {}), "bold")
     return 0
 
 

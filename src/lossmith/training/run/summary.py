@@ -15,7 +15,6 @@ from lossmith.training.run.checkpoints import last_checkpoint
 from lossmith.training.run.folder import LOG_FILE, SetAside
 from lossmith.training.run.progress import log_row
 from lossmith.training.run.terminal import say
-from lossmith.training.tasks.measures import describe
 from lossmith.training.tasks.task import Task
 
 
@@ -89,7 +88,7 @@ def show_results(
         say(console, Panel(sample, title=task.sample_title, title_align="left", border_style="dim"))
     out_dir = Path(task.config.out_dir)
     step, checkpoint = last_checkpoint(out_dir)
-    said = describe(log_row(step, measures) or {}, task.evaluation_figures)
+    said = task.describe(log_row(step, measures) or {})
     say(console, f"\nAll held-out text, after step {step}: {said}", "bold")
     say(console, f"Saved {checkpoint} (model, tokenizer), {out_dir / LOG_FILE}, {out_dir / CONFIG_FILE}")
     if aside:

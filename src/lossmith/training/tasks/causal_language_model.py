@@ -16,13 +16,7 @@ from lossmith.integrations.huggingface.attachment import attach, attached_to
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.data.blocks import IGNORED, RandomBlocks, Windows
 from lossmith.training.data.tokenizer import bytes_per_token
-from lossmith.training.tasks.measures import (
-    LOSS,
-    PERPLEXITY,
-    VALIDATION_LOSS,
-    Figure,
-    perplexity,
-)
+from lossmith.training.tasks.measures import PERPLEXITY, Figure, perplexity
 from lossmith.training.tasks.models import choose_experts_by_bias, make_language_model
 from lossmith.training.tasks.task import Batch, Seen, TokenTask
 
@@ -36,8 +30,7 @@ class CausalLanguageModel(TokenTask):
     mode = lossmith.ModelMode.LANGUAGE_MODEL
     model_class = LlamaForCausalLM
     shift = True
-    step_figures = (LOSS, PERPLEXITY)
-    evaluation_figures = (VALIDATION_LOSS, PERPLEXITY, Figure("bits_per_byte", "{:.3f} bits per byte"))
+    evaluation_figures = (PERPLEXITY, Figure("bits_per_byte", "{:.3f} bits per byte"))
 
     def make_held_out(self, tokens: Tensor) -> Dataset:
         self.bytes_per_token = bytes_per_token(self.tokenizer)

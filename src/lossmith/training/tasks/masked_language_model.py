@@ -14,13 +14,7 @@ from lossmith.training.data.blocks import IGNORED
 from lossmith.training.data.corruption import draw_number, generator_of, mask_tokens
 from lossmith.training.data.marked_text import Mark, marked_text
 from lossmith.training.tasks.loss_in_forward import with_loss
-from lossmith.training.tasks.measures import (
-    ACCURACY,
-    LOSS,
-    PERPLEXITY,
-    VALIDATION_LOSS,
-    perplexity,
-)
+from lossmith.training.tasks.measures import ACCURACY, PERPLEXITY, perplexity
 from lossmith.training.tasks.task import Batch, CorruptedTask, TokenTask, sum_each
 
 SAMPLE_SHARE = 0.3  # masked in the sample
@@ -36,8 +30,7 @@ class MaskedLanguageModel(CorruptedTask, TokenTask):
     mode = lossmith.ModelMode.LANGUAGE_MODEL
     model_class = ModernBertForMaskedLM
     loss_of = " of masked tokens"
-    step_figures = (LOSS, PERPLEXITY)
-    evaluation_figures = (VALIDATION_LOSS, PERPLEXITY, ACCURACY)
+    evaluation_figures = (PERPLEXITY, ACCURACY)
     sample_title = "masked tokens filled in"
 
     def corrupt(self, block: Tensor, generator: Generator) -> Batch:

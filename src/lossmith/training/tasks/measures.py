@@ -1,7 +1,6 @@
 """The figures of a run: their words, and what a model costs that knows nothing."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +13,14 @@ class Figure:
     words: str
     no_number: float = math.nan
 
+    def of(self, row: dict[str, Any]) -> str:
+        """Its value in a row, in words."""
+        return self.words.format(self.no_number if row[self.name] is None else row[self.name])
 
-LOSS = Figure("loss", "loss {:.3f}")
-VALIDATION_LOSS = Figure("val_loss", "validation loss {:.3f}")
+
 PERPLEXITY = Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf)
 ACCURACY = Figure("accuracy", "accuracy {:.1%}")
 SPEED = Figure("tokens_per_second", "{:,.0f} tokens/s")
-
-
-def describe(row: dict[str, Any], figures: Sequence[Figure]) -> str:
-    """A row of the log in words."""
-    values = [figure.no_number if row[figure.name] is None else row[figure.name] for figure in figures]
-    return "  ".join(figure.words.format(value) for figure, value in zip(figures, values, strict=True))
 
 
 def perplexity(mean: float) -> float:

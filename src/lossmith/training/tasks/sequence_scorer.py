@@ -32,12 +32,9 @@ class SequenceScorer(CorruptedTask):
     mode = lossmith.ModelMode.SEQUENCE_SCORER
     model_class = ModernBertForSequenceClassification
     head: ClassVar = {"id2label": {0: "wrongness"}}
-    step_figures = (Figure("loss", "loss {:.4f}"), ERROR)
-    evaluation_figures = (
-        Figure("val_loss", "validation loss {:.4f}"),
-        ERROR,
-        Figure("correlation", "correlation {:.3f}"),
-    )
+    loss_words = "loss {:.4f}"
+    step_figure = ERROR
+    evaluation_figures = (ERROR, Figure("correlation", "correlation {:.3f}"))
     sample_title = "one text, more and more of it replaced"
 
     @classmethod

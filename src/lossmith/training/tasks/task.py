@@ -26,7 +26,14 @@ from lossmith.training.data.corpus import Corpus
 from lossmith.training.data.corruption import Corrupted, Replacement
 from lossmith.training.data.tokenizer import CLS, END_OF_TEXT, MASK, encode, token_id
 from lossmith.training.tasks.loss_in_forward import with_loss
-from lossmith.training.tasks.measures import Figure, KnowingNothing, perplexity, uniform_guess
+from lossmith.training.tasks.measures import (
+    PERPLEXITY,
+    SPEED,
+    Figure,
+    KnowingNothing,
+    perplexity,
+    uniform_guess,
+)
 from lossmith.training.tasks.models import make_bidirectional_model
 
 Batch = dict[str, Tensor]
@@ -65,8 +72,9 @@ class Task(ABC):
     mode: ClassVar[lossmith.ModelMode]
     model_class: ClassVar[type[PreTrainedModel]]
     loss_of: ClassVar[str] = ""  # what it predicts, if that has to be said
-    step_figures: ClassVar[Sequence[Figure]]
-    evaluation_figures: ClassVar[Sequence[Figure]]
+    loss_words: ClassVar[str] = "loss {:.3f}"
+    step_figure: ClassVar[Figure]  # shown beside the loss of a step
+    evaluation_figures: ClassVar[Sequence[Figure]]  # and beside that of an evaluation
     sample_title: ClassVar[str] = "sample"
 
     def __init__(
@@ -181,6 +189,14 @@ class Task(ABC):
         changed = [f"{name} {getattr(config, name)}" for name in config.changed(OPTIONS[config.loss])]
         return ", ".join([LOSS_NAMES[config.loss] + self.loss_of, *changed])
 
+    def describe(self, row: dict[str, Any]) -> str:
+        """A row of the log in words."""
+        if "val_loss" in row:
+            figures = [Figure("val_loss", f"validation {self.loss_words}"), *self.evaluation_figures]
+        else:
+            figures = [Figure("loss", self.loss_words), self.step_figure, SPEED]
+        return "  ".join(figure.of(row) for figure in figures)
+
     # ── how good it is ────────────────────────────────────────────────────────────────────────────
 
     @abstractmethod
@@ -218,6 +234,7 @@ class Task(ABC):
 class TokenTask(Task):
     """A task with a class to predict at every position that has a label, trained by cross-entropy."""
 
+    step_figure = PERPLEXITY
     measured: lossmith.Metrics | None = None
     shift: ClassVar[bool] = False  # whether logits[t] predict labels[t + 1]
     num_classes: ClassVar[int | None] = None  # if it is not the vocabulary's

@@ -11,12 +11,7 @@ from transformers import ModernBertForTokenClassification, PreTrainedModel
 import lossmith
 from lossmith.training.data.corruption import draw_number
 from lossmith.training.data.marked_text import Mark, marked_text
-from lossmith.training.tasks.measures import (
-    ACCURACY,
-    LOSS,
-    VALIDATION_LOSS,
-    Figure,
-)
+from lossmith.training.tasks.measures import ACCURACY, Figure
 from lossmith.training.tasks.task import Batch, CorruptedTask, TokenTask, sum_each
 
 LARGEST_SHARE = 0.5  # of a row's tokens replaced; beyond that too little of the text is left
@@ -37,13 +32,8 @@ class TokenClassifier(CorruptedTask, TokenTask):
     num_classes = 2
     far_off = 0.1
     loss_of = " of replaced or not"
-    step_figures = (LOSS, ACCURACY)
-    evaluation_figures = (
-        VALIDATION_LOSS,
-        Figure("f1", "F1 {:.3f}"),
-        ACCURACY,
-        Figure("replaced", "({:.1%} replaced)"),
-    )
+    step_figure = ACCURACY
+    evaluation_figures = (Figure("f1", "F1 {:.3f}"), ACCURACY, Figure("replaced", "({:.1%} replaced)"))
     sample_title = "replaced tokens"
 
     def corrupt(self, block: Tensor, generator: Generator) -> Batch:
