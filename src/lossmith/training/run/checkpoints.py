@@ -36,15 +36,14 @@ class KeepCheckpoints(TrainerCallback):
     def __init__(self, folder: RunFolder):
         self.folder = folder
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if control.should_save:
             self.folder.claim(f"checkpoint-{state.global_step}")
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         ranks = range(args.world_size) if args.world_size > 1 else ()
-        self.folder.keep_checkpoints(
-            f"checkpoint-{state.global_step}", KEPT, soon_there=[f"rng_state_{rank}.pth" for rank in ranks]
-        )
+        soon_there = [f"rng_state_{rank}.pth" for rank in ranks]
+        self.folder.keep_checkpoints(f"checkpoint-{state.global_step}", KEPT, soon_there)
 
 
 def checkpoints(out_dir: Path) -> list[tuple[int, Path]]:

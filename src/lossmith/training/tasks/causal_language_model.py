@@ -14,7 +14,7 @@ import lossmith
 from lossmith.components.moe import MoEBalance
 from lossmith.integrations.huggingface.attachment import attach, attached_to
 from lossmith.training.config.keys import TrainConfig
-from lossmith.training.data.blocks import IGNORED, RandomBlocks, Windows
+from lossmith.training.data.blocks import IGNORED, Windows
 from lossmith.training.data.tokenizer import bytes_per_token
 from lossmith.training.tasks.measures import PERPLEXITY, Figure, perplexity
 from lossmith.training.tasks.models import choose_experts_by_bias, make_language_model
@@ -35,9 +35,6 @@ class CausalLanguageModel(TokenTask):
     def make_held_out(self, tokens: Tensor) -> Dataset:
         self.bytes_per_token = bytes_per_token(self.tokenizer)
         return Windows(tokens, self.config.block_size)
-
-    def make_train_blocks(self, blocks: RandomBlocks) -> Dataset:
-        return blocks
 
     @classmethod
     def architecture(cls, config: TrainConfig) -> type[PreTrainedModel]:
