@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from lossmith.integrations.huggingface.objective_trainer import PARTS
 from lossmith.training.config.saved_run import write_whole
 from lossmith.training.run.folder import lines_of, step_in
 from lossmith.training.run.terminal import say
 from lossmith.training.tasks.measures import Figure
 from lossmith.training.tasks.task import Task
+
+PARTS = "loss/"  # what the names of parts begin with in all that a Trainer with an objective logs
 
 
 class Stopwatch(TrainerCallback):
