@@ -15,8 +15,8 @@ from torch import nn
 import lossmith
 from harness import Step, against_first, options, write_csv
 from lossmith.integrations.huggingface import attach
-from lossmith.training.keys import TrainConfig
-from lossmith.training.model import make_language_model
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.tasks.models import make_language_model
 
 END_OF_TEXT = 0
 

@@ -14,10 +14,11 @@ import transformers
 from torch import Tensor
 
 import lossmith
-from lossmith.training.corpus import load_corpus
-from lossmith.training.data import RandomBlocks, encode, train_tokenizer
-from lossmith.training.keys import TrainConfig
-from lossmith.training.model import make_language_model
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.data.blocks import RandomBlocks
+from lossmith.training.data.corpus import load_corpus
+from lossmith.training.data.tokenizer import encode, train_tokenizer
+from lossmith.training.tasks.models import make_language_model
 
 CONFIG = TrainConfig(vocab_size=512, block_size=64, n_layer=2, n_embd=96)
 STEPS, BATCH_SIZE, PROMPT, CONTINUATION = 150, 16, 16, 48

@@ -23,10 +23,11 @@ import transformers
 from torch import Tensor
 
 import lossmith
-from lossmith.training.corpus import Corpus, load_corpus
-from lossmith.training.data import RandomBlocks, encode, train_tokenizer
-from lossmith.training.keys import TrainConfig
-from lossmith.training.model import make_language_model
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.data.blocks import RandomBlocks
+from lossmith.training.data.corpus import Corpus, load_corpus
+from lossmith.training.data.tokenizer import encode, train_tokenizer
+from lossmith.training.tasks.models import make_language_model
 
 BOTH = {"use_ngram_penalty": True, "use_immediate_repetition_penalty": True}
 PENALTIES = {

@@ -1,8 +1,8 @@
 """The modes of the trainer, for tests that hold for all of them."""
 
-from lossmith.training.corpus import load_corpus
-from lossmith.training.data import train_tokenizer
-from lossmith.training.keys import TrainConfig
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.data.corpus import load_corpus
+from lossmith.training.data.tokenizer import train_tokenizer
 from lossmith.training.tasks import make_task as make_task_of
 from lossmith.training.tasks.task import Task
 

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lossmith.training.config import load_config
-from lossmith.training.runner import run
+from lossmith.training.config.reading import load_config
+from lossmith.training.run.runner import run
 
 
 def go(flags: list[str]) -> tuple[int, str]:

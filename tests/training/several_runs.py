@@ -6,8 +6,8 @@ import sys
 from every_mode import LOSSES, MODES
 from rich.console import Console
 
-from lossmith.training.config import load_config
-from lossmith.training.runner import run
+from lossmith.training.config.reading import load_config
+from lossmith.training.run.runner import run
 
 if __name__ == "__main__":
     folder, *flags = sys.argv[1:]

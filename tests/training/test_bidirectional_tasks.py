@@ -12,8 +12,9 @@ pytest.importorskip("transformers")
 
 from every_mode import CORRUPTED, MODES, make_task
 
-from lossmith.training.config import load_config
-from lossmith.training.data import CLS, IGNORED, MASK, SPECIAL_TOKENS, WholeBlocks
+from lossmith.training.config.reading import load_config
+from lossmith.training.data.blocks import IGNORED, WholeBlocks
+from lossmith.training.data.tokenizer import CLS, MASK, SPECIAL_TOKENS
 from lossmith.training.tasks.task import Task
 
 

@@ -11,8 +11,8 @@ pytest.importorskip("transformers")
 from every_mode import MODES
 from running import go, rows
 
-from lossmith.training.corpus import load_corpus
-from lossmith.training.data import train_tokenizer
+from lossmith.training.data.corpus import load_corpus
+from lossmith.training.data.tokenizer import train_tokenizer
 from lossmith.training.errors import UserError
 
 WORDS = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs!\n"

@@ -13,10 +13,10 @@ pytest.importorskip("transformers")
 from tokenizers import Tokenizer
 
 from lossmith.training import cli
-from lossmith.training.checkpoints import last_checkpoint, require_sound_checkpoint
-from lossmith.training.config import load_config
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.reading import load_config
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
+from lossmith.training.run.checkpoints import last_checkpoint, require_sound_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,7 +157,7 @@ def test_ctrl_c_before_training(
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lossmith.training.runner.load_corpus", interrupted)
+    monkeypatch.setattr("lossmith.training.run.runner.load_corpus", interrupted)
     code, _, complaint = call(capsys, "train", *tiny)
     assert code == 130
     assert complaint.startswith("Stopped")

@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("yaml")
 
-from lossmith.training.config import load_config, read_config_file
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.reading import load_config, read_config_file
+from lossmith.training.config.saved_run import save_config
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.saved_run import save_config
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -242,6 +242,22 @@ def test_a_saved_run_is_continued_by_its_folder_alone(tmp_path: Path):
     assert (config.n_layer, config.dataset, config.batch_size, config.resume) == (2, "${a}", 7, True)
     with pytest.raises(UserError, match=r"n_layer=3 but the run in .* was trained with n_layer=2"):
         load_config([f"--out_dir={tmp_path}", "--resume", "--n_layer=3"])
+
+
+@pytest.mark.parametrize("switch", ["--resume", "--eval_only"])
+def test_a_run_that_was_moved_goes_on_where_it_is(
+    switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Not in the folder that its configuration names; nor does it inherit what the command was."""
+    save_config(load_config([f"--out_dir={tmp_path}", "--n_layer=2"]))
+    (tmp_path / "out").mkdir()
+    text = (tmp_path / "config.yaml").read_text()
+    text = text.replace("resume: false", "resume: true").replace("eval_only: false", "eval_only: true")
+    (tmp_path / "out" / "config.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    config = load_config([switch])
+    assert (config.out_dir, config.n_layer) == ("out", 2)
+    assert (config.resume, config.eval_only) == (switch == "--resume", switch == "--eval_only")
 
 
 @pytest.mark.parametrize("switch", ["--resume", "--eval_only"])

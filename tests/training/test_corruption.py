@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from lossmith.training.corruption import (
+from lossmith.training.data.blocks import RandomBlocks
+from lossmith.training.data.corruption import (
     Corrupted,
     Replacement,
     choose,
@@ -13,7 +14,6 @@ from lossmith.training.corruption import (
     generator_of,
     mask_tokens,
 )
-from lossmith.training.data import RandomBlocks
 from lossmith.training.errors import UserError
 
 TEXT = torch.tensor([3] * 50 + [4] * 30 + [5] * 15 + [6] * 5 + [0] * 40)  # 0 is a special token

@@ -9,18 +9,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from lossmith.training.corpus import Corpus, load_corpus, split_corpus
-from lossmith.training.data import (
-    CLS,
-    END_OF_TEXT,
-    IGNORED,
-    MASK,
-    RandomBlocks,
-    Windows,
-    bytes_per_token,
-    encode,
-    train_tokenizer,
-)
+from lossmith.training.data.blocks import IGNORED, RandomBlocks, Windows
+from lossmith.training.data.corpus import Corpus, load_corpus, split_corpus
+from lossmith.training.data.tokenizer import CLS, END_OF_TEXT, MASK, bytes_per_token, encode, train_tokenizer
 from lossmith.training.errors import UserError
 
 # ── corpus ────────────────────────────────────────────────────────────────────────────────────────
@@ -88,6 +79,16 @@ def test_a_split_that_the_folder_brings_is_kept(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     corpus = load_corpus("novel")
     assert (corpus.train, corpus.held_out) == (["to learn from"], ["to be judged by"])
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_a_held_out_part_may_have_several_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "train.txt").write_text("to learn from")
+    (tmp_path / f"{name}.txt").write_text("to be judged by")
+    corpus = load_corpus(str(tmp_path))
+    assert (corpus.train, corpus.held_out) == (["to learn from"], ["to be judged by"])
+    fake_hub(monkeypatch, {"train": Rows(text=["a"]), name: Rows(text=["b"])})
+    assert load_corpus("someone/poems") == Corpus("someone/poems", ["a"], ["b"])
 
 
 def test_a_missing_dataset_says_what_was_tried(monkeypatch: pytest.MonkeyPatch):

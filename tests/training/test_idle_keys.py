@@ -8,9 +8,9 @@ pytest.importorskip("transformers")
 
 from running import go
 
-from lossmith.training.config import load_config
-from lossmith.training.idle_keys import idle_in_evaluation, without_effect
-from lossmith.training.keys import TrainConfig
+from lossmith.training.config.idle_keys import idle_in_evaluation, without_effect
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.reading import load_config
 
 UNIFIED = ["--loss=unified"]
 NVAMP = ["--loss=nvamp"]
@@ -45,6 +45,11 @@ PAIRS = "pairs of samples, which no text here has"
             [("use_auxiliary_loss", "auxiliary_weight")],
         ),
         ([*UNIFIED, "--use_focal_loss", "--focal_weight=1"], []),
+        ([*UNIFIED, "--use_focal_loss", "--focal_weight=0"], [("use_focal_loss", "focal_weight")]),
+        (
+            [*UNIFIED, "--use_focal_loss", "--focal_weight=0", "--focal_mode=replace"],
+            [("focal_weight", "focal_mode='add'")],
+        ),
         (
             [*UNIFIED, "--use_focal_loss", "--focal_weight=1", "--focal_mode=replace"],
             [("focal_weight", "focal_mode='add'")],
@@ -75,6 +80,7 @@ PAIRS = "pairs of samples, which no text here has"
             [*NVAMP, "--nvamp_legacy", "--nvamp_eps=1", "--nvamp_alpha=0"],
             [("nvamp_eps", "nvamp_alpha"), ("nvamp_legacy", "nvamp_alpha")],
         ),
+        (["--entropy_modifier_enabled"], [("entropy_modifier_enabled", f"{ON[2:]}=True")]),
         (["--entropy_modifier_weight=2"], [("entropy_modifier_weight", "entropy_modifier_enabled")]),
         (
             [ON, "--entropy_modifier_enabled", "--entropy_modifier_weight=2", "--judge_weight_exponent=2"],
@@ -102,7 +108,7 @@ def test_every_modifier_that_waits_for_the_master_switch_is_named(tiny: list[str
     flags = ["--entropy_modifier_enabled", "--target_smoothing_enabled", "--max_iters=1"]
     shown = go([*tiny, *flags])[1]
     names = "entropy_modifier_enabled, target_smoothing_enabled"
-    assert f"warning: {names} has no effect without loss_modifiers_enabled=True." in shown
+    assert f"warning: {names} have no effect without loss_modifiers_enabled=True." in shown
 
 
 def test_what_waits_for_the_same_thing_is_one_line(tiny: list[str]):

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("transformers")
 
 from every_mode import MODES, make_task
+from gradients_case import gradients_of_one_step
 from running import go, rows
-from test_tasks import gradients_of_one_step
 
 from lossmith.engine.head import plan
-from lossmith.training.config import load_config
+from lossmith.training.config.reading import load_config
 from lossmith.training.errors import UserError
 
 ALL_AT_ONCE = "--materialize_logits"

@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 
 from every_mode import MODES, make_task
 
-from lossmith.training.config import load_config
-from lossmith.training.loss_in_forward import with_loss
+from lossmith.training.config.reading import load_config
+from lossmith.training.tasks.loss_in_forward import with_loss
 
 
 class Recording(nn.Module):

@@ -10,8 +10,12 @@ pytest.importorskip("transformers")
 
 from running import go
 
-from lossmith.training import objective
-from lossmith.training.config import (
+from lossmith.training.config import objective
+from lossmith.training.config.idle_keys import without_effect
+from lossmith.training.config.keys import SPECS, TrainConfig
+from lossmith.training.config.loss_keys import CONSTRUCTORS, DECIDED, LOSS_KEYS, OPTIONS, SHARED
+from lossmith.training.config.objective import make_objective
+from lossmith.training.config.reading import (
     TYPES,
     load_config,
     read_config_file,
@@ -19,12 +23,8 @@ from lossmith.training.config import (
     read_saved_config,
     resolve,
 )
+from lossmith.training.config.saved_run import save_config
 from lossmith.training.errors import UserError
-from lossmith.training.idle_keys import without_effect
-from lossmith.training.keys import LOSS_KEYS, SPECS, TrainConfig
-from lossmith.training.loss_keys import CONSTRUCTORS, DECIDED, OPTIONS, SHARED
-from lossmith.training.objective import make_objective
-from lossmith.training.saved_run import save_config
 
 UNIFIED = ["--loss=unified"]
 MOE = ["--loss=unified", "--model=moe"]

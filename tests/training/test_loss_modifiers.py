@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 
 import lossmith
 from lossmith.modifiers.config import ALIASES, KEYS
-from lossmith.training.config import load_config
+from lossmith.training.config.reading import load_config
+from lossmith.training.config.saved_run import save_config
 from lossmith.training.errors import UserError
-from lossmith.training.saved_run import save_config
+from lossmith.training.run.loss_modifiers import add_modifiers
 
 ROOT = Path(__file__).parents[2]
 ON = "--loss_modifiers_enabled"
@@ -303,6 +304,25 @@ def test_a_scorer_judges_a_masked_language_model(tiny: list[str], tmp_path: Path
     # the judge is not a part of what is saved
     task = make_task(load_config(everything))
     assert weights(tmp_path / "run" / "checkpoint-6").keys() <= task.build_model().state_dict().keys()
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("meta", "bfloat16"), ("cpu", "float16"), ("cpu", "float32")])
+def test_the_judge_is_where_the_run_is(
+    device: str, dtype: str, tiny: list[str], scorer: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = {}
+    make = lossmith.create_loss_modifier_pipeline
+
+    def pipeline(config: dict, **options: object) -> lossmith.LossModifierPipeline:
+        given.update(config)
+        return make({**config, "device": "cpu"}, **options)  # nothing can be loaded onto meta
+
+    monkeypatch.setattr(lossmith, "create_loss_modifier_pipeline", pipeline)
+    task = make_task(load_config(judged(tiny, scorer)))
+    add_modifiers(task, device, dtype)
+    assert (given["device"], given["dtype"]) == (device, dtype)
+    (judge,) = (m.judge for m in task.pipeline.modifiers)  # pyright: ignore
+    assert {str(p.dtype) for p in judge.model.parameters()} == {f"torch.{dtype}"}
 
 
 def test_the_judge_sees_what_the_run_sees(tiny: list[str], scorer: Path):

@@ -12,15 +12,15 @@ import torch
 pytest.importorskip("transformers")
 
 from every_mode import make_task
+from gradients_case import gradients_of_one_step
 from running import go, rows, weights
-from test_tasks import gradients_of_one_step
 
 import lossmith
 from lossmith.components.moe import MoEBalance
 from lossmith.objectives import unified_parts
-from lossmith.training.config import load_config
+from lossmith.training.config.reading import load_config
 from lossmith.training.errors import UserError
-from lossmith.training.loss_modifiers import add_modifiers
+from lossmith.training.run.loss_modifiers import add_modifiers
 
 MTP = ["--loss=unified", "--use_mtp", "--num_future_tokens=2"]
 BALANCED = ["--model=moe", "--loss=unified", "--use_moe_balancing"]
@@ -198,13 +198,16 @@ def test_a_bias_moves_the_choice_of_experts(tiny: list[str]):
 
 
 def test_a_bias_of_nothing_changes_nothing(tiny: list[str], tmp_path: Path):
-    """Up to the first optimizer step: the hook that chooses is the model's own choice at a bias of 0."""
-    plain, biased = tmp_path / "plain", tmp_path / "biased"
-    go([*tiny, "--model=moe", "--max_iters=1", f"--out_dir={plain}"])
-    go([*tiny, *BY_BIAS, "--max_iters=1", f"--out_dir={biased}"])
-    theirs, ours = weights(plain / "checkpoint-1"), weights(biased / "checkpoint-1")
+    """In the first optimizer step: the hook that chooses is the model's own choice at a bias of 0."""
+    plain, biased, untrained = tmp_path / "plain", tmp_path / "biased", tmp_path / "untrained"
+    one_step = ["--max_iters=1", "--warmup_iters=0"]  # else the first step's learning rate is 0
+    go([*tiny, "--model=moe", *one_step, f"--out_dir={plain}"])
+    go([*tiny, *BY_BIAS, *one_step, f"--out_dir={biased}"])
+    go([*tiny, "--model=moe", "--max_iters=1", "--warmup_iters=1", f"--out_dir={untrained}"])
+    theirs, ours, before = (weights(out / "checkpoint-1") for out in (plain, biased, untrained))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-7)
+        assert (value - before[name]).abs().max() > 1e-3, name
 
 
 def test_a_run_balanced_by_bias_is_evaluated_with_it(tiny: list[str], tmp_path: Path):

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from running import go, rows
 
 import lossmith
-from lossmith.training import objective
+from lossmith.training.config import objective
 
 WATCHED = {
     "cross_entropy/highest",
@@ -87,7 +87,7 @@ def test_other_runs_log_what_they_did(tiny: list[str], tmp_path: Path):
 def test_nothing_of_a_batch_is_kept_for_metrics_that_nobody_gives(tiny: list[str]):
     from every_mode import make_task
 
-    from lossmith.training.config import load_config
+    from lossmith.training.config.reading import load_config
 
     task = make_task(load_config(tiny))
     model = task.make_model()

@@ -20,9 +20,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from lossmith.training.config import load_config
+from lossmith.training.config.reading import load_config
+from lossmith.training.config.saved_run import save_config
 from lossmith.training.errors import UserError
-from lossmith.training.saved_run import save_config
 
 ROOT = Path(__file__).parents[2]
 OF_A_STEP = {
@@ -83,14 +83,19 @@ def test_a_scorer_says_what_a_judge_has_to_know(tiny: list[str], tmp_path: Path)
     assert model.config.num_labels == 1
 
 
+# Of each mode: steps, learning rate, and a loss half-way from what costs no more than knowing how frequent
+# tokens are (3.6), or how many were replaced (0.55, 0.09), to what four seeds reached: 2.32 to 2.68, 0.34 to
+# 0.40, 0.010 to 0.016.
+LEARNT = {"masked": (300, 5e-3, 3.1), "classifier": (150, 5e-3, 0.48), "scorer": (300, 2e-3, 0.05)}
+
+
 @pytest.mark.parametrize("mode", CORRUPTED)
 def test_a_run_learns(mode: str, tiny: list[str], tmp_path: Path):
-    """How words are spelled, for they come in no order. Knowing how frequent tokens are, or how many were
-    replaced, costs 3.6, 0.55 and 0.09."""
-    flags = ["--n_embd=32", "--n_layer=2", "--max_iters=150", "--batch_size=32", "--learning_rate=5e-3"]
-    go([*tiny, *MODES[mode], *flags, "--eval_interval=150", "--log_interval=50", "--weight_decay=0.1"])
-    last = rows(tmp_path / "run")[-1]
-    assert last["val_loss"] < {"masked": 3.4, "classifier": 0.47, "scorer": 0.04}[mode]
+    """How words are spelled, for they come in no order."""
+    steps, rate, enough = LEARNT[mode]
+    flags = [f"--max_iters={steps}", f"--learning_rate={rate}", "--eval_interval=300", "--weight_decay=0.1"]
+    go([*tiny, *MODES[mode], *flags, "--n_embd=32", "--n_layer=2", "--batch_size=32", "--log_interval=50"])
+    assert rows(tmp_path / "run")[-1]["val_loss"] < enough
 
 
 @pytest.mark.parametrize("mode", CORRUPTED)

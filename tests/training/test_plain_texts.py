@@ -9,8 +9,8 @@ pytest.importorskip("transformers")
 
 from running import go
 
-from lossmith.training.config import load_config
-from lossmith.training.saved_run import save_config
+from lossmith.training.config.reading import load_config
+from lossmith.training.config.saved_run import save_config
 
 SECRET = "correct horse battery staple"
 SPELLS = [

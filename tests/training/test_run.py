@@ -19,9 +19,9 @@ pytest.importorskip("transformers")
 import yaml
 from running import go, rows, weights
 
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.progress import Display
+from lossmith.training.run.progress import Display
 
 ROOT = Path(__file__).parents[2]
 FIFTY_STEPS = ["--max_iters=50", "--eval_interval=25", "--learning_rate=0.02", "--batch_size=8"]
@@ -100,13 +100,14 @@ def test_a_stopped_run_resumes_as_if_it_had_never_stopped(
     flags = [*tiny, "--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=7", "--eval_interval=5"]
     assert go([*flags, f"--out_dir={straight}"])[0] == 0
 
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         interrupt_at(4, number, patch)
         code, shown = go([*flags, f"--out_dir={stopped}"])
     assert code == 128 + number
     assert "Stopped after step 4 of 7; checkpoint saved" in shown
     assert not (stopped / "checkpoint-5").exists()
-    assert signal.getsignal(number) not in (None, signal.SIG_IGN)
+    assert signal.getsignal(number) is before
 
     # the command that was shown, and nothing else, goes on
     command = shlex.split(shown.strip().splitlines()[-1])
@@ -273,6 +274,36 @@ def test_a_resumed_run_goes_by_its_own_settings(tiny: list[str], tmp_path: Path)
     groups = torch.load(out / "checkpoint-24" / "optimizer.pt", weights_only=True)["param_groups"]
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.5]
     assert all(tuple(group["betas"]) == (0.5, 0.99) for group in groups)
+
+
+def test_the_first_step_of_a_resumed_run_has_its_own_learning_rate(tiny: list[str], tmp_path: Path):
+    """The checkpoint's would move every weight by a thousandth."""
+    out = tmp_path / "run"
+    go([*tiny, "--max_iters=6", "--warmup_iters=0", "--min_lr=0.002", "--weight_decay=0"])
+    flags = ["--learning_rate=1e-9", "--min_lr=0", "--max_iters=7"]
+    go([f"--out_dir={out}", "--resume", *flags])
+    before, after = weights(out / "checkpoint-6"), weights(out / "checkpoint-7")
+    assert max((after[name] - value).abs().max().item() for name, value in before.items()) < 1e-7
+    assert rows(out)[-2]["learning_rate"] < 1e-9
+
+
+def test_an_evaluation_on_the_way_is_as_long_as_was_asked_for(tiny: list[str], tmp_path: Path):
+    """A batch has four windows of at most 15 predicted tokens; the last evaluation is of everything."""
+    found = {}
+    for batches in (1, 2, 0):
+        out = tmp_path / str(batches)
+        go([*tiny, f"--eval_iters={batches}", f"--out_dir={out}"])
+        found[batches] = [row["val_tokens"] for row in rows(out) if "val_loss" in row]
+    everything = found[0][0]
+    assert everything > 2 * 60
+    assert found == {0: [everything] * 2, 1: [found[1][0], everything], 2: [found[2][0], everything]}
+    assert 30 < found[1][0] <= 60 < found[2][0] <= 120
+
+
+def test_the_last_two_checkpoints_are_kept(tiny: list[str], tmp_path: Path):
+    go([*tiny, "--max_iters=9", "--eval_interval=2"])
+    kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert kept == {"checkpoint-8", "checkpoint-9"}
 
 
 def test_the_perplexity_of_a_step_is_plain_whatever_the_objective(tiny: list[str], tmp_path: Path):

@@ -7,22 +7,22 @@ import pytest
 import torch
 from rich.console import Console
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 pytest.importorskip("transformers")
 
 from every_mode import MODES, make_task
+from gradients_case import Uneven, gradients_of_one_step
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 
-from lossmith.training.config import load_config
-from lossmith.training.corpus import load_corpus
-from lossmith.training.data import END_OF_TEXT, IGNORED
-from lossmith.training.loss_modifiers import add_modifiers
-from lossmith.training.model import make_language_model
-from lossmith.training.runner import quiet_libraries, show_first_loss
+from lossmith.training.config.reading import load_config
+from lossmith.training.data.blocks import IGNORED
+from lossmith.training.data.corpus import load_corpus
+from lossmith.training.data.tokenizer import END_OF_TEXT
+from lossmith.training.run.runner import show_first_loss
 from lossmith.training.tasks.causal_language_model import CausalLanguageModel
-from lossmith.training.trainer import TaskTrainer, training_arguments
+from lossmith.training.tasks.models import make_language_model
 
 
 def test_a_fresh_model_is_close_to_a_uniform_guess(tiny: list[str]):
@@ -38,6 +38,36 @@ def test_the_size_is_what_was_asked_for(tiny: list[str]):
     assert len(model.model.layers) == 3
     assert model.lm_head.weight.shape == (300, 48)
     assert model.model.layers[0].self_attn.attention_dropout == 0.25
+
+
+@pytest.mark.parametrize("flags", [[], ["--model=moe"]], ids=["llama", "moe"])
+def test_what_adds_to_the_residual_stream_is_narrower_the_deeper_the_model(flags: list[str], tiny: list[str]):
+    """By 1 / sqrt(2 L), since each of L layers adds to it twice (GPT-2)."""
+    config = load_config([*tiny, *flags, "--n_embd=64", "--n_layer=8"])
+    torch.manual_seed(0)
+    spread = {name: p.std().item() for name, p in make_language_model(config, 0).named_parameters()}
+    adding = [name for name in spread if "o_proj" in name or "down_proj" in name]
+    others = [name for name in spread if name not in adding and "norm" not in name]
+    assert len(adding) == 16
+    assert [spread[name] for name in adding] == pytest.approx([0.02 / 4] * 16, rel=0.1)
+    assert [spread[name] for name in others] == pytest.approx([0.02] * len(others), rel=0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_dropped_in_an_evaluation(mode: str, tiny: list[str]):
+    """Whatever the model was doing before."""
+    task = make_task(load_config([*tiny, *MODES[mode], "--dropout=0.5", "--n_layer=2"]))
+    torch.manual_seed(0)
+    model = task.make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that attention matters
+    batches = DataLoader(task.held_out, batch_size=4)
+    expected = task.evaluate(model.eval(), batches)
+    assert task.evaluate(model.train(), batches) == expected
+    model.train()
+    model.eval = lambda: model  # type: ignore[method-assign]
+    assert task.evaluate(model, batches) != expected  # else this would show nothing
 
 
 def test_the_measures_are_those_of_the_text(tiny: list[str]):
@@ -109,42 +139,6 @@ def test_an_older_run_has_fewer_special_tokens(tiny: list[str]):
 # ── gradients through the Trainer ─────────────────────────────────────────────────────────────────
 
 
-class Uneven(Dataset):
-    """The task's blocks with a different number of targets in each, so that a mean of means shows."""
-
-    def __init__(self, blocks: Dataset):
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)  # pyright: ignore[reportArgumentType]
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        example = self.blocks[index]
-        if example["labels"].dim():
-            example["labels"][: 1 + index % 11] = IGNORED
-        return example
-
-
-class KeepGradients(TrainerCallback):
-    """A copy of the gradients just before the optimizer uses them."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def gradients_of_one_step(flags: list[str], batch_size: int, accumulation: int) -> dict[str, torch.Tensor]:
-    split = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
-    config = load_config([*flags, *split, "--max_iters=1", "--grad_clip=0"])
-    with quiet_libraries():
-        task = make_task(config)
-        add_modifiers(task, "cpu", "float32")
-        task.train_blocks = Uneven(task.train_blocks)
-        torch.manual_seed(0)
-        keep = KeepGradients()
-        TaskTrainer(task, task.make_model(), config, training_arguments(config), [keep]).train()
-    return keep.gradients
-
-
 def naive_loss(mode: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The mean over all targets of the whole batch."""
     if mode == "scorer":
@@ -209,7 +203,7 @@ def test_a_first_loss_far_from_a_uniform_guess_is_pointed_out(tiny: list[str]):
         with torch.no_grad():
             model.lm_head.weight.mul_(scale)
         console = Console(file=io.StringIO())
-        show_first_loss(console, task, model, config)
+        show_first_loss(console, task, model)
         shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
         assert "log 300 = 5.704" in shown
         assert ("warning" in shown) == warned

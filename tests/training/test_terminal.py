@@ -18,9 +18,9 @@ from rich.text import Text
 from running import go, rows
 
 from lossmith.training import cli
-from lossmith.training.config import load_config
-from lossmith.training.runner import run
-from lossmith.training.terminal import say, visible
+from lossmith.training.config.reading import load_config
+from lossmith.training.run.runner import run
+from lossmith.training.run.terminal import say, visible
 
 SOURCE = Path(__file__).parents[2] / "src" / "lossmith" / "training"
 TITLE = "\x1b]0;owned\x07"
@@ -163,7 +163,7 @@ def test_the_command_line_s_own_mistakes(capsys: pytest.CaptureFixture[str], arg
 def test_warnings_of_libraries_are_said_by_the_run_once(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    from lossmith.training import runner
+    from lossmith.training.run import runner
 
     original = runner.load_corpus
 

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from lossmith.modifiers.config import ALIASES
-from lossmith.training.keys import TrainConfig, default_of, describe, sections
+from lossmith.training.config.keys import TrainConfig, default_of, describe, sections
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 HEAD = "| key | default | meaning |\n| --- | --- | --- |\n"

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from running import go, rows
 
 from lossmith.training import cli
-from lossmith.training.config import load_config
+from lossmith.training.config.reading import load_config
 from lossmith.training.errors import UserError
 
 
@@ -149,7 +149,7 @@ def test_a_tracker_that_refuses_leaves_the_earlier_run_where_it_was(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("wandb")
-    from lossmith.training import trackers
+    from lossmith.training.run import trackers
 
     def refuse(config: object) -> None:
         raise UserError("wandb_log=True, but Weights & Biases said: no")

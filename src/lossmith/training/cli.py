@@ -1,6 +1,6 @@
-"""The command line: `lossmith train`, which `python train.py` calls too.
+"""The command line: `lossmith train`, which is also `python train.py`.
 
-Nothing outside the standard library is imported before `main` has seen that it is installed.
+`main` checks that the extra's packages are installed before it imports them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,9 @@ Training objectives of language models. `lossmith train --help` lists the keys."
 
 
 def main(args: list[str] | None = None) -> None:
-    """The console entry point.
-
-    Args:
-        args: what follows `lossmith` on the command line; taken from it when absent.
-    """
-    # On a busy machine OpenMP's threads burn the cores while they wait for one another, and a step takes
-    # several times as long. The library reads this once, when PyTorch loads.
+    """The console entry point; `args` default to the command line's."""
+    # OpenMP's threads spin while they wait, which on a busy machine makes a step several times as long.
+    # OpenMP reads this once, when PyTorch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -40,16 +36,16 @@ def main(args: list[str] | None = None) -> None:
 
 
 def command(args: list[str]) -> int:
-    """Run what follows `lossmith` and return the exit code."""
+    """Run a command and return the exit code."""
     from rich.console import Console
 
     from lossmith.training.errors import UserError
-    from lossmith.training.terminal import say, say_error
+    from lossmith.training.run.terminal import say, say_error
 
-    for stream in (sys.stdout, sys.stderr):  # a sample may hold what the terminal cannot show
+    for stream in (sys.stdout, sys.stderr):  # a sample may contain what the terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    # Under torchrun every rank runs this; one of them speaks.
+    # Under torchrun only the first rank prints.
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     errors = Console(stderr=True, quiet=console.quiet)
     try:
@@ -71,20 +67,20 @@ def command(args: list[str]) -> int:
 
 
 def train_command(args: list[str], console: Console) -> int:
-    """Run `lossmith train` with these arguments and return the exit code."""
-    with console.status("Loading the libraries ..."):  # PyTorch too: it comes with the modifiers' keys
-        from lossmith.training.config import load_config
+    """Run `lossmith train` and return the exit code."""
+    with console.status("Loading the libraries ..."):  # PyTorch too, which the losses' keys need
+        from lossmith.training.config.reading import load_config
     if any(word in HELP for word in args):
         show_help(console)
         return 0
     config = load_config(args)
     with console.status("Loading the libraries ..."):
-        from lossmith.training.runner import run
+        from lossmith.training.run.runner import run
     return run(config, console, command=how_started())
 
 
 def how_started() -> str:
-    """The command as the user typed it, up to the keys."""
+    """The command that the user typed, without the flags."""
     script = Path(sys.argv[0])
     return (
         f"python {sys.argv[0]}"
@@ -94,12 +90,12 @@ def how_started() -> str:
 
 
 def show_help(console: Console) -> None:
-    """Every key with its default and meaning."""
+    """Print every key with its default and meaning."""
     from rich.table import Table
     from rich.text import Text
 
-    from lossmith.training.keys import default_of, describe, sections
-    from lossmith.training.terminal import say
+    from lossmith.training.config.keys import default_of, describe, sections
+    from lossmith.training.run.terminal import say
 
     say(console, "Usage: python train.py [config.py] [--key=value ...]     (or: lossmith train ...)\n")
     say(console, "A config file holds plain assignments, key = value. Flags come after it and win.\n")

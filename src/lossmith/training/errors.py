@@ -1,5 +1,5 @@
-"""The one exception that the command line turns into a message instead of a traceback."""
+"""``UserError``: shown by the command line as a message instead of a traceback."""
 
 
 class UserError(ValueError):
-    """Something the user asked for cannot be done; the message says what to do instead."""
+    """The user asked for something impossible; the message says what to do instead."""

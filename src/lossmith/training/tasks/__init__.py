@@ -1,30 +1,22 @@
-"""What one mode of the trainer trains, a file each; `make_task` picks it by the keys."""
+"""What each mode trains, a file each; `make_task` picks it by the keys."""
+
+from importlib import import_module
 
 from transformers import PreTrainedTokenizerFast
 
-from lossmith.training.corpus import Corpus
-from lossmith.training.keys import TrainConfig
-from lossmith.training.tasks.causal_language_model import CausalLanguageModel
-from lossmith.training.tasks.masked_language_model import MaskedLanguageModel
-from lossmith.training.tasks.sequence_scorer import SequenceScorer
+from lossmith.training.config.keys import MODES, TrainConfig
+from lossmith.training.data.corpus import Corpus
 from lossmith.training.tasks.task import Task
-from lossmith.training.tasks.token_classifier import TokenClassifier
-
-TASKS: dict[tuple[str, str], type[Task]] = {
-    ("language_model", "causal"): CausalLanguageModel,
-    ("language_model", "masked"): MaskedLanguageModel,
-    ("token_classifier", "causal"): TokenClassifier,
-    ("sequence_scorer", "causal"): SequenceScorer,
-}
 
 
 def task_class(config: TrainConfig) -> type[Task]:
     """The task that `mode` and `objective` name."""
-    return TASKS[config.mode, config.objective]
+    module, name = MODES[config.mode, config.objective].split(".")
+    return getattr(import_module(f"lossmith.training.tasks.{module}"), name)
 
 
 def make_task(
     config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_blocks: int
 ) -> Task:
-    """What a run trains; the arguments are those of :class:`Task`."""
+    """The task of a run; the arguments are those of :class:`Task`."""
     return task_class(config)(config, corpus, tokenizer, num_blocks)

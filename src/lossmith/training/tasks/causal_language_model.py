@@ -13,16 +13,15 @@ from transformers import LlamaForCausalLM, MixtralForCausalLM, PreTrainedModel
 import lossmith
 from lossmith.components.moe import MoEBalance
 from lossmith.integrations.huggingface.attachment import attach, attached_to
-from lossmith.training.data import IGNORED, RandomBlocks, Windows, bytes_per_token
-from lossmith.training.keys import TrainConfig
-from lossmith.training.model import choose_experts_by_bias, make_language_model
-from lossmith.training.progress import Figure
-from lossmith.training.tasks.task import Batch, KnowingNothing, Seen
-from lossmith.training.tasks.token_task import TokenTask
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.data.blocks import IGNORED, Windows
+from lossmith.training.data.tokenizer import bytes_per_token
+from lossmith.training.tasks.measures import PERPLEXITY, Figure, perplexity
+from lossmith.training.tasks.models import choose_experts_by_bias, make_language_model
+from lossmith.training.tasks.task import Batch, Seen, TokenTask
 
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_K = 50
-FAR_OFF = 0.5  # nats
 
 
 class CausalLanguageModel(TokenTask):
@@ -31,35 +30,23 @@ class CausalLanguageModel(TokenTask):
     mode = lossmith.ModelMode.LANGUAGE_MODEL
     model_class = LlamaForCausalLM
     shift = True
-    training_measure = "perplexity"
-    step_figures = (
-        Figure("loss", "loss {:.3f}"),
-        Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf),
-    )
-    evaluation_figures = (
-        Figure("val_loss", "validation loss {:.3f}"),
-        Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf),
-        Figure("bits_per_byte", "{:.3f} bits per byte"),
-    )
+    evaluation_figures = (PERPLEXITY, Figure("bits_per_byte", "{:.3f} bits per byte"))
 
     def make_held_out(self, tokens: Tensor) -> Dataset:
         self.bytes_per_token = bytes_per_token(self.tokenizer)
         return Windows(tokens, self.config.block_size)
-
-    def make_train_blocks(self, blocks: RandomBlocks) -> Dataset:
-        return blocks
 
     @classmethod
     def architecture(cls, config: TrainConfig) -> type[PreTrainedModel]:
         return MixtralForCausalLM if config.experts else cls.model_class
 
     def build_model(self) -> PreTrainedModel:
-        # By what the tokenizer has: that of an older run knows the end of text alone.
+        # The tokenizer of an older run knows only the end of text.
         others = [token for token in self.tokenizer.all_special_ids if token != self.end_of_text]
         return make_language_model(self.config, self.end_of_text, never_generated=others)
 
     def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
-        # In here components find hidden states, routers and the output matrix.
+        # `attach` gives components the hidden states, the routers' logits and the unembedding.
         attach(model, self.pipeline, materialize_logits=self.config.materialize_logits)
         for part in self.pipeline.modules():
             if isinstance(part, MoEBalance) and part.mode == "bias":
@@ -74,12 +61,6 @@ class CausalLanguageModel(TokenTask):
         assert self.attached.parts is not None
         assert self.attached.observed is not None
         return Seen(self.attached.parts, self.attached.observed)
-
-    def training_measures(self, mean: float) -> dict[str, float]:
-        return {"perplexity": perplexity(mean)}
-
-    def knowing_nothing(self) -> KnowingNothing:
-        return uniform_guess(self.config.vocab_size, FAR_OFF)
 
     def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         labels = batch["labels"]  # [B, T]
@@ -101,8 +82,8 @@ class CausalLanguageModel(TokenTask):
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel) -> Text | None:
-        """Text generated from nothing; the same for the same weights and seed."""
-        # Beyond block_size the rotary positions were never trained.
+        """Text generated from nothing, the same for the same weights and seed."""
+        # Positions beyond block_size were never trained.
         length = min(self.config.sample_tokens, self.config.block_size - 1)
         if length <= 0:
             return None
@@ -121,17 +102,3 @@ class CausalLanguageModel(TokenTask):
                 use_cache=True,
             )
         return Text(str(self.tokenizer.decode(tokens[0], skip_special_tokens=True)).strip("\n"))
-
-
-def perplexity(mean: float) -> float:
-    """The exponential of a mean negative log-likelihood, infinite where a float holds no such number."""
-    try:
-        return math.exp(mean)
-    except OverflowError:
-        return math.inf
-
-
-def uniform_guess(num_classes: int, margin: float) -> KnowingNothing:
-    """What giving each of the classes the same probability costs."""
-    loss = math.log(num_classes)
-    return KnowingNothing(loss, f"a uniform guess costs log {num_classes} = {loss:.3f}", margin)

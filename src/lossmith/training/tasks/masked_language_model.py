@@ -1,6 +1,5 @@
-"""``MaskedLanguageModel``: predict the tokens that were masked, from what is left on both sides."""
+"""``MaskedLanguageModel``: predict masked tokens from both sides."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,66 +10,43 @@ from transformers import ModernBertForMaskedLM, PreTrainedModel
 import lossmith
 from lossmith.integrations.huggingface.fused_head import FusedHead
 from lossmith.integrations.huggingface.trial import try_out
-from lossmith.training.corruption import draw_number, generator_of, mask_tokens
-from lossmith.training.data import IGNORED
-from lossmith.training.loss_in_forward import with_loss
-from lossmith.training.marked_text import Mark, marked_text
-from lossmith.training.model import make_bidirectional_model
-from lossmith.training.progress import Figure
-from lossmith.training.tasks.causal_language_model import FAR_OFF, perplexity, uniform_guess
-from lossmith.training.tasks.corrupted_task import CorruptedTask
-from lossmith.training.tasks.task import Batch, KnowingNothing
-from lossmith.training.tasks.token_task import TokenTask
+from lossmith.training.data.blocks import IGNORED
+from lossmith.training.data.corruption import draw_number, generator_of, mask_tokens
+from lossmith.training.data.marked_text import Mark, marked_text
+from lossmith.training.tasks.loss_in_forward import with_loss
+from lossmith.training.tasks.measures import ACCURACY, PERPLEXITY, perplexity
+from lossmith.training.tasks.task import Batch, CorruptedTask, TokenTask, sum_each
 
-SAMPLE_SHARE = 0.3  # masked in the sample: enough to see something, with enough left to go by
+SAMPLE_SHARE = 0.3  # masked in the sample
 RIGHT, WRONG = Mark("«", "»", "bold green", "right"), Mark("‹", "›", "bold red", "wrong")
 
 
 class MaskedLanguageModel(CorruptedTask, TokenTask):
-    """Predict the tokens that were masked, a share r of each row that is drawn anew, as discrete diffusion
-    trains: every number of masked tokens from 1 to all is as likely, and so is every choice of them."""
+    """Predict masked tokens, with a new share masked in each row, as in discrete diffusion: every number of
+    masked
+    tokens from 1 to all is equally likely, and so is every choice of them.
+    """
 
     mode = lossmith.ModelMode.LANGUAGE_MODEL
     model_class = ModernBertForMaskedLM
     loss_of = " of masked tokens"
-    training_measure = "perplexity"
-    step_figures = (
-        Figure("loss", "loss {:.3f}"),
-        Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf),
-    )
-    evaluation_figures = (
-        Figure("val_loss", "validation loss {:.3f}"),
-        Figure("perplexity", "perplexity {:,.1f}", no_number=math.inf),
-        Figure("accuracy", "accuracy {:.1%}"),
-    )
+    evaluation_figures = (PERPLEXITY, ACCURACY)
     sample_title = "masked tokens filled in"
 
     def corrupt(self, block: Tensor, generator: Generator) -> Batch:
-        """Mask a random share of a block [T]; only what is masked has a label."""
+        """Mask a random share of a block [T]; only masked tokens have labels."""
         ids, masked = mask_tokens(block, self.mask, draw_number(1, len(block), generator), generator)
         return {"input_ids": ids, "labels": torch.where(masked, block, IGNORED)}
-
-    def build_model(self) -> PreTrainedModel:
-        return make_bidirectional_model(
-            self.model_class, self.config, self.end_of_text, self.cls, self.config.block_size
-        )
 
     def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
         fused = None if self.config.materialize_logits else FusedHead(model, try_out(model))
         return with_loss(model, self.loss, fused)
 
-    def training_measures(self, mean: float) -> dict[str, float]:
-        return {"perplexity": perplexity(mean)}
-
-    def knowing_nothing(self) -> KnowingNothing:
-        return uniform_guess(self.config.vocab_size, FAR_OFF)
-
     def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         labels = batch["labels"].to(model.device)
         logits = model(input_ids=batch["input_ids"].to(model.device)).logits  # [B, T, V]
         stats = lossmith.token_stats(logits, labels).compute("nll", "correct")
-        values = (stats.nll, stats.correct, labels != IGNORED)
-        return torch.stack([value.cpu().double().sum() for value in values])
+        return sum_each(stats.nll, stats.correct, labels != IGNORED)
 
     def measures(self, sums: Sequence[float]) -> dict[str, float]:
         nll, correct, num_tokens = sums
@@ -83,7 +59,7 @@ class MaskedLanguageModel(CorruptedTask, TokenTask):
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel) -> Text | None:
-        """The beginning of the held-out text with three tokens in ten masked, and the likeliest put there."""
+        """The beginning of the held-out text with three tokens in ten masked and filled in."""
         block = self.first_block[: self.config.sample_tokens]
         if not len(block):
             return None

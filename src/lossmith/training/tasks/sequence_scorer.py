@@ -1,8 +1,8 @@
-"""``SequenceScorer``: tell how much of a text was replaced."""
+"""``SequenceScorer``: predict how much of a text was replaced."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
@@ -11,45 +11,38 @@ from transformers import ModernBertForSequenceClassification, PreTrainedModel
 
 import lossmith
 from lossmith.modifiers.tokens.judge import expected_wrongness
-from lossmith.training.corruption import draw_number, generator_of
-from lossmith.training.keys import TrainConfig
-from lossmith.training.model import make_bidirectional_model
-from lossmith.training.progress import Figure
-from lossmith.training.tasks.corrupted_task import CorruptedTask
-from lossmith.training.tasks.task import Batch, KnowingNothing, detached
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.data.corruption import draw_number, generator_of
+from lossmith.training.tasks.measures import Figure, KnowingNothing
+from lossmith.training.tasks.task import Batch, CorruptedTask, detached, sum_each
 
 SAMPLE_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-FAR_OFF = 0.15  # of a mean over few texts
+FAR_OFF = 0.15  # for a mean over few texts
 ROUNDING = 1e-9
+ERROR = Figure("mean_absolute_error", "mean absolute error {:.3f}")
 
 
 class SequenceScorer(CorruptedTask):
-    """Tell how much of a text was replaced by other tokens: y(x) = x^4 - 2 x^3 + 2 x of the share x.
+    """Predict the score y(x) = x^4 - 2 x^3 + 2 x of the share x of tokens that were replaced.
 
-    The input is the token `<|cls|>` and a block; the prediction is the sigmoid of the model's one logit, the
-    loss its squared error. Such a checkpoint is what `judge_weight_checkpoint` takes.
+    The input is `<|cls|>` and a block, the prediction the sigmoid of the model's one logit, the loss its
+    squared error. Such a checkpoint is what `judge_weight_checkpoint` takes.
     """
 
     mode = lossmith.ModelMode.SEQUENCE_SCORER
     model_class = ModernBertForSequenceClassification
-    training_measure = "mean_absolute_error"
-    step_figures = (
-        Figure("loss", "loss {:.4f}"),
-        Figure("mean_absolute_error", "mean absolute error {:.3f}"),
-    )
-    evaluation_figures = (
-        Figure("val_loss", "validation loss {:.4f}"),
-        Figure("mean_absolute_error", "mean absolute error {:.3f}"),
-        Figure("correlation", "correlation {:.3f}"),
-    )
+    head: ClassVar = {"id2label": {0: "wrongness"}}
+    loss_words = "loss {:.4f}"
+    step_figure = ERROR
+    evaluation_figures = (ERROR, Figure("correlation", "correlation {:.3f}"))
     sample_title = "one text, more and more of it replaced"
 
     @classmethod
     def num_positions(cls, config: TrainConfig) -> int:
-        return config.block_size + 1  # <|cls|> stands before the block
+        return config.block_size + 1  # <|cls|> precedes the block
 
     def replace(self, block: Tensor, num: int, generator: Generator) -> Batch:
-        """A block [T] with `num` tokens replaced, and the score that it deserves."""
+        """A block [T] with `num` tokens replaced, and its score."""
         ids, replaced = self.replacement(block, num, generator)
         return {
             "input_ids": torch.cat([torch.tensor([self.cls]), ids]),
@@ -59,16 +52,6 @@ class SequenceScorer(CorruptedTask):
     def corrupt(self, block: Tensor, generator: Generator) -> Batch:
         """Replace a random share of a block [T], from none of it to all."""
         return self.replace(block, draw_number(0, len(block), generator), generator)
-
-    def build_model(self) -> PreTrainedModel:
-        return make_bidirectional_model(
-            self.model_class,
-            self.config,
-            self.end_of_text,
-            self.cls,
-            self.num_positions(self.config),
-            id2label={0: "wrongness"},
-        )
 
     def make_objective(self) -> None:
         return None
@@ -89,6 +72,9 @@ class SequenceScorer(CorruptedTask):
     def describe_loss(self) -> str:
         return "squared error of the score"
 
+    def training_measures(self, mean: float) -> dict[str, float]:
+        return {"mean_absolute_error": mean}
+
     def knowing_nothing(self) -> KnowingNothing:
         length = self.config.block_size
         targets = expected_wrongness(torch.arange(length + 1, dtype=torch.float64) / length)
@@ -100,8 +86,8 @@ class SequenceScorer(CorruptedTask):
         scores = logits.squeeze(-1).cpu().double().sigmoid()
         targets = batch["labels"].double()
         errors = scores - targets
-        values = (errors**2, errors.abs(), scores, targets, scores**2, targets**2, scores * targets)
-        return torch.stack([*(value.sum() for value in values), torch.tensor(float(len(targets)))])
+        products = (scores**2, targets**2, scores * targets)
+        return sum_each(errors**2, errors.abs(), scores, targets, *products, torch.ones_like(targets))
 
     def measures(self, sums: Sequence[float]) -> dict[str, float]:
         num = sums[-1]
@@ -110,14 +96,14 @@ class SequenceScorer(CorruptedTask):
         return {
             "loss": squared,
             "mean_absolute_error": absolute,
-            # Below that, it would be the correlation of what rounding left of the sums.
+            # Below that it would be the correlation of rounding errors.
             "correlation": (product - score * target) / spread if spread > ROUNDING else math.nan,
             "sequences": int(num),
         }
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel) -> Table | None:
-        """A held-out text with more and more of it replaced, and what the model says of it."""
+        """A held-out text with more and more of it replaced, and the model's scores."""
         if not self.config.sample_tokens:
             return None
         block = self.first_block

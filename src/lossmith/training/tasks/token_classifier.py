@@ -1,6 +1,7 @@
-"""``TokenClassifier``: tell which tokens of a text were replaced."""
+"""``TokenClassifier``: predict which tokens of a text were replaced."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from rich.text import Text
@@ -8,18 +9,13 @@ from torch import Generator, Tensor
 from transformers import ModernBertForTokenClassification, PreTrainedModel
 
 import lossmith
-from lossmith.training.corruption import draw_number
-from lossmith.training.marked_text import Mark, marked_text
-from lossmith.training.model import make_bidirectional_model
-from lossmith.training.progress import Figure
-from lossmith.training.tasks.causal_language_model import uniform_guess
-from lossmith.training.tasks.corrupted_task import CorruptedTask
-from lossmith.training.tasks.task import Batch, KnowingNothing
-from lossmith.training.tasks.token_task import TokenTask
+from lossmith.training.data.corruption import draw_number
+from lossmith.training.data.marked_text import Mark, marked_text
+from lossmith.training.tasks.measures import ACCURACY, Figure
+from lossmith.training.tasks.task import Batch, CorruptedTask, TokenTask, sum_each
 
-LARGEST_SHARE = 0.5  # of a row's tokens replaced; beyond it too little of the text is left to go by
+LARGEST_SHARE = 0.5  # of a row's tokens replaced; beyond that too little of the text is left
 KEPT, REPLACED = 0, 1
-FAR_OFF = 0.1  # nats
 FOUND, MISSED, FALSE_ALARM = (
     Mark("«", "»", "bold green", "found"),
     Mark("‹", "›", "bold red", "missed"),
@@ -28,20 +24,16 @@ FOUND, MISSED, FALSE_ALARM = (
 
 
 class TokenClassifier(CorruptedTask, TokenTask):
-    """Tell which tokens of a text were replaced by others."""
+    """Predict which tokens of a text were replaced by others."""
 
     mode = lossmith.ModelMode.TOKEN_CLASSIFIER
     model_class = ModernBertForTokenClassification
+    head: ClassVar = {"id2label": {KEPT: "kept", REPLACED: "replaced"}}
     num_classes = 2
+    far_off = 0.1
     loss_of = " of replaced or not"
-    training_measure = "accuracy"
-    step_figures = (Figure("loss", "loss {:.3f}"), Figure("accuracy", "accuracy {:.1%}"))
-    evaluation_figures = (
-        Figure("val_loss", "validation loss {:.3f}"),
-        Figure("f1", "F1 {:.3f}"),
-        Figure("accuracy", "accuracy {:.1%}"),
-        Figure("replaced", "({:.1%} replaced)"),
-    )
+    step_figure = ACCURACY
+    evaluation_figures = (Figure("f1", "F1 {:.3f}"), ACCURACY, Figure("replaced", "({:.1%} replaced)"))
     sample_title = "replaced tokens"
 
     def corrupt(self, block: Tensor, generator: Generator) -> Batch:
@@ -50,29 +42,19 @@ class TokenClassifier(CorruptedTask, TokenTask):
         ids, replaced = self.replacement(block, num, generator)
         return {"input_ids": ids, "labels": torch.where(replaced, REPLACED, KEPT)}
 
-    def build_model(self) -> PreTrainedModel:
-        return make_bidirectional_model(
-            self.model_class,
-            self.config,
-            self.end_of_text,
-            self.cls,
-            self.config.block_size,
-            id2label={KEPT: "kept", REPLACED: "replaced"},
-        )
-
     def observe(self, stats: lossmith.TokenStats) -> Tensor:
         return stats.unscaled.correct.float()
 
-    def knowing_nothing(self) -> KnowingNothing:
-        return uniform_guess(2, FAR_OFF)
+    def training_measures(self, mean: float) -> dict[str, float]:
+        return {"accuracy": mean}
 
     def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         labels = batch["labels"].to(model.device)
         logits = model(input_ids=batch["input_ids"].to(model.device)).logits  # [B, T, 2]
         stats = lossmith.token_stats(logits, labels)
         replaced, found = labels == REPLACED, logits.argmax(-1) == REPLACED
-        values = (stats.nll, found == replaced, found & replaced, found, replaced, torch.ones_like(labels))
-        return torch.stack([value.cpu().double().sum() for value in values])
+        hits, everything = found & replaced, torch.ones_like(labels)
+        return sum_each(stats.nll, found == replaced, hits, found, replaced, everything)
 
     def measures(self, sums: Sequence[float]) -> dict[str, float]:
         nll, correct, hits, found, replaced, num_tokens = sums
@@ -86,7 +68,7 @@ class TokenClassifier(CorruptedTask, TokenTask):
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel) -> Text | None:
-        """A held-out block with the replaced tokens that were found, those that were not, and others."""
+        """A held-out block with its replaced tokens marked as found, missed or false alarms."""
         length = self.config.sample_tokens
         if not length:
             return None

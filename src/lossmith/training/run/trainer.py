@@ -1,12 +1,12 @@
-"""Hugging Face's Trainer, told what a task is.
+"""Hugging Face's Trainer for a task.
 
-The loop, the optimizer, accumulation, mixed precision, checkpoints and resuming are the library's.
-Ours are the order of the blocks, what the loss is divided by, the evaluation (the Trainer averages the
-means of batches, which weighs tokens unevenly) and what is logged.
+The loop, the optimizer, accumulation, mixed precision, checkpoints and resuming are the library's. Ours are
+the order of the blocks, the denominator of the loss, the evaluation (the Trainer averages means of batches,
+which weighs tokens unevenly) and what is logged.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,26 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, de
 from transformers.trainer_callback import PrinterCallback
 
 from lossmith.integrations.huggingface.objective_trainer import ObjectiveTrainer
-from lossmith.training.checkpoints import checkpoints
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.progress import Stopwatch
+from lossmith.training.run.checkpoints import checkpoints
+from lossmith.training.run.progress import Stopwatch
 from lossmith.training.tasks.task import Task
 
 
 class TaskTrainer(ObjectiveTrainer):
-    """The Trainer for one task.
-
-    Args:
-        task: what is trained; its model carries the loss inside its forward.
-        model: the task's model.
-        config: the run's configuration.
-        args: `training_arguments(config)`.
-        callbacks: what watches the run.
-    """
+    """The Trainer for one task, whose model computes the loss in its forward."""
 
     def __init__(
         self,
         task: Task,
         model: PreTrainedModel,
-        config: TrainConfig,
         args: TrainingArguments,
-        callbacks: list[TrainerCallback],
+        callbacks: Sequence[TrainerCallback] = (),
     ):
         self.task = task
         self.loss = task.pipeline
-        self.config = config
+        config = self.config = task.config
         self.observed: torch.Tensor | float = 0.0  # summed since the last line of the log
         tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.stopwatch = Stopwatch(tokens_per_step * config.block_size)
@@ -57,16 +48,16 @@ class TaskTrainer(ObjectiveTrainer):
             processing_class=task.tokenizer,
             callbacks=[self.stopwatch, SettingsOfThisRun(config), *callbacks],
         )
-        self.remove_callback(PrinterCallback)  # prints bare dictionaries
+        self.remove_callback(PrinterCallback)  # it prints dictionaries
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        # The blocks are random already, each by its number; taken in order they can be resumed.
+        # The blocks are random already; in order, they can be resumed.
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # pyright: ignore[reportArgumentType]
 
     def _get_num_items_in_batch(
         self, batch_samples: list[Any], device: torch.device
     ) -> torch.Tensor | int | None:
-        """What the losses of these micro-batches are divided by, over all ranks."""
+        """The denominator of these micro-batches' losses, over all ranks."""
         if not batch_samples:
             return None
         count = torch.stack([self.task.count(batch) for batch in batch_samples]).sum().to(device)
@@ -74,7 +65,7 @@ class TaskTrainer(ObjectiveTrainer):
 
     def parts_of(self, outputs: Any) -> Mapping[str, torch.Tensor]:
         parts = self.task.seen(outputs).parts
-        return parts if len(parts) > 1 else {}  # one part alone is the loss
+        return parts if len(parts) > 1 else {}  # a single part is the loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -97,13 +88,13 @@ class TaskTrainer(ObjectiveTrainer):
         chosen = range(len(held_out))  # pyright: ignore[reportArgumentType]
         if self.config.eval_iters and not everything:
             chosen = chosen[:: math.ceil(len(chosen) / (self.config.eval_iters * self.args.eval_batch_size))]
-        # Every rank takes its share and the sums are added, so nothing is counted twice, as it would be
-        # where a distributed sampler fills up the last batch.
+        # The ranks' sums are added, so that nothing counts twice, as it would if a distributed sampler
+        # padded the last batch.
         share = chosen[self.args.process_index :: self.args.world_size]
         batches = DataLoader(Subset(held_out, share), batch_size=self.args.eval_batch_size)
         with self.accelerator.autocast():
             measures = self.task.evaluate(self.model, batches, self._add_over_ranks)  # pyright: ignore[reportArgumentType]
-        if self.state.global_step and not math.isfinite(measures["loss"]):  # in training, before it is saved
+        if self.state.global_step and not math.isfinite(measures["loss"]):  # in training, before a checkpoint
             raise self._no_number(f"validation loss became {measures['loss']}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measures.items()}
         self.log(dict(metrics))
@@ -117,7 +108,7 @@ class TaskTrainer(ObjectiveTrainer):
         return self.accelerator.reduce(mine, reduction="sum").tolist()  # pyright: ignore
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the speed and more to what is logged, and stop a run whose loss is no number any more."""
+        """Add the speed, a measure and the parts' metrics; stop a run whose loss is not finite."""
         if "loss" in logs:
             logs["tokens_per_second"] = self.stopwatch.lap(self.state.global_step)
             assert isinstance(self.observed, torch.Tensor)
@@ -131,7 +122,7 @@ class TaskTrainer(ObjectiveTrainer):
 
     def _no_number(self, what: str) -> UserError:
         found = checkpoints(Path(self.config.out_dir))
-        is_older = bool(found) and found[-1][0] < self.state.global_step  # than what went wrong
+        is_older = bool(found) and found[-1][0] < self.state.global_step  # older than the failure
         then = f"and --resume from {found[-1][1]}" if is_older else "and start again"
         return UserError(
             f"the {what} by step {self.state.global_step}, so training stopped. "
@@ -140,11 +131,7 @@ class TaskTrainer(ObjectiveTrainer):
 
 
 class SettingsOfThisRun(TrainerCallback):
-    """A resumed run goes by its own configuration; the checkpoint brings that of the run before.
-
-    Args:
-        config: the run's configuration.
-    """
+    """Restores this run's settings after a checkpoint has brought those of the run before."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -152,11 +139,8 @@ class SettingsOfThisRun(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
     ) -> None:
-        state.logging_steps, state.eval_steps, state.save_steps = (
-            args.logging_steps,
-            args.eval_steps,
-            args.save_steps,
-        )
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            setattr(state, name, getattr(args, name))
         schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
         schedule.base_lrs = [self.config.learning_rate] * len(schedule.base_lrs)
         for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
@@ -165,18 +149,15 @@ class SettingsOfThisRun(TrainerCallback):
             group["betas"] = (self.config.beta1, self.config.beta2)
             group["initial_lr"] = self.config.learning_rate
             group["lr"] = self.config.learning_rate * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the log says
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
-            control.should_evaluate = False  # the run ends with an evaluation of everything
+            control.should_evaluate = False  # the runner evaluates everything then
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Our keys as the Trainer's arguments.
-
-    Raises:
-        UserError: the device or the precision asked for is not there.
-    """
+    """The Trainer's arguments; a UserError if the device or the precision is not available."""
     device, dtype = choose_device(config), choose_dtype(config)
     args = TrainingArguments(
         output_dir=config.out_dir,
@@ -199,7 +180,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         seed=config.seed,
         logging_steps=config.log_interval,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is no number has to be seen, not averaged away
+        logging_nan_inf_filter=False,  # else a loss that is not finite would be averaged away
         eval_strategy="steps",
         eval_steps=config.eval_interval,
         save_strategy="steps",
@@ -213,15 +194,14 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
     )
-    # With several GPUs in one process the Trainer would replicate the model over all of them
-    # (DataParallel); several GPUs are torchrun's business.
+    # With several GPUs the Trainer would use DataParallel; torchrun is the way to use them.
     if args.n_gpu > 1:
         args._n_gpu = 1
     return args
 
 
 def choose_device(config: TrainConfig) -> str:
-    """The device a run uses: the one asked for, which has to be there, or the best there is."""
+    """The device that was asked for, or the best available."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if config.device == "auto":
         return next(name for name in ("cuda", "mps", "cpu") if there[name])
@@ -239,7 +219,7 @@ def choose_device(config: TrainConfig) -> str:
 
 
 def choose_dtype(config: TrainConfig) -> str:
-    """The precision of a run: the one asked for, or bfloat16 on a GPU that has it and float32 elsewhere."""
+    """The precision that was asked for, or bfloat16 on a GPU that supports it and float32 elsewhere."""
     device = choose_device(config)
     if config.dtype == "auto":
         return "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"

@@ -1,20 +1,23 @@
-"""The configuration of a run as it lies in the run's folder, `config.yaml`.
+"""`config.yaml`, the saved configuration of a run, and how to find it.
 
-Plain YAML, of plain values: a text in it is that text, `${...}` included, and nothing is looked up or run.
+It is plain YAML with plain values: text is taken literally, `${...}` included, and nothing is looked up or
+run.
 """
 
+import os
 import re
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.rundir import CONFIG_FILE, write_whole
 
-# YAML 1.1 takes a number for one only if there is a point in it; people write 1e-3.
+CONFIG_FILE = "config.yaml"
+# YAML 1.1 reads 1e-3 as text, because it has no decimal point.
 FLOAT = (
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+\Z"),
@@ -23,7 +26,7 @@ FLOAT = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain values; a key that stands twice is an error."""
+    """Reads plain values and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [self.construct_object(key) for key, _ in node.value]
@@ -34,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back as it was."""
+    """Writes what `_Loader` reads back unchanged."""
 
 
 for _kind in (_Loader, _Dumper):
@@ -49,11 +52,7 @@ def save_config(config: TrainConfig) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values in a saved configuration.
-
-    Raises:
-        UserError: it is none.
-    """
+    """The values in a saved configuration; a UserError if it cannot be read."""
     try:
         saved = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -67,3 +66,31 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{'something else' if saved else 'an empty file'}. Restore it or train anew."
         )
     return {str(name): value for name, value in saved.items()}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with fresh.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def step_of(name: str) -> int:
+    """The step in a checkpoint's name; -1 for any other name."""
+    number = re.fullmatch(r"checkpoint-(\d+)", name, re.ASCII)
+    return int(number[1]) if number else -1
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run's folder if the path is a checkpoint, else None."""
+    for path in (checkpoint.absolute(), checkpoint.resolve()):  # the latter follows a link
+        if step_of(path.name) >= 0 and (path / "config.json").is_file():
+            return path.parent
+    return None

@@ -1,7 +1,6 @@
-"""Text: where it comes from and which part of it is held out.
+"""Text: where it comes from and which part is held out.
 
-The held-out text is always the last tenth, by position, so that it never changes with a seed. A
-dataset that brings its own validation text keeps it.
+The last tenth is held out, whatever the seed, unless the dataset has a validation split of its own.
 """
 
 import re
@@ -11,15 +10,15 @@ from pathlib import Path
 from lossmith.training.errors import UserError
 
 HELD_OUT_SHARE = 0.1
-CUT_WITHIN = 0.01  # share of the text around that place in which a line may end
-COMMONPLACE = 40  # characters; a shorter paragraph ("Note:", say) recurs without being a quotation
+CUT_WITHIN = 0.01  # of the text: how far from there to look for the end of a line
+COMMONPLACE = 40  # characters; shorter paragraphs, such as "Note:", recur without being quotations
 TRAIN_NAMES = ("train",)
 HELD_OUT_NAMES = ("val", "valid", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on and documents to be judged by."""
+    """Documents to train on and documents held out."""
 
     name: str
     train: list[str]
@@ -27,14 +26,7 @@ class Corpus:
 
 
 def load_corpus(dataset: str) -> Corpus:
-    """Read the text that `--dataset` names.
-
-    Args:
-        dataset: `pydoc`, a path, the name of a folder under `data/`, or a name on the Hugging Face hub.
-
-    Raises:
-        UserError: nothing of that name was found (the message lists what was tried), or no text in it.
-    """
+    """Read `pydoc`, a path, a folder under `data/`, or a dataset of the Hugging Face hub."""
     if dataset == "pydoc":
         return split_corpus("Python's own documentation (pydoc)", python_documentation())
     if not dataset.strip():
@@ -48,7 +40,7 @@ def load_corpus(dataset: str) -> Corpus:
 
 
 def split_corpus(name: str, documents: list[str]) -> Corpus:
-    """Hold out the last tenth of the characters, cut near there at the end of a line or of a word."""
+    """Hold out about the last tenth of the characters, starting at a line or a word."""
     documents = [document for document in documents if document.strip()]
     total = sum(map(len, documents))
     if not total:
@@ -69,13 +61,7 @@ def split_corpus(name: str, documents: list[str]) -> Corpus:
 
 
 def place_to_cut(document: str, position: int, reach: int) -> int:
-    """The nearest position after a line break, else after a space, else `position` itself.
-
-    Args:
-        document: the text to cut in two.
-        position: where it would be cut if any place were as good as another.
-        reach: how far from there to look, in characters; a long line must not shift the cut at will.
-    """
+    """The nearest position after a line break, else after a space, within `reach`; else `position` itself."""
     for separator in "\n ":
         before = document.rfind(separator, max(0, position - reach - 1), position) + 1
         after = document.find(separator, position, position + reach) + 1
@@ -89,10 +75,10 @@ def place_to_cut(document: str, position: int, reach: int) -> int:
 
 
 def python_documentation() -> list[str]:
-    """CPython's own reference text, which every Python carries, each paragraph once.
+    """The reference documentation that ships with CPython, each paragraph once.
 
-    The topics quote one another: a fifth of the text is a repetition. Left in, a twelfth of the held-out
-    text would be word for word in the training text.
+    Its topics quote one another. With the quotations, a twelfth of the held-out text would be in the
+    training text.
     """
     from pydoc_data.topics import topics
 
@@ -111,7 +97,7 @@ def python_documentation() -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that has to be text."""
+    """The text of a UTF-8 file."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -124,7 +110,7 @@ def read_text(path: Path) -> str:
 
 
 def read_folder(folder: Path) -> Corpus:
-    """Every text file under a folder, by name; `train.*` and `val.*` are taken at their word."""
+    """All text files under a folder in order of their names, or its `train.*` and `val.*`."""
     texts: dict[Path, str] = {}
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -139,15 +125,17 @@ def read_folder(folder: Path) -> Corpus:
             f"dataset {folder} holds no UTF-8 text file; expected .txt files or the like "
             "(nanoGPT's train.bin holds tokens of another vocabulary, not text)."
         )
-    train = [text for path, text in texts.items() if path.parent == folder and path.stem in TRAIN_NAMES]
-    held_out = [text for path, text in texts.items() if path.parent == folder and path.stem in HELD_OUT_NAMES]
+    train, held_out = (
+        [text for path, text in texts.items() if path.parent == folder and path.stem in names]
+        for names in (TRAIN_NAMES, HELD_OUT_NAMES)
+    )
     if train and held_out:
         return Corpus(str(folder), train, held_out)
     return split_corpus(str(folder), list(texts.values()))
 
 
 def read_from_hub(name: str) -> Corpus:
-    """A dataset of the Hugging Face hub, if its library is installed."""
+    """A dataset of the Hugging Face hub."""
     tried = f"a file or folder {name}, a folder {Path('data') / name}"
     try:
         import datasets  # pyright: ignore[reportMissingImports]
@@ -158,7 +146,7 @@ def read_from_hub(name: str) -> Corpus:
         ) from None
     try:
         loaded = datasets.load_dataset(name)
-    except Exception as error:  # the hub's errors are many; the user needs the sentence
+    except Exception as error:  # the hub raises errors of many classes
         raise UserError(
             f"dataset {name!r} was not found. Tried: {tried}, and the Hugging Face hub, which said: {error}"
         ) from None
@@ -170,8 +158,10 @@ def read_from_hub(name: str) -> Corpus:
                 "Write that column to a text file and pass its path."
             )
         texts[str(split)] = [text for text in rows["text"] if text.strip()]
-    train = next((texts[split] for split in TRAIN_NAMES if split in texts), None)
-    held_out = next((texts[split] for split in HELD_OUT_NAMES if split in texts), None)
+    train, held_out = (
+        next((texts[split] for split in names if split in texts), None)
+        for names in (TRAIN_NAMES, HELD_OUT_NAMES)
+    )
     if train and held_out:
         return Corpus(name, train, held_out)
     return split_corpus(name, train or [text for rows in texts.values() for text in rows])

@@ -1,4 +1,4 @@
-"""Where figures go besides the log: TensorBoard and Weights & Biases, under the same names."""
+"""Logging to TensorBoard and Weights & Biases, under the same names."""
 
 import contextlib
 import importlib.util
@@ -11,20 +11,17 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.progress import log_row
-from lossmith.training.rundir import TENSORBOARD_FOLDER
+from lossmith.training.run.folder import TENSORBOARD_FOLDER
+from lossmith.training.run.progress import log_row
 
-WANDB_FOLDER = "wandb"  # the library's own; its runs lie side by side there
+WANDB_FOLDER = "wandb"  # the library's own, with a folder for each run
 NEEDED = {"tensorboard_log": "tensorboard", "wandb_log": "wandb"}
 
 
 def require_trackers(config: TrainConfig) -> None:
-    """
-    Raises:
-        UserError: a logger that was asked for is not installed, or cannot write.
-    """
+    """Raise UserError if a tracker that was asked for is not installed or cannot write."""
     for key, package in NEEDED.items():
         if getattr(config, key) and importlib.util.find_spec(package) is None:
             raise UserError(f"{key}=True needs the {package} package; `pip install 'lossmith[track]'`.")
@@ -37,24 +34,19 @@ def require_trackers(config: TrainConfig) -> None:
 
 
 class Tracker(TrainerCallback):
-    """Passes on what is logged.
-
-    Args:
-        write: (step, values by name).
-        close: called when the run is over.
-    """
+    """Passes on what is logged through `write(step, values)`; `close()` ends it."""
 
     def __init__(self, write: Callable[[int, dict[str, float]], None], close: Callable[[], None]):
         self.write = write
         self.close = close
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if log_row(state.global_step, logs or {}) is not None:  # else the Trainer's closing summary
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if log_row(state.global_step, logs or {}) is not None:  # else it is the Trainer's closing summary
             self.write(state.global_step, tracked(logs))
 
 
 def tracked(logs: dict[str, Any]) -> dict[str, float]:
-    """What is logged, with a prefix that says of what: `train/`, `val/`, or its own."""
+    """What is logged, prefixed with `train/` or `val/` unless a name has a prefix of its own."""
     named = {}
     for name, value in logs.items():
         if name == "epoch" or not math.isfinite(value):
@@ -69,16 +61,7 @@ def tracked(logs: dict[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def open_trackers(config: TrainConfig, first_step: int, is_main: bool) -> Iterator[list[Tracker]]:
-    """The trackers that the configuration asks for, closed on leaving.
-
-    Args:
-        config: the run's configuration.
-        first_step: where a resumed run starts, 0 for a new one.
-        is_main: whether this is the rank that writes.
-
-    Raises:
-        UserError: Weights & Biases refuses to start.
-    """
+    """The trackers that the configuration asks for, on the rank that writes, closed on leaving."""
     with contextlib.ExitStack() as stack:
         trackers = []
         if config.wandb_log and is_main:
@@ -89,13 +72,13 @@ def open_trackers(config: TrainConfig, first_step: int, is_main: bool) -> Iterat
 
 
 def tensorboard(config: TrainConfig, first_step: int) -> Tracker:
-    """TensorBoard's event files, in the run's folder."""
+    """TensorBoard's event files in the run's folder."""
     from torch.utils.tensorboard import SummaryWriter
 
-    # What a killed run wrote after its last checkpoint is hidden: those steps are taken again.
+    # Hide what a killed run wrote after its last checkpoint: those steps are taken again.
     purge = first_step + 1 if first_step else None
     folder = Path(config.out_dir) / TENSORBOARD_FOLDER
-    writers: list[SummaryWriter] = []  # none before there is something to write: it makes the folder
+    writers: list[SummaryWriter] = []  # made on the first write, since it creates the folder
 
     def write(step: int, values: dict[str, float]) -> None:
         if not writers:
@@ -111,7 +94,7 @@ def tensorboard(config: TrainConfig, first_step: int) -> Tracker:
 
 
 def weights_and_biases(config: TrainConfig) -> Tracker:
-    """A run of Weights & Biases, with its files in the run's folder."""
+    """A run of Weights & Biases with its files in the run's folder."""
     import wandb
 
     try:

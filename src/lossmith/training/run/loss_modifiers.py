@@ -1,4 +1,4 @@
-"""The loss modifiers of a run: made from its keys before training, shown, and listened to."""
+"""The loss modifiers of a run: built from its keys, shown, and their logging."""
 
 import contextlib
 import logging
@@ -14,25 +14,21 @@ from tokenizers import Tokenizer
 import lossmith
 from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
 from lossmith.modifiers.configured_modifier import ConfiguredModifier
+from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
-from lossmith.training.tasks.task import Task
-from lossmith.training.tasks.token_task import TokenTask
-from lossmith.training.terminal import say
+from lossmith.training.run.terminal import say
+from lossmith.training.tasks.task import Task, TokenTask
 
 LOGGER = "lossmith.modifiers"
-NUM_EXAMPLES = 8  # held-out rows that modifiers look at before training
+NUM_EXAMPLES = 8  # held-out rows that modifiers see before training
 
 
 def add_modifiers(task: Task, device: str, dtype: str) -> None:
-    """Put the modifiers that the keys switch on into a task's loss.
-
-    Args:
-        task: its pipeline is replaced.
-        device, dtype: the run's; the judge has the same.
+    """Add the modifiers that the keys switch on to a task's loss; the judge gets the run's device and
+    precision.
 
     Raises:
-        UserError: values that do not go together, or a judge that cannot be used.
+        UserError: incompatible values, or a judge that cannot be used.
     """
     values = {name: value for name, value in asdict(task.config).items() if name in KEYS}
     for modifier in switched_on(task.config):
@@ -52,22 +48,22 @@ def add_modifiers(task: Task, device: str, dtype: str) -> None:
 
 
 def switched_on(config: TrainConfig) -> list[type[ConfiguredModifier]]:
-    """The modifiers whose switch is on, whether they act or not."""
+    """The modifiers that are switched on, whether they apply or not."""
     return [modifier for modifier in MODIFIERS if getattr(config, modifier.enabled_key)]
 
 
 def acts(modifier: type[ConfiguredModifier], task: Task) -> bool:
-    """Whether a modifier means something in a task's mode."""
+    """Whether a modifier applies to a task's mode."""
     return modifier({"enabled": False}).supports_mode(task.mode)
 
 
 def with_full_stop(text: str) -> str:
-    """A message as a sentence, like the others."""
+    """A message as a sentence."""
     return text if text.endswith(".") else text + "."
 
 
 def require_same_tokenizer(task: Task, judge: Path) -> None:
-    """Raise UserError where a judge's tokenizer, if it brings one, is not the run's."""
+    """Raise UserError if the judge comes with another tokenizer than the run's."""
     path = judge / "tokenizer.json"
     if not path.is_file():
         return
@@ -85,16 +81,10 @@ def require_same_tokenizer(task: Task, judge: Path) -> None:
 
 
 def show_modifiers(console: Console, task: Task) -> None:
-    """Which modifiers act, and which of those switched on do not."""
-    wanted = switched_on(task.config)
-    if wanted and not getattr(task.config, MASTER):
-        say(
-            console,
-            f"warning: {', '.join(m.enabled_key for m in wanted)} has no effect without {MASTER}=True.\n",
-            "yellow",
-        )
+    """Print which modifiers act and which of those switched on do not."""
+    if not getattr(task.config, MASTER):
         return
-    told = told_of(task)
+    wanted, told = switched_on(task.config), told_of(task)
     act = task.pipeline.get_enabled_modifier_names()
     idle = [modifier.__name__ for modifier in wanted if not acts(modifier, task)]
     if act:
@@ -108,7 +98,7 @@ def show_modifiers(console: Console, task: Task) -> None:
 
 
 def told_of(task: Task) -> list[str]:
-    """What the modifiers have to say of the data, told before training instead of in the midst of it."""
+    """The modifiers' warnings about the data, before training rather than during it."""
     if not isinstance(task, TokenTask):
         return []
     some = range(min(NUM_EXAMPLES, len(task.held_out)))  # pyright: ignore[reportArgumentType]
@@ -132,7 +122,7 @@ class ConsoleHandler(logging.Handler):
 
 @contextlib.contextmanager
 def verbose_modifiers(config: TrainConfig, console: Console) -> Iterator[None]:
-    """Show what the modifiers log, while entered and where a `_verbose` key asks for it."""
+    """Show what the modifiers log while entered, if a `_verbose` key asks for it."""
     if not any(getattr(config, name) for name in KEYS if name.endswith("_verbose")):
         yield
         return

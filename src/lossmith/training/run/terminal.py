@@ -1,8 +1,7 @@
-"""``say``: the one way to the terminal, on which a text is shown and never obeyed.
+"""``say``: the only way to the terminal, which shows text without obeying it.
 
-File names, flags, samples and error messages may hold what a terminal acts on: escape sequences that rename
-its window or overwrite a line, marks that turn the order of letters around. And they may hold what `rich`
-takes for markup.
+File names, flags, samples and error messages may contain escape sequences that rename the window or
+overwrite a line, marks that change the direction of writing, and what `rich` takes for markup.
 """
 
 import contextlib
@@ -18,8 +17,8 @@ from rich.panel import Panel
 from rich.segment import Segment
 from rich.text import Span, Text
 
-# Control characters but for the end of a line and the tab; marks of the direction of writing, which last to
-# the end of the line; other ends of lines; halves of characters; tags, which nobody sees.
+# Control characters except newline and tab; marks of the direction of writing; other line separators;
+# surrogates; invisible tags.
 OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
@@ -30,12 +29,12 @@ OBEYED = re.compile(
 
 
 def visible(text: str) -> str:
-    r"""The text with what a terminal would act on spelled out: an escape byte as `\x1b`."""
+    r"""The text with what a terminal would act on escaped, such as `\x1b`."""
     return OBEYED.sub(spelled_out, text)
 
 
 def spelled_out(found: re.Match[str]) -> str:
-    """A character as Python writes it."""
+    """A character as Python escapes it."""
     number = ord(found[0])
     if number < 0x100:
         return f"\\x{number:02x}"
@@ -43,13 +42,8 @@ def spelled_out(found: re.Match[str]) -> str:
 
 
 def say(console: Console, what: RenderableType = "", style: str | None = None) -> None:
-    """Print something as it is: no markup, no colouring of numbers, nothing that a terminal acts on.
-
-    Args:
-        console: where.
-        what: a text, which is not broken where a pipe has no width, or anything else that `rich` prints.
-        style: of a text.
-    """
+    """Print text, or anything else that `rich` prints, literally; text is not wrapped where a pipe has no
+    width."""
     if isinstance(what, str | Text):
         console.print(shown(what), style=style, soft_wrap=True)
     else:
@@ -64,7 +58,7 @@ def say_error(console: Console, message: str) -> None:
 
 @contextlib.contextmanager
 def saying_warnings(console: Console) -> Iterator[None]:
-    """Print Python's warnings like all else while entered, each once."""
+    """Print each of Python's warnings once through `say` while entered."""
     said: set[str] = set()
 
     def show(message: Warning | str, *_: Any) -> None:
@@ -91,7 +85,7 @@ def shown(what: RenderableType) -> RenderableType:
 
 
 def _shown_text(text: Text) -> Text:
-    """A styled text, its styles where they were."""
+    """Styled text, with each style on the text that it had."""
     pieces = [visible(character) for character in text.plain]
     starts = [0]
     for piece in pieces:
@@ -103,7 +97,7 @@ def _shown_text(text: Text) -> Text:
 
 @dataclass(frozen=True)
 class _Shown:
-    """Anything else, piece by piece as it is laid out."""
+    """Any other renderable, made visible segment by segment."""
 
     what: RenderableType
 

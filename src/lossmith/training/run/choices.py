@@ -1,6 +1,6 @@
-"""What a run chooses where it could as well refuse, each with a sentence that says so.
+"""Defaults that give way to what is there, each with a sentence that says so.
 
-Only defaults give way to what is there; what somebody asked for is had, or refused.
+What the user asked for is never changed; it is done or refused.
 """
 
 from dataclasses import replace
@@ -11,33 +11,26 @@ from transformers import PreTrainedTokenizerFast
 
 from lossmith.modifiers.config import MASTER
 from lossmith.modifiers.tokens.judge import SequenceScoringJudgeWeightModifier
-from lossmith.training.checkpoints import checkpoints
-from lossmith.training.corpus import Corpus
-from lossmith.training.data import block_that_fits, encode, train_tokenizer
-from lossmith.training.keys import SPECS, TrainConfig
-from lossmith.training.objective import check_objective
+from lossmith.training.config.keys import SPECS, TrainConfig
+from lossmith.training.config.rules import check
+from lossmith.training.data.blocks import block_that_fits
+from lossmith.training.data.corpus import Corpus
+from lossmith.training.data.tokenizer import encode, train_tokenizer
+from lossmith.training.run.checkpoints import checkpoints
 
 
 def choose_sizes(
     config: TrainConfig, corpus: Corpus
 ) -> tuple[TrainConfig, PreTrainedTokenizerFast, str | None]:
-    """Sizes that a text is large enough for.
-
-    Args:
-        config: a new run's configuration.
-        corpus: its text.
+    """Reduce default sizes that a small text cannot fill; a UserError if the user asked for them.
 
     Returns:
-        The configuration, in which `vocab_size` and `block_size` are smaller where they are the defaults and
-        the text is too small for them; the tokenizer; what to say of it, or None.
-
-    Raises:
-        UserError: the text is too small for a size that was asked for.
+        The configuration, the tokenizer, and what to say about it, if anything.
     """
     is_default = {name: name not in config.changed([name]) for name in ("vocab_size", "block_size")}
     tokenizer = train_tokenizer(corpus, config.vocab_size, or_fewer=is_default["vocab_size"])
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer)}
-    # In a text of this many characters there are more tokens than that, and counting them takes a while.
+    # A longer text has enough tokens for sure, and encoding it takes a while.
     longest = max(map(len, tokenizer.get_vocab()))
     if is_default["block_size"] and sum(map(len, corpus.train)) <= config.block_size * longest:
         num_tokens = len(encode(tokenizer, corpus.train))
@@ -47,27 +40,26 @@ def choose_sizes(
     if not smaller:
         return config, tokenizer, None
     config = replace(config, **smaller)
-    check_objective(config)  # ids of tokens that there are no more
+    check(config)  # refuses ids beyond the smaller vocabulary
     said = " and ".join(f"{name}={size} instead of {SPECS[name].default}" for name, size in smaller.items())
     return config, tokenizer, f"{corpus.name} is a small text, so this run takes {said}."
 
 
 def choose_judge(config: TrainConfig) -> tuple[TrainConfig, str | None]:
-    """The newest checkpoint where the judge is named by its run's folder.
+    """Replace a judge that is named by its run's folder by its newest checkpoint, which resuming then keeps.
 
     Returns:
-        The configuration, in which `judge_weight_checkpoint` is a checkpoint, so that a resumed run has the
-        same one; what to say of it, or None.
+        The configuration, and what to say about it, if anything.
     """
     checkpoint = getattr(config, f"{SequenceScoringJudgeWeightModifier.prefix}checkpoint")
     folder = Path(checkpoint).expanduser()
     switches = (MASTER, SequenceScoringJudgeWeightModifier.enabled_key)
-    is_wanted = config.mode == SPECS["mode"].default and all(getattr(config, name) for name in switches)
+    is_wanted = config.is_language_model and all(getattr(config, name) for name in switches)
     if not (is_wanted and checkpoint) or (folder / "config.json").exists():
         return config, None
     found = checkpoints(folder)
     if not found:
-        return config, None  # what is wrong is said where it is loaded
+        return config, None  # loading it says what is wrong
     newest = found[-1][1]
     return (
         replace(config, judge_weight_checkpoint=str(newest)),

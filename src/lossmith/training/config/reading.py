@@ -1,7 +1,7 @@
 """Where the values of the keys come from: the saved run, then a config file, then the flags.
 
-A config file is a `.py` file of plain assignments. It is parsed, never executed: a file that is only
-data cannot surprise anyone, and its mistakes can be shown with a line number.
+A config file is a `.py` file of plain assignments. It is parsed, never executed, so that it cannot do harm
+and mistakes are reported with their line.
 """
 
 import ast
@@ -14,36 +14,34 @@ from typing import Any
 from lossmith.modifiers.config import ALIASES
 from lossmith.options import nearest
 from lossmith.options.forms import WrongForm
+from lossmith.training.config.keys import MIN_LR_DIVISOR, SPECS, TrainConfig
+from lossmith.training.config.rules import check, check_range, limits_of
+from lossmith.training.config.saved_run import CONFIG_FILE, read_config, run_of
 from lossmith.training.errors import UserError
-from lossmith.training.keys import MIN_LR_DIVISOR, SPECS, TrainConfig, check_range, limits_of
-from lossmith.training.objective import check_objective
-from lossmith.training.rundir import CONFIG_FILE, run_of
-from lossmith.training.saved_run import read_config
 
-DEFAULTS = TrainConfig()
 TYPES: dict[str, Any] = {name: spec.type for name, spec in SPECS.items()}
-MISSING = "???"  # what templates mark a value with that is to be filled in
+MISSING = "???"  # templates' placeholder for a value to be filled in
 BOOLEAN_WORDS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
 }
 
-# How a saved run is read back is the command's business, not the run's.
+# These belong to the command, not to the saved run.
 NOT_INHERITED = ("resume", "eval_only", "out_dir")
-# Changing one of these would make another model, or other tokens, than the checkpoint holds.
+# Changing one of these would change the model or the tokens of a checkpoint.
 FIXED_BY_CHECKPOINT = (
     "mode", "objective", "model", "vocab_size", "block_size", "n_layer", "n_head", "n_embd",
     "num_experts", "moe_top_k",
 )  # fmt: skip
-# A run that was saved before there was a choice is what the default still is.
+# Runs saved before these keys existed have their defaults.
 CHOSEN_BEFORE = {
-    name: getattr(DEFAULTS, name) for name in ("mode", "objective", "model", "num_experts", "moe_top_k")
+    name: SPECS[name].default for name in ("mode", "objective", "model", "num_experts", "moe_top_k")
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One value somebody set, and where, for the messages."""
+    """A value and where it was set."""
 
     key: str
     value: Any
@@ -53,14 +51,14 @@ class Setting:
 def load_config(args: list[str]) -> TrainConfig:
     """Turn command-line arguments into a checked configuration.
 
-    With `--resume` or `--eval_only` the configuration saved in `out_dir` comes first, so that a run is
-    continued by its folder alone.
+    With `--resume` or `--eval_only` it starts from the configuration saved in `out_dir`, so that the folder
+    alone is enough to continue a run.
 
     Args:
         args: an optional path of a config file, and flags: `--key=value`, `--key value`, `--switch`.
 
     Returns:
-        The configuration, every key present, typed and in range.
+        The configuration, with every key typed and in range.
 
     Raises:
         UserError: an unknown key, a wrong type, a value out of range, or a config file that is not one.
@@ -77,22 +75,16 @@ def load_config(args: list[str]) -> TrainConfig:
         config = resolve(settings)
         refuse_another_model(saved, config)
     for name, setting in {setting.key: setting for setting in settings}.items():  # the last of each key
-        require_in_range(setting, getattr(config, name))
-    config.check()
-    check_objective(config)
+        check_range(SPECS[name], getattr(config, name), f"{setting.origin}: ")
+    check(config)
     return config
 
 
 def without_aliases(settings: list[Setting]) -> list[Setting]:
-    """The settings of one source with other names of keys replaced by the keys.
-
-    Raises:
-        UserError: a key was given under two names.
-    """
+    """The settings with aliases replaced by their keys; a UserError if one key has two names."""
     given: dict[str, Setting] = {}
     for setting in settings:
-        name = key_of(setting.key)
-        first = given.setdefault(name, setting)
+        first = given.setdefault(key_of(setting.key), setting)
         if first.key != setting.key:
             raise UserError(
                 f"{first.origin} and {setting.origin}: {first.key} and {setting.key} are two names of one "
@@ -102,65 +94,46 @@ def without_aliases(settings: list[Setting]) -> list[Setting]:
 
 
 def key_of(name: str) -> str:
-    """The key that a name stands for: itself, unless it is another name of a loss modifier's key."""
+    """Resolve an alias of a loss modifier's key; other names are returned as they are."""
     return ALIASES.get(name, name)
 
 
 def resolve(settings: list[Setting]) -> TrainConfig:
-    """Lay the settings over the defaults, later ones over earlier ones, with their types checked."""
+    """Apply the settings to the defaults, later ones last, with their types checked."""
     unknown = [setting for setting in settings if setting.key not in TYPES]
     if unknown:
         more = [f"{setting.key!r} ({setting.origin})" for setting in unknown[1:]]
         raise UserError(unknown_key(unknown[0]) + (f" Nor are there {', '.join(more)}." if more else ""))
     values = {setting.key: typed(setting) for setting in settings}
     if "out_dir" in values:
-        values["out_dir"] = folder(values["out_dir"])
+        if not values["out_dir"].strip():
+            default = f"--out_dir={SPECS['out_dir'].default}"
+            raise UserError(f"out_dir is empty; expected a folder. Pass {default} or leave it out.")
+        # The libraries expand `~` too, and all have to agree.
+        values["out_dir"] = os.path.expanduser(values["out_dir"])
     if "learning_rate" in values and "min_lr" not in values:
-        # Else a low learning rate alone would be refused for a default that nobody asked for.
+        # Else a low learning rate would be refused because of a default that nobody chose.
         values["min_lr"] = values["learning_rate"] / MIN_LR_DIVISOR
     return TrainConfig(**values)
 
 
 def typed(setting: Setting) -> Any:
-    """The value in its key's type, as a flag or a file may spell it."""
-    kind, value = SPECS[setting.key].kind, setting.value
-    default = getattr(DEFAULTS, setting.key)
-    example = kind.forms[0].example if default is None or default == () else default
+    """The value converted to its key's type."""
+    spec, value = SPECS[setting.key], setting.value
+    example = spec.kind.forms[0].example if spec.default in (None, ()) else spec.default
     if value == MISSING:
         raise UserError(
             f"{setting.origin}: {setting.key}={MISSING!r} marks a value that is still missing; write it, "
             f"for example {setting.key}={example!r}."
         )
     try:
-        return kind.take(value, as_written=True)
+        return spec.kind.take(value, as_written=True)
     except WrongForm:
+        limits = f" ({limits_of(spec)})" if limits_of(spec) else ""
         raise UserError(
-            f"{setting.origin}: {setting.key} expects {kind.said}; "
-            f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}"
-            f"{in_brackets(limits_of(SPECS[setting.key]))}."
+            f"{setting.origin}: {setting.key} expects {spec.kind.said}; "
+            f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}{limits}."
         ) from None
-
-
-def in_brackets(text: str) -> str:
-    """A remark after a clause, if there is one."""
-    return f" ({text})" if text else ""
-
-
-def require_in_range(setting: Setting, value: Any) -> None:
-    """Raise UserError, naming the key and where it was set, for a value out of its range."""
-    try:
-        check_range(SPECS[setting.key], value)
-    except UserError as error:
-        raise UserError(f"{setting.origin}: {error}") from None
-
-
-def folder(text: str) -> str:
-    """A folder as it was typed, with `~` spelled out: the libraries do so too, and all have to agree."""
-    if not text.strip():
-        raise UserError(
-            f"out_dir is empty; expected a folder. Pass --out_dir={DEFAULTS.out_dir} or leave it out."
-        )
-    return os.path.expanduser(text)
 
 
 def unknown_key(setting: Setting) -> str:
@@ -180,31 +153,23 @@ def read_flags(args: list[str]) -> tuple[Path | None, list[Setting]]:
     rest = list(args)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
-            if config_file is not None or not word.endswith(".py"):
-                raise UserError(
-                    f"expected --key=value or one config file ending in .py; came {word!r}. {hint_for(word)}"
-                )
+        if word.startswith("--"):
+            name, equals, text = word[2:].partition("=")
+            name = name.replace("-", "_")
+            value = parse_text(name, text if equals else take_value(name, rest))
+            settings.append(Setting(name, value, f"--{name}"))
+        elif config_file is None and word.endswith(".py"):
             config_file = Path(word)
-            continue
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            text = take_value(name, rest)
-        settings.append(Setting(name, parse_text(name, text), f"--{name}"))
+        else:
+            flag = word.lstrip("-")
+            is_flag = key_of(flag.partition("=")[0].replace("-", "_")) in TYPES
+            hint = f"Write --{flag}." if is_flag else "A flag's value follows it directly: --max_iters=100."
+            raise UserError(f"expected --key=value or one config file ending in .py; came {word!r}. {hint}")
     return config_file, settings
 
 
-def hint_for(word: str) -> str:
-    """What was probably meant by a word that is neither a flag nor a file."""
-    flag = word.lstrip("-")
-    if key_of(flag.partition("=")[0].replace("-", "_")) in TYPES:
-        return f"Write --{flag}."
-    return "A flag's value follows it directly: --max_iters=100."
-
-
 def take_value(name: str, rest: list[str]) -> str:
-    """The value of a flag written without `=`: the next word, or "True" for a bare switch."""
+    """The value of a flag without `=`: the next word, or "True" for a bare switch."""
     if key_of(name) not in TYPES:
         raise UserError(unknown_key(Setting(name, None, f"--{name}")))
     following = rest[0] if rest else None
@@ -216,29 +181,25 @@ def take_value(name: str, rest: list[str]) -> str:
 
 
 def parse_text(name: str, text: str) -> Any:
-    """What a flag's text stands for: itself for a text key, else the value it spells, if it spells one."""
+    """A flag's text as a value; text that is no literal stays text."""
     kind = TYPES.get(key_of(name))
     if kind is str:
         return text
     if kind is bool and text.lower() in BOOLEAN_WORDS:
         return BOOLEAN_WORDS[text.lower()]
-    # Python's literals leave out "007" and "nan", which int and float read.
+    # int and float also read "007" and "nan", which are no literals.
     readers = (ast.literal_eval,) if kind is bool else (int, float, ast.literal_eval)
     for read in readers:
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return read(text)
-    return text  # to be refused by name
+    return text  # `typed` refuses it by name
 
 
 # ── config files ──────────────────────────────────────────────────────────────────────────────────
 
 
 def read_config_file(path: Path) -> list[Setting]:
-    """Read a `.py` file of plain assignments, `key = literal`, without executing it.
-
-    Raises:
-        UserError: the file cannot be read, does not parse, or holds anything but assignments of literals.
-    """
+    """Read a `.py` file of assignments `key = literal` without executing it."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
     except OSError as error:
@@ -256,7 +217,7 @@ def read_config_file(path: Path) -> list[Setting]:
 
 
 def read_assignment(statement: ast.stmt, origin: str) -> Setting:
-    """One statement of a config file as a setting, or a UserError that says where and why not."""
+    """Read one statement of a config file; a UserError if it is no such assignment."""
     target = value = None
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
         target, value = statement.targets[0], statement.value
@@ -277,7 +238,7 @@ def read_assignment(statement: ast.stmt, origin: str) -> Setting:
 
 
 def first_line(node: ast.AST) -> str:
-    """The source of a syntax node, cut to one short line."""
+    """The first line of a node's source, shortened."""
     line = ast.unparse(node).splitlines()[0]
     return line if len(line) <= 60 else line[:57] + "..."
 
@@ -286,8 +247,7 @@ def first_line(node: ast.AST) -> str:
 
 
 def read_saved_config(config: TrainConfig) -> list[Setting]:
-    """The settings of the run in `config.out_dir`, or around the checkpoint that this is, less those that
-    belong to the command."""
+    """The saved settings of the run in `config.out_dir`, which may also be one of its checkpoints."""
     around = run_of(Path(config.out_dir))
     if around and config.resume:
         raise UserError(
@@ -308,13 +268,8 @@ def read_saved_config(config: TrainConfig) -> list[Setting]:
     return [Setting(name, value, str(path)) for name, value in saved.items() if name not in NOT_INHERITED]
 
 
-def saved_config(config: TrainConfig) -> TrainConfig:
-    """The configuration of the run in `config.out_dir` as it was."""
-    return resolve(read_saved_config(config))
-
-
 def without_derived(saved: list[Setting]) -> list[Setting]:
-    """The saved settings less a `min_lr` that follows from the learning rate, so that it still follows."""
+    """Drop a `min_lr` that was derived from the learning rate, so that it follows a new one."""
     values = {setting.key: setting.value for setting in saved}
     rate, low = values.get("learning_rate"), values.get("min_lr")
     derived = isinstance(rate, int | float) and rate / MIN_LR_DIVISOR == low
@@ -322,7 +277,7 @@ def without_derived(saved: list[Setting]) -> list[Setting]:
 
 
 def refuse_another_model(saved: list[Setting], config: TrainConfig) -> None:
-    """Raise UserError when a key that shapes the model differs from the checkpoint's."""
+    """Raise UserError if a key that shapes the model differs from the checkpoint's."""
     for setting in saved:
         asked = getattr(config, setting.key)
         if setting.key in FIXED_BY_CHECKPOINT and asked != setting.value:

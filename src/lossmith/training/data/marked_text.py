@@ -1,4 +1,4 @@
-"""Text in which some tokens are marked, by colour and by signs, so that a pipe shows them too."""
+"""Text with tokens marked by colours and by signs, which a pipe shows too."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from itertools import groupby
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-NEW_LINE, SHOWN_AS = "\n", "↵"  # inside a mark, where a real one would tear it apart
+NEW_LINE, SHOWN_AS = "\n", "↵"  # inside a mark
 
 
 @dataclass(frozen=True)
 class Mark:
-    """How a token is marked: the signs around it, its style, and what that means."""
+    """The signs around a token, its style, and their meaning."""
 
     before: str
     after: str
@@ -26,14 +26,7 @@ def marked_text(
     marks: Sequence[Mark | None],
     legend: Sequence[Mark],
 ) -> Text:
-    """The text of some tokens, with signs around those that are marked, neighbours together.
-
-    Args:
-        tokenizer: spells the tokens.
-        tokens: the text.
-        marks: the mark of each token, or None.
-        legend: the marks to explain and count in a last line.
-    """
+    """The text of the tokens with marks around runs of them, and a legend that counts the marks."""
     text = Text()
     for mark, group in groupby(zip(marks, tokens, strict=True), key=lambda pair: pair[0]):
         ids = [token for _, token in group]

@@ -1,23 +1,31 @@
 """Every key of the trainer: its name, type, default, range and meaning.
 
-The names are nanoGPT's wherever nanoGPT has one. A group of keys is a dataclass; `TrainConfig` is all
-of them side by side, so that `--n_layer=6` needs no prefix. The keys of the loss modifiers are those that
-`lossmith.modifiers` declares.
+Names follow nanoGPT where it has one. Each group of keys is a dataclass, and `TrainConfig` inherits from all
+of them, so that `--n_layer=6` needs no prefix. The losses' keys are the options of their constructors
+(`loss_keys`); `lossmith.modifiers` declares those of the loss modifiers.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, make_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from lossmith.modifiers.config import KEYS as DECLARED_BY_MODIFIERS
 from lossmith.options import Declared, option, options_of
-from lossmith.training.errors import UserError
-from lossmith.training.loss_keys import OPTIONS, LossKeys, NVAMPKeys, UnifiedKeys
+from lossmith.training.config.loss_keys import LossKeys, NVAMPKeys, UnifiedKeys, keys_class
 
-# Of a mixture of experts, where the keys say nothing.
+# Defaults of a mixture of experts.
 NUM_EXPERTS, EXPERTS_PER_TOKEN = 4, 2
-# A learning rate that is set alone brings its lowest value with it.
+# Unless it is set, min_lr is learning_rate divided by this.
 MIN_LR_DIVISOR = 10
+
+
+# The module in `tasks/` and the class that train each combination of `mode` and `objective`.
+MODES = {
+    ("language_model", "causal"): "causal_language_model.CausalLanguageModel",
+    ("language_model", "masked"): "masked_language_model.MaskedLanguageModel",
+    ("token_classifier", "causal"): "token_classifier.TokenClassifier",
+    ("sequence_scorer", "causal"): "sequence_scorer.SequenceScorer",
+}
 
 
 @dataclass
@@ -25,14 +33,18 @@ class TaskKeys:
     """What is trained."""
 
     mode: Annotated[
-        Literal["language_model", "token_classifier", "sequence_scorer"],
+        str,
         option(
-            "what the model predicts: tokens, which tokens were replaced, or the share of a text that was"
+            "what the model predicts: tokens, which tokens were replaced, or the share of a text that was",
+            choices=tuple(dict.fromkeys(mode for mode, _ in MODES)),
         ),
     ] = "language_model"
     objective: Annotated[
-        Literal["causal", "masked"],
-        option("what a language model predicts, the next token or the tokens that were masked"),
+        str,
+        option(
+            "what a language model predicts, the next token or the tokens that were masked",
+            choices=tuple(dict.fromkeys(objective for _, objective in MODES)),
+        ),
     ] = "causal"
 
 
@@ -123,19 +135,9 @@ class RunKeys:
     wandb_project: Annotated[str, option("its project")] = "lossmith"
 
 
-if TYPE_CHECKING:
-
-    class ModifierKeys:
-        """The loss modifiers' keys, flat names such as `entropy_modifier_weight`; this one is read here."""
-
-        judge_weight_checkpoint: str
-
-else:
-    ModifierKeys = make_dataclass(
-        "ModifierKeys",
-        [(name, spec.hint, spec.default) for name, spec in DECLARED_BY_MODIFIERS.items()],
-        namespace={"__doc__": "Loss modifiers."},
-    )
+ModifierKeys = keys_class(
+    "Loss modifiers.", [(name, spec.hint, spec.default) for name, spec in DECLARED_BY_MODIFIERS.items()]
+)
 
 
 @dataclass
@@ -145,74 +147,31 @@ class TrainConfig(
     """Everything `lossmith train` can be told."""
 
     @property
+    def is_language_model(self) -> bool:
+        return self.mode == TaskKeys.mode
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the model predicts the next token."""
+        return self.is_language_model and self.objective == TaskKeys.objective
+
+    @property
     def experts(self) -> tuple[int, int] | None:
-        """How many experts a layer has and how many a token is sent to; None of a model without."""
+        """Experts per layer and experts per token; None without a mixture of experts."""
         if self.model != "moe":
             return None
         return self.num_experts or NUM_EXPERTS, self.moe_top_k or EXPERTS_PER_TOKEN
 
-    def check(self) -> None:
-        """Raise UserError for a value out of its range or values that do not go together."""
-        for name, spec in SPECS.items():
-            check_range(spec, getattr(self, name))
-        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(
-                f"n_embd={self.n_embd} over n_head={self.n_head} is {self.n_embd / self.n_head:g} per head; "
-                "expected an even whole number, since rotary positions turn pairs of coordinates. "
-                f"Try --n_embd={self.n_head * 2 * max(1, round(self.n_embd / self.n_head / 2))}."
-            )
-        self._check_mode()
-        if self.min_lr > self.learning_rate:
-            raise UserError(
-                f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}; expected the lowest "
-                "learning rate to be no higher than the highest. "
-                f"Try --min_lr={self.learning_rate / MIN_LR_DIVISOR:g}."
-            )
-
-    def _check_mode(self) -> None:
-        """Raise UserError for keys that mean nothing in this mode."""
-        if self.mode != TaskKeys.mode and self.objective != TaskKeys.objective:
-            raise UserError(
-                f"objective={self.objective} is about a language model, but mode={self.mode}. Leave "
-                f"objective out, or pass --mode={TaskKeys.mode}."
-            )
-        if self.model != ModelKeys.model and (self.mode, self.objective) != (
-            TaskKeys.mode,
-            TaskKeys.objective,
-        ):
-            raise UserError(
-                f"model={self.model} is a causal language model, but mode={self.mode}, "
-                f"objective={self.objective}. Leave model out."
-            )
-        if self.experts is not None and self.experts[1] > self.experts[0]:
-            raise UserError(
-                f"moe_top_k={self.experts[1]} is above num_experts={self.experts[0]}; expected no more "
-                f"experts a token than there are. Try --num_experts={2 * self.experts[1]}."
-            )
-        if self.materialize_logits and self.mode != TaskKeys.mode:
-            raise UserError(
-                f"materialize_logits=True is about a language model; mode={self.mode} has few logits, which "
-                "are always there. Leave materialize_logits out."
-            )
-        changed = self.changed(OPTIONS["cross_entropy"])
-        if self.mode == "sequence_scorer" and changed:
-            name = changed[0]
-            raise UserError(
-                f"{name}={getattr(self, name)} is an option of cross-entropy; mode={self.mode} trains the "
-                f"squared error. Leave {name} out."
-            )
-
     def changed(self, names: Iterable[str]) -> list[str]:
-        """Those of the keys that are set to something else than their default."""
+        """The keys whose values differ from their defaults."""
         return [name for name in names if getattr(self, name) != SPECS[name].default]
 
 
-LOSS_KEYS = tuple(dict.fromkeys(["loss", *(name for options in OPTIONS.values() for name in options)]))
 SPECS = options_of(TrainConfig)
 
 
 def sections() -> list[tuple[str, list[Declared]]]:
-    """The keys by group, in the order they are documented: (what the group is, its keys)."""
+    """The groups of keys in documented order, each as (title, keys)."""
     groups: tuple[Any, ...] = (
         TaskKeys, DataKeys, ModelKeys, LossKeys, OptimizerKeys, RunKeys, UnifiedKeys, NVAMPKeys, ModifierKeys,
     )  # fmt: skip
@@ -220,32 +179,10 @@ def sections() -> list[tuple[str, list[Declared]]]:
 
 
 def describe(spec: Declared) -> str:
-    """What a key means, with the values it can take where they are few."""
+    """A key's meaning and, if it has them, its choices."""
     return spec.meaning + (f": {', '.join(spec.choices)}" if spec.choices else "")
 
 
 def default_of(spec: Declared) -> str:
-    """A key's default as it is shown."""
+    """A key's default as shown to users."""
     return str(spec.default) or '""'
-
-
-# Larger whole numbers are shown as powers of ten.
-LONGEST_NUMBER = 10**15
-
-
-def limits_of(spec: Declared) -> str:
-    """What a key's value has to be, `max_iters >= 1`; nothing where any of its type will do."""
-    if spec.choices:
-        return f"one of {', '.join(spec.choices)}"
-    limits = spec.kind.limits
-    return f"{spec.name} {limits}" if limits[:1] in ("<", ">") else ""
-
-
-def check_range(spec: Declared, value: Any) -> None:
-    """Raise UserError, naming the key, when `value` is outside the limits declared for `spec`."""
-    if spec.kind.holds(value):
-        return
-    if spec.choices:
-        raise UserError(f"{spec.name}={value!r}; expected one of {', '.join(spec.choices)}.")
-    shown = f"{value:g}" if isinstance(value, int) and abs(value) > LONGEST_NUMBER else repr(value)
-    raise UserError(f"{spec.name}={shown} is out of range; expected {spec.name} {spec.kind.limits}.")

@@ -1,7 +1,7 @@
-"""What is done to a block of tokens for a model to find out: tokens masked, tokens replaced.
+"""Corrupted blocks: tokens masked or replaced, for a model to find out.
 
-Like the blocks themselves, a corruption is a function of a text and the block's number alone, so it does
-not depend on batches, ranks, or whether a run was resumed.
+Like a block, its corruption is a function of a seed text and the block's index alone, so that it does not
+depend on batches, ranks, or resuming.
 """
 
 import random
@@ -17,13 +17,7 @@ Example = dict[str, Tensor]
 
 
 class Corrupted(Dataset):
-    """The blocks of a dataset, corrupted.
-
-    Args:
-        blocks: a dataset whose examples have `input_ids` [T].
-        corrupt: (block [T], generator) -> the example to train on.
-        stream: names the random numbers; block `i` depends on it and `i`, on nothing else.
-    """
+    """The blocks of a dataset, corrupted; block `i` depends on `stream`, which seeds it, and `i` alone."""
 
     def __init__(self, blocks: Dataset, corrupt: Callable[[Tensor, torch.Generator], Example], stream: str):
         self.blocks = blocks
@@ -38,33 +32,24 @@ class Corrupted(Dataset):
 
 
 def generator_of(text: str) -> torch.Generator:
-    """Random numbers that depend on a text alone; like texts give unrelated ones."""
+    """A generator seeded with the hash of a text."""
     return torch.Generator().manual_seed(random.Random(text).getrandbits(63))
 
 
 def choose(length: int, num: int, generator: torch.Generator) -> Tensor:
-    """`num` positions of `length`, at random: [T] bool."""
+    """`num` random positions of `length`: [T] bool."""
     chosen = torch.zeros(length, dtype=torch.bool)
     chosen[torch.randperm(length, generator=generator)[:num]] = True
     return chosen
 
 
 def draw_number(low: int, high: int, generator: torch.Generator) -> int:
-    """A whole number from `low` to `high`, both included, each as likely as another."""
+    """A uniform integer from `low` to `high`, both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 class Replacement:
-    """Other tokens in place of a text's own, drawn by how often they occur in a text.
-
-    Args:
-        tokens: the text [N] whose frequencies they have.
-        vocab_size: pieces of the vocabulary.
-        never: tokens that are never drawn, such as the special ones.
-
-    Raises:
-        UserError: the text holds too few kinds of tokens to put another in place of any.
-    """
+    """Replaces tokens by others, drawn by their frequency in a text [N], except those `never` drawn."""
 
     def __init__(self, tokens: Tensor, vocab_size: int, never: list[int]):
         counts = torch.bincount(tokens, minlength=vocab_size)
@@ -78,14 +63,10 @@ class Replacement:
         self.ends = counts.cumsum(0)  # token v owns the numbers from ends[v] - counts[v] up to ends[v]
 
     def __call__(self, block: Tensor, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Replace `num` tokens of `block` [T], each by another one.
-
-        Returns:
-            The block, and which of its tokens were replaced, [T] bool.
-        """
+        """A block [T] with `num` tokens replaced by different ones, and their places, [T] bool."""
         replaced = choose(len(block), num, generator)
         own = self.counts[block]
-        # A number among those that the token at hand does not own: no drawing again, no bias.
+        # Draw among the numbers that the token at hand does not own: no rejection, no bias.
         drawn = (
             torch.rand(len(block), generator=generator, dtype=torch.float64) * (self.ends[-1] - own)
         ).long()
@@ -96,10 +77,6 @@ class Replacement:
 
 
 def mask_tokens(block: Tensor, mask: int, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Put `mask` in place of `num` tokens of `block` [T].
-
-    Returns:
-        The block, and which of its tokens were masked, [T] bool.
-    """
+    """A block [T] with `num` tokens replaced by `mask`, and their places, [T] bool."""
     masked = choose(len(block), num, generator)
     return torch.where(masked, mask, block), masked

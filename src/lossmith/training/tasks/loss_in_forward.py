@@ -1,4 +1,4 @@
-"""The loss inside the model's forward, whichever model it is."""
+"""The loss inside a model's forward."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -9,26 +9,23 @@ from transformers import PreTrainedModel
 
 from lossmith.integrations.huggingface.fused_head import FusedHead, HeadInput
 
-# (`logits`, or what stands in their place, labels, the model's other inputs, what to divide by) -> `loss` and
-# whatever else is to be known
+# (`logits` or the head's inputs, labels, the model's other inputs, denominator) -> `loss` and what else is
+# wanted
 Loss = Callable[[Mapping[str, Any], Tensor, dict[str, Any], Tensor | None], dict[str, Tensor]]
 
 
 def with_loss(model: PreTrainedModel, loss: Loss, fused: FusedHead | None = None) -> PreTrainedModel:
-    """Let `model(..., labels=...)` return what `loss` makes of its logits; without labels it is as before.
+    """Let `model(..., labels=...)` return what `loss` makes of its logits; without labels it stays as it was.
 
     Whatever wraps the model (DistributedDataParallel, `torch.compile`, mixed precision) calls its forward,
-    so a loss in there has the right gradients under all of them. The model's own loss is never computed:
-    it sees no labels. Parameters, `state_dict` and `save_pretrained` are untouched.
+    so that a loss in there has the right gradients under all of them. The model sees no labels and computes
+    no loss of its own. Parameters, `state_dict` and `save_pretrained` are untouched.
 
     Args:
-        model: a model whose output has `logits`.
-        loss: see `Loss`; the result is what the forward returns.
-        fused: the model's head, where it is to be left out of the forward in training: `loss` gets what is
-            multiplied there, and no logits.
-
-    Returns:
-        The same model.
+        model: a model whose output has `logits`; it is returned.
+        loss: see `Loss`.
+        fused: the model's head, if training is to leave out the logits; `loss` gets the head's inputs
+        instead.
     """
     original, seen = model.forward, HeadInput(fused)
     head: Any = model.get_output_embeddings() if fused is not None else None
@@ -37,7 +34,7 @@ def with_loss(model: PreTrainedModel, loss: Loss, fused: FusedHead | None = None
 
     @functools.wraps(original)
     def forward(*args: Any, labels: Any = None, denominator: Any = None, **inputs: Any) -> Any:
-        inputs.pop("num_items_in_batch", None)  # the Trainer's own name of the denominator
+        inputs.pop("num_items_in_batch", None)  # the Trainer's name of the denominator
         if labels is None:
             return original(*args, **inputs)
         if fused is None or not fused.is_usable or not model.training:
@@ -51,6 +48,6 @@ def with_loss(model: PreTrainedModel, loss: Loss, fused: FusedHead | None = None
         return loss(predictions, labels, inputs, denominator)
 
     model.forward = forward
-    # What the Trainer asks before it counts `num_items_in_batch`.
+    # The Trainer counts `num_items_in_batch` only if this is set.
     model.accepts_loss_kwargs = True  # pyright: ignore[reportArgumentType]
     return model

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run in good order: after the step it is in, with a checkpoint."""
+"""Ctrl-C ends a run after the current step, with a checkpoint."""
 
 import signal
 import threading
@@ -10,17 +10,13 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
-from lossmith.training.terminal import say
+from lossmith.training.run.terminal import say
 
 REPEATED_S = 1.0
 
 
 class StopOnSignal(TrainerCallback):
-    """While entered, SIGINT and SIGTERM ask the run to save and stop; a second one stops it at once.
-
-    Args:
-        console: where to say so.
-    """
+    """While entered, SIGINT and SIGTERM ask the run to save and stop; a second one stops it at once."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -29,7 +25,7 @@ class StopOnSignal(TrainerCallback):
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
-        # Only the main thread may set handlers; elsewhere the host program keeps its own.
+        # Only the main thread may set handlers.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous[number] = signal.signal(number, self.receive)
@@ -41,15 +37,14 @@ class StopOnSignal(TrainerCallback):
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        # One Ctrl-C reaches a rank twice, from the terminal and from torchrun.
-        if self.received is not None and time.monotonic() - self.received_at > REPEATED_S:
+        if self.received is None:
+            self.received, self.received_at = number, time.monotonic()
+            say(self.console, "Finishing this step and saving; once more to stop at once.", "yellow")
+        elif time.monotonic() - self.received_at > REPEATED_S:
             raise KeyboardInterrupt
-        if self.received is not None:
-            return
-        self.received, self.received_at = number, time.monotonic()
-        say(self.console, "Finishing this step and saving; once more to stop at once.", "yellow")
+        # Else it is the same Ctrl-C, which reaches a rank from the terminal and from torchrun.
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.received = on_any_rank(self.received, args)
         if self.received is not None:
             control.should_save = True
@@ -58,7 +53,7 @@ class StopOnSignal(TrainerCallback):
 
 
 def on_any_rank(received: int | None, args: Any) -> int | None:
-    """The signal that any rank received: all of them have to stop after the same step."""
+    """The signal that any rank received, so that all of them stop after the same step."""
     if args.world_size == 1:
         return received
     number = torch.tensor(received or 0, device=args.device)

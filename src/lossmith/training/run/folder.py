@@ -1,64 +1,57 @@
-"""The folder of a run: what the run wrote there is known by name, and nothing else is ever touched.
+"""The folder of a run, in which nothing is touched that the run did not write.
 
-A list of these names, `lossmith_run.json`, is the first thing that is written, and a name is on it before the
-file is there. What has one of our names and is not on the list is somebody else's: it is never written to,
-moved or deleted, and a run that would have to is refused. An earlier run is moved aside whole.
+`lossmith_run.json` lists what the run wrote. A name is added before its file is created. Whatever has one of
+our names but is not listed belongs to somebody else: it is never overwritten, moved or deleted, and a run
+that would have to is refused. An earlier run is moved aside as a whole.
 """
 
 import contextlib
 import json
 import os
 import re
-import secrets
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.saved_run import CONFIG_FILE, step_of, write_whole
 from lossmith.training.errors import UserError
-from lossmith.training.keys import TrainConfig
 
 RUN_FILE = "lossmith_run.json"
-CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 EVENTS_OF_TENSORBOARD = "events.out.tfevents."
 PROGRAM = "lossmith train"
-# The Trainer writes this file last, so a checkpoint that has it was not cut short.
+# The Trainer writes this file last, so that a checkpoint that has it is complete.
 LAST_FILE_OF_A_CHECKPOINT = "trainer_state.json"
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """An earlier run that was moved out of the way: where to, and what."""
+    """An earlier run that was moved: where to, and which names."""
 
     folder: Path
     names: list[str]
 
 
 class RunFolder:
-    """A run's folder, and the list of what the run wrote into it.
-
-    Args:
-        path: the folder.
-
-    Raises:
-        UserError: there is a list that is none.
-    """
+    """A run's folder and the list of what the run wrote into it."""
 
     def __init__(self, path: Path):
         self.path = path
         self.has_list, self.written = read_list(path / RUN_FILE)
 
     def owns(self, name: str) -> bool:
-        """Whether something of this name is there that the run wrote."""
+        """Whether the run wrote what has this name."""
         path = self.path / name
-        if name not in self.written or path.is_symlink():  # a run makes no links
+        if name not in self.written or path.is_symlink():  # a run creates no links
             return False
         return path.is_file() if name in (CONFIG_FILE, LOG_FILE) else path.is_dir()
 
     def recognise(self) -> None:
-        """Take what a run without a list must have written for its own; its configuration has been read."""
+        """List what an older run without a list must have written; its configuration has been read."""
         log, events = self.path / LOG_FILE, self.path / TENSORBOARD_FOLDER
         self.written.add(CONFIG_FILE)
         if log.is_file() and all(step_in(line) is not None for line in lines_of(log)[:-1]):
@@ -66,21 +59,10 @@ class RunFolder:
         if events.is_dir() and all(p.name.startswith(EVENTS_OF_TENSORBOARD) for p in events.iterdir()):
             self.written.add(TENSORBOARD_FOLDER)
 
-    def require_room(self, names: Iterable[str], after_step: int) -> None:
-        """Refuse to write over what is somebody else's.
-
-        Args:
-            names: what will be written.
-            after_step: checkpoints of later steps than this may be written, too.
-
-        Raises:
-            UserError: there is something of such a name that the run did not write.
-        """
+    def require_room(self, names: Iterable[str], after_step: int = sys.maxsize) -> None:
+        """Raise UserError if one of the names, or a checkpoint of a later step, belongs to somebody else."""
         later = [path.name for step, path in numbered(self.path, "checkpoint") if step > after_step]
-        self._require_free_or_own([*names, *later])
-
-    def _require_free_or_own(self, names: Iterable[str]) -> None:
-        taken = [name for name in names if os.path.lexists(self.path / name) and not self.owns(name)]
+        taken = [n for n in (*names, *later) if os.path.lexists(self.path / n) and not self.owns(n)]
         if taken:
             was = "was" if len(taken) == 1 else "were"
             raise UserError(
@@ -90,23 +72,16 @@ class RunFolder:
             )
 
     def claim(self, *names: str) -> None:
-        """Put names on the list, before anything is written under them.
-
-        Raises:
-            UserError: there is something of such a name that the run did not write.
-        """
-        self._require_free_or_own(names)
+        """List names before they are written; a UserError if one belongs to somebody else."""
+        self.require_room(names)
         self.written |= {*names}
         self._write_list()
 
     def set_aside(self) -> SetAside | None:
-        """Move an earlier run into a folder of its own, `previous-1/`, `previous-2/` and so on.
+        """Move an earlier run, if there is one, to `previous-1/`, `previous-2/` and so on.
 
-        A second `python train.py` should just work, as with nanoGPT, but not at the price of a long run that
-        somebody forgot to resume.
-
-        Returns:
-            What went where, or None when there was none.
+        Training again should just work, as in nanoGPT, but must not cost somebody a long run that they
+        forgot to resume.
         """
         names = in_order(name for name in self.written if "/" not in name and self.owns(name))
         self.written = set()
@@ -116,7 +91,7 @@ class RunFolder:
         aside = self.path / f"previous-{number}"
         try:
             aside.mkdir()
-            for name in (*names, RUN_FILE):  # the list last: until then it says what is still here
+            for name in (*names, RUN_FILE):  # the list last, since it says what is still here
                 (self.path / name).rename(aside / name)
         except OSError as error:
             raise UserError(
@@ -126,12 +101,9 @@ class RunFolder:
         return SetAside(aside, names)
 
     def keep_checkpoints(self, newest: str, num: int, soon_there: Iterable[str] = ()) -> None:
-        """List the files of a checkpoint, and delete what is listed of all but the newest.
+        """List the newest checkpoint's files and delete the listed files of all but the `num` newest.
 
-        Args:
-            newest: the checkpoint that was just written.
-            num: how many to keep.
-            soon_there: files of it that other ranks may still be writing.
+        Other ranks may still be writing the files that are `soon_there`.
         """
         files = [path for path in (self.path / newest).rglob("*") if not path.is_dir()]
         self.written |= {path.relative_to(self.path).as_posix() for path in files}
@@ -144,33 +116,28 @@ class RunFolder:
         self._write_list()
 
     def _delete(self, checkpoint: Path) -> None:
-        """Delete the files of a checkpoint that are on the list, and the folder if nothing else is in it."""
+        """Delete the listed files of a checkpoint, and its folder if nothing else is in it."""
         files = {name for name in self.written if name.startswith(f"{checkpoint.name}/")}
         last = f"{checkpoint.name}/{LAST_FILE_OF_A_CHECKPOINT}"
-        for name in sorted(files, key=lambda name: name != last):  # first: half of it is no checkpoint
+        for name in sorted(files, key=lambda name: name != last):  # first, so that the rest is no checkpoint
             with contextlib.suppress(OSError):
                 (self.path / name).unlink(missing_ok=True)
                 self.written.discard(name)
         folders = {parent for name in files for parent in (self.path / name).parents} - {*self.path.parents}
         for folder in sorted(folders - {self.path}, reverse=True):  # the inner ones first
-            with contextlib.suppress(OSError):  # something of another's is in it
+            with contextlib.suppress(OSError):  # it holds somebody else's files
                 folder.rmdir()
         if not checkpoint.exists():
             self.written.discard(checkpoint.name)
 
     def _write_list(self) -> None:
-        names = in_order(self.written)
-        text = json.dumps({"program": PROGRAM, "written": names}, indent=1)
+        text = json.dumps({"program": PROGRAM, "written": in_order(self.written)}, indent=1)
         write_whole(self.path / RUN_FILE, text + "\n")
         self.has_list = True
 
 
 def read_list(path: Path) -> tuple[bool, set[str]]:
-    """Whether there is a list of what a run wrote, and the names on it.
-
-    Raises:
-        UserError: something else is in its place.
-    """
+    """Whether there is a list, and the names on it; a UserError if it is damaged."""
     if not os.path.lexists(path):
         return False, set()
     names = None
@@ -187,7 +154,7 @@ def read_list(path: Path) -> tuple[bool, set[str]]:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a run writes under such a name: a file or folder of its own, or a file in a checkpoint."""
+    """Whether a run could write this name: a file or folder of its own, or a file in a checkpoint."""
     first, *others = name.split("/")
     if others:
         return step_of(first) >= 0 and not {"", ".", ".."} & {*others} and "\\" not in name
@@ -195,32 +162,15 @@ def is_ours(name: str) -> bool:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names with the checkpoints by their steps, after all else."""
+    """Names sorted, with checkpoints last, by step."""
     return sorted(names, key=lambda name: (step_of(name.split("/")[0]), name))
 
 
-def step_of(name: str) -> int:
-    """The step of a checkpoint by its name; -1 for any other name."""
-    number = re.fullmatch(r"checkpoint-(\d+)", name, re.ASCII)
-    return int(number[1]) if number else -1
-
-
 def numbered(folder: Path, word: str) -> list[tuple[int, Path]]:
-    """What is called `word-N` in a folder, by N."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        number = re.fullmatch(rf"{word}-(\d+)", path.name, re.ASCII)
-        if number:
-            found.append((int(number[1]), path))
-    return sorted(found)
-
-
-def run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in; None for a path that is no checkpoint."""
-    for path in (checkpoint.absolute(), checkpoint.resolve()):  # the latter for a link of another name
-        if step_of(path.name) >= 0 and (path / "config.json").is_file():
-            return path.parent
-    return None
+    """The paths called `word-N` in a folder, as (N, path), sorted."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = [(re.fullmatch(rf"{word}-(\d+)", path.name, re.ASCII), path) for path in paths]
+    return sorted((int(number[1]), path) for number, path in found if number)
 
 
 def names_of(config: TrainConfig) -> tuple[str, ...]:
@@ -228,12 +178,9 @@ def names_of(config: TrainConfig) -> tuple[str, ...]:
     return (CONFIG_FILE, LOG_FILE, *([TENSORBOARD_FOLDER] if config.tensorboard_log else []))
 
 
-def require_writable(out_dir: Path) -> None:
-    """Make the folder and try it with a file.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
+@contextlib.contextmanager
+def opened(out_dir: Path, *, is_main: bool) -> Iterator[RunFolder | None]:
+    """A run's folder, created if need be and locked while entered; None on ranks that write nothing."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
@@ -244,17 +191,16 @@ def require_writable(out_dir: Path) -> None:
             f"out_dir={out_dir} cannot be written to: {reason}. "
             "Pass --out_dir with a folder that you may write to."
         ) from None
+    if not is_main:
+        yield None
+        return
+    with held(out_dir):
+        yield RunFolder(out_dir)
 
 
 @contextlib.contextmanager
 def held(out_dir: Path) -> Iterator[None]:
-    """Keep other runs out of the folder while entered; the system lets go of it however this one ends.
-
-    Where the system or the disk knows no such locks, two runs at once are not noticed.
-
-    Raises:
-        UserError: another run is in there.
-    """
+    """Lock the folder against other runs while entered, where the system has file locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -274,27 +220,13 @@ def held(out_dir: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in such a way that, whatever happens, it is there whole or as it was."""
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with fresh.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-
-
 def lines_of(log: Path) -> list[str]:
-    """The lines of a log; what is no text in it is replaced."""
+    """The lines of a log, with undecodable bytes replaced."""
     return log.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def step_in(line: str) -> int | None:
-    """The step of a row of the log; None for a line that is none, or was cut short."""
+    """The step of a line of the log; None for a line that is truncated or no row."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):

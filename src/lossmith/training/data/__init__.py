@@ -1,0 +1,1 @@
+"""The data of a run: text, tokens, blocks, and corrupted blocks."""

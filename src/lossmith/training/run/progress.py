@@ -1,0 +1,150 @@
+"""What a run shows and logs while it trains."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from lossmith.training.config.saved_run import write_whole
+from lossmith.training.run.folder import lines_of, step_in
+from lossmith.training.run.terminal import say
+from lossmith.training.tasks.measures import Figure
+from lossmith.training.tasks.task import Task
+
+PARTS = "loss/"  # what the names of parts begin with in all that a Trainer with an objective logs
+
+
+class Stopwatch(TrainerCallback):
+    """Tokens per second of training, without evaluations and checkpoints."""
+
+    def __init__(self, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        self.lap_step = 0
+        self.lap_start = 0.0
+        self.step_end = 0.0
+        self.paused = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.lap_step, self.lap_start = state.global_step, time.perf_counter()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if self.paused:
+            self.lap_start += time.perf_counter() - self.step_end
+            self.paused = False
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.step_end = time.perf_counter()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self.paused = True
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.paused = True
+
+    def lap(self, step: int) -> float:
+        """Tokens per second since the last lap; starts the next one."""
+        now = time.perf_counter()
+        rate = (step - self.lap_step) * self.tokens_per_step / max(now - self.lap_start, 1e-9)
+        self.lap_step, self.lap_start = step, now
+        return rate
+
+
+class LogFile(TrainerCallback):
+    """Writes `log.jsonl`; a resumed run drops the rows of steps that it takes again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        lines = lines_of(self.path) if self.path.is_file() else []
+        steps = [step_in(line) for line in lines]
+        pairs = zip(lines, steps, strict=True)
+        kept = [f"{line}\n" for line, step in pairs if step is not None and step <= state.global_step]
+        write_whole(self.path, "".join(kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        row = log_row(state.global_step, logs or {})
+        if row and state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+# Renamed, so that a reader's tables keep them apart from those of training.
+OF_EVALUATION = {f"eval_{name}": f"val_{name}" for name in ("loss", "tokens", "sequences")}
+
+
+def log_row(step: int, logs: dict[str, Any]) -> dict[str, Any] | None:
+    """A row of `log.jsonl`; None for the Trainer's closing summary."""
+    if "loss" not in logs and "eval_loss" not in logs:
+        return None
+    row: dict[str, Any] = {"step": step}
+    for name, value in logs.items():
+        if name == "epoch":
+            continue  # there are none: blocks are random
+        name = OF_EVALUATION.get(name, name.removeprefix("eval_"))
+        # JSON has neither NaN nor infinity.
+        row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return row
+
+
+class Display(TrainerCallback):
+    """A progress bar on a terminal, plain lines otherwise."""
+
+    def __init__(self, console: Console, task: Task):
+        self.console = console
+        self.task = task
+        self.bar: Progress | None = None
+        self.task_id: Any = None
+        self.done = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.console.is_terminal:
+            return
+        bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[measures]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            expand=True,
+        )
+        self.task_id = bar.add_task("", total=state.max_steps, completed=state.global_step, measures="")
+        bar.start()
+        self.bar = bar
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task_id, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        row = log_row(state.global_step, logs or {})
+        if row is None or ("val_loss" in row and self.done):
+            return  # `show_results` prints the closing evaluation
+        # of constant width: `step  40/400`
+        step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        said = self.task.describe(row)
+        if "val_loss" in row:
+            say(self.console, f"{step}  {said}", "bold")
+        elif self.bar is not None:
+            self.bar.update(self.task_id, measures=said)
+        else:
+            parts = [Figure(name, f"{name} {{:.3g}}") for name in row if name.startswith(PARTS)]
+            say(self.console, "  ".join([step, said, *(part.of(row) for part in parts)]))
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.done = True
+        self.close()
+
+    def close(self) -> None:
+        """Remove the bar from the terminal, if there is one."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,195 @@
+"""A run, from its configuration to a trained model: read it top to bottom."""
+
+import contextlib
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast, TrainingArguments
+
+from lossmith.training.config.idle_keys import idle_in_evaluation
+from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.reading import read_saved_config, resolve
+from lossmith.training.config.saved_run import save_config
+from lossmith.training.data.corpus import load_corpus
+from lossmith.training.errors import UserError
+from lossmith.training.run.checkpoints import (
+    KeepCheckpoints,
+    checkpoint_of,
+    last_checkpoint,
+    require_loss,
+    require_sound_checkpoint,
+)
+from lossmith.training.run.choices import choose_judge, choose_sizes
+from lossmith.training.run.folder import LOG_FILE, RunFolder, SetAside, names_of, opened
+from lossmith.training.run.interrupt import StopOnSignal
+from lossmith.training.run.loss_modifiers import add_modifiers, show_modifiers, verbose_modifiers
+from lossmith.training.run.progress import Display, LogFile, log_row
+from lossmith.training.run.summary import no_effect, show_first_loss, show_results, show_summary
+from lossmith.training.run.terminal import say, saying_warnings
+from lossmith.training.run.trackers import open_trackers, require_trackers
+from lossmith.training.run.trainer import TaskTrainer, choose_dtype, training_arguments
+from lossmith.training.tasks import make_task
+
+
+def run(config: TrainConfig, console: Console, command: str = "python train.py") -> int:
+    """Train, or evaluate, as the configuration says.
+
+    Args:
+        config: a checked configuration.
+        console: where to print.
+        command: how the user started this, for the line that says how to resume.
+
+    Returns:
+        The exit code: 0, or 128 plus the signal's number if a signal ended the run.
+
+    Raises:
+        UserError: something is missing or impossible; only a loss that is not finite raises it during
+        training.
+    """
+    with quiet_libraries(), saying_warnings(console):
+        return evaluate_saved(config, console) if config.eval_only else train(config, console, command)
+
+
+def train(config: TrainConfig, console: Console, command: str) -> int:
+    """A training run, new or resumed."""
+    args = training_arguments(config)
+    require_trackers(config)
+    with opened(Path(config.out_dir), is_main=not args.process_index) as folder:
+        # 1. Refuse what can be refused before any work.
+        first_step, checkpoint = where_to_begin(config, folder)
+        config, of_judge = choose_judge(config)
+
+        # 2. Text, tokens, loss, model.
+        corpus, of_sizes = load_corpus(config.dataset), None
+        if checkpoint:
+            tokenizer = saved_tokenizer(checkpoint)
+        else:
+            config, tokenizer, of_sizes = choose_sizes(config, corpus)
+        transformers.set_seed(config.seed)
+        task = make_task(config, corpus, tokenizer, blocks_to_draw(config, args))
+        _ = task.train_blocks[0]  # refuses a text shorter than a block
+        add_modifiers(task, str(args.device), choose_dtype(config))
+        if checkpoint:
+            require_loss(checkpoint, task.pipeline.state_dict())
+        model = task.make_model()  # the Trainer loads a checkpoint's weights
+        model.to(args.device)  # pyright: ignore[reportArgumentType]
+        if folder:
+            for said in filter(None, (of_sizes, of_judge)):
+                say(console, said)
+            show_summary(console, task, model, args)
+            show_modifiers(console, task)
+            if checkpoint:
+                say(console, f"Resuming from {checkpoint}.\n")
+            else:
+                show_first_loss(console, task, model)
+
+        # 3. The loop.
+        stop, display = StopOnSignal(console), Display(console, task)
+        with open_trackers(config, first_step, is_main=folder is not None) as trackers:
+            aside = prepare_folder(folder, config, console) if folder else None
+            watchers = [*trackers, LogFile(Path(config.out_dir) / LOG_FILE), display, stop]
+            watchers += [KeepCheckpoints(folder)] if folder else []
+            trainer = TaskTrainer(task, model, args, watchers)
+            with stop, contextlib.closing(display), verbose_modifiers(config, console):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+            # 4. What came of it.
+            step = trainer.state.global_step
+            if stop.received and step < config.max_iters:
+                say(console, f"Stopped after step {step} of {config.max_iters}; checkpoint saved. To go on:")
+                say(console, f"  {command} --out_dir={shlex.quote(config.out_dir)} --resume", "bold")
+                return 128 + stop.received
+            measures = trainer.evaluate(everything=True)
+        show_results(console, task, measures, task.sample(model), aside)
+        return 0
+
+
+def evaluate_saved(config: TrainConfig, console: Console) -> int:
+    """Evaluate the last checkpoint of a run on all held-out text."""
+    step, checkpoint = checkpoint_of(Path(config.out_dir))
+    require_sound_checkpoint(checkpoint, config)
+    args = training_arguments(config)
+    idle = idle_in_evaluation(config, resolve(read_saved_config(config)))
+    if idle:
+        say(console, f"warning: {no_effect(idle)} with eval_only.\n", "yellow")
+    corpus = load_corpus(config.dataset)
+    task = make_task(config, corpus, saved_tokenizer(checkpoint), num_blocks=0)
+    model = task.load_model(checkpoint)
+    model.to(args.device)  # pyright: ignore[reportArgumentType]
+    trainer = TaskTrainer(task, model, args)
+    if config.experts and config.moe_balance_mode == "bias":  # it chooses the experts
+        require_loss(checkpoint, task.pipeline.state_dict())
+        trainer.load_loss(checkpoint)
+    measures = trainer.evaluate(everything=True)
+    say(console, f"{checkpoint} (step {step}) on the held-out text of {corpus.name}:")
+    say(console, task.describe(log_row(step, measures) or {}), "bold")
+    return 0
+
+
+def blocks_to_draw(config: TrainConfig, args: TrainingArguments) -> int:
+    """How many training blocks all ranks draw together."""
+    num = config.max_iters * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return min(num, sys.maxsize)  # the largest length in Python
+
+
+def saved_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
+    """A checkpoint's tokenizer."""
+    return PreTrainedTokenizerFast.from_pretrained(checkpoint)
+
+
+def where_to_begin(config: TrainConfig, folder: RunFolder | None) -> tuple[int, Path | None]:
+    """The step after which a run begins and its checkpoint, if it is resumed.
+
+    Raises:
+        UserError: nothing to resume, nothing left to train, or somebody else's files in the way.
+    """
+    first_step, checkpoint = last_checkpoint(Path(config.out_dir)) if config.resume else (0, None)
+    if first_step >= config.max_iters:
+        raise UserError(
+            f"nothing left to train: the checkpoint is at step {first_step}, max_iters={config.max_iters}. "
+            f"Pass --max_iters={first_step * 2} to go on, or --eval_only to evaluate it."
+        )
+    if folder and checkpoint and not folder.has_list:
+        folder.recognise()
+    if folder:
+        folder.require_room(names_of(config), after_step=first_step)
+    if checkpoint:
+        require_sound_checkpoint(checkpoint, config)
+    return first_step, checkpoint
+
+
+def prepare_folder(folder: RunFolder, config: TrainConfig, console: Console) -> SetAside | None:
+    """Move an earlier run aside and write this run's configuration."""
+    aside = None if config.resume else folder.set_aside()
+    if aside:
+        say(console, f"The earlier run in {config.out_dir} is now in {aside.folder}.\n")
+    folder.claim(*names_of(config))
+    save_config(config)
+    return aside
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence the libraries' notes while entered; errors still come through."""
+    before: Any = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    accelerate_logger = logging.getLogger("accelerate")
+    accelerate_level = accelerate_logger.level
+    accelerate_logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for module in ("transformers", "accelerate", "torch"):
+            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
+        try:
+            yield
+        finally:
+            transformers.logging.set_verbosity(before)
+            transformers.logging.enable_progress_bar()
+            accelerate_logger.setLevel(accelerate_level)
