@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.core.former_names import former
-from lossmith.engine.predictions import Logits
+from lossmith.engine.predictions import Logits, Predictions
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.evaluation import whole_batch_reason
@@ -234,7 +234,7 @@ class LossModifierPipeline(WrappedObjective):
 
     def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes more)
         self,
-        logits: Tensor | None = None,
+        logits: Tensor | Predictions | None = None,
         targets: Tensor | None = None,
         *,
         model_mode: ModelMode | str | None = None,
@@ -249,7 +249,8 @@ class LossModifierPipeline(WrappedObjective):
         targets = given_targets(targets)
         inputs["mask"], inputs["attention_mask"] = both_masks(mask, attention_mask)
         inputs["denominator"] = either("denominator", denominator, "num_items_in_batch", num_items_in_batch)
-        return self._evaluate(logits, targets, mode=self._mode(model_mode, logits, targets), **inputs)
+        shown = None if isinstance(logits, Predictions) else logits
+        return self._evaluate(logits, targets, mode=self._mode(model_mode, shown, targets), **inputs)
 
     def count(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes more)
         self,
@@ -284,7 +285,7 @@ class LossModifierPipeline(WrappedObjective):
 
     def _evaluate(
         self,
-        logits: Tensor | None,
+        logits: Tensor | Predictions | None,
         targets: Tensor,
         *,
         mode: ModelMode,
@@ -312,7 +313,8 @@ class LossModifierPipeline(WrappedObjective):
         for_custom = {**inputs, **of_batch, "model_mode": mode, "reduction": resolved}
         for_custom["ignore_index"] = ignored
         if mode is ModelMode.SEQUENCE_SCORER:
-            predictions = checks.of_scorer(logits, token_weight, shift)
+            shown = None if isinstance(logits, Predictions) else logits
+            predictions = checks.of_scorer(shown, token_weight, shift)
             scores = ScoreBatch(predictions, targets, mask, denominator, resolved)
             output = evaluate_scores(active, scores, loss, per_position_loss, for_custom)
             return with_parts(output, {k: v * scores.share for k, v in (scalars or {}).items()})
@@ -372,6 +374,10 @@ class LossModifierPipeline(WrappedObjective):
         own: Reduction = self.base.reduction
         weighs = any(isinstance(m, TokenModifier) and m.weighs for m in active)
         return "sequence_mean" if weighs and own in ("mean", "token_mean") else own
+
+    @property
+    def resolved_reduction(self) -> Reduction:
+        return self._reduction("auto", self._enabled(self.model_mode or ModelMode.LANGUAGE_MODEL))
 
     def _check_inputs(self, inputs: Iterable[str]) -> None:
         """Custom modifiers may take anything but what is nearly a name of ours; without one an unknown name

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SPREAD = (
-    8.0  # made-up logits reach from -sinh(8) to sinh(8): soft caps show at the ends, scales in the middle
-)
+SPREAD = 8.0  # made-up logits reach to +-sinh(8): soft caps show at the ends, scales in the middle
 GOLDEN = 0.6180339887498949  # multiples of it are spread evenly, and neighbours differ
 TINY, HUGE = 2.0**-40, 2.0**20  # a soft cap leaves the first alone and flattens the second
 TOLERANCE = 64  # of the dtype's eps, relative to each logit
@@ -30,7 +28,7 @@ class AfterHead:
     @classmethod
     @torch.no_grad()
     def seen(cls, given: Tensor, made: Tensor) -> AfterHead | None:
-        """What was done to ``given``, logits of :func:`made_up_logits`, if a scale and a cap say all of it.
+        """What a model did to ``given``, of :func:`made_up_logits`, if a scale and a cap say all of it.
 
         Args:
             given: what the head was made to return.
@@ -39,15 +37,12 @@ class AfterHead:
         if made.shape != given.shape or not _depends_on(made, given):
             return None
         z, found = given.double().flatten(), made.double().flatten()
-        if (
-            torch.finfo(made.dtype).bits < 32
-        ):  # too coarse to measure by, but not to see that nothing was done
+        if torch.finfo(made.dtype).bits < 32:  # too coarse to measure by, but it shows that nothing was done
             return cls() if torch.equal(given.to(made.dtype), made) else None
         scale, end = float(found[0] / z[0]), abs(float(found[1]))
-        is_capped = end < abs(scale * HUGE) / 2
-        after = cls(scale, end if is_capped else None)
         if not 0 < abs(scale) < torch.inf or not 0 < end < torch.inf:
             return None
+        after = cls(scale, end if end < abs(scale * HUGE) / 2 else None)
         error, eps = (found - after(z)).abs(), torch.finfo(made.dtype).eps
         return after if bool((error <= TOLERANCE * eps * found.abs()).all()) else None
 

@@ -8,13 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lossmith.equation.batch import num_steps
-from lossmith.integrations.huggingface.labels import (
-    NEXT_TOKEN,
-    check_num_items,
-    check_objective,
-    targets_of,
-    wanted_inputs,
-)
+from lossmith.integrations.huggingface.labels import NEXT_TOKEN, check_num_items, check_objective, targets_of
 from lossmith.modifiers.base import ModelMode
 from lossmith.objectives.objective import Objective
 
@@ -94,7 +88,8 @@ def _steps_ahead(loss: Objective, outputs: Any, labels: Any) -> int:
 
 
 def _made(loss: Objective, outputs: Mapping[str, Any]) -> dict[str, Any]:
-    wanted, made = wanted_inputs(loss), {}
+    """What the output has of the inputs that the objective wants."""
+    wanted, made = loss.wanted_inputs, {}
     if "gate_logits" in wanted and outputs.get("router_logits"):
         made["gate_logits"] = list(outputs["router_logits"])
     if "hidden_states" in wanted and outputs.get("hidden_states"):
