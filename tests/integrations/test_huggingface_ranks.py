@@ -12,7 +12,7 @@ from huggingface_models import D, V, assert_same, batch, gradients, make
 
 import lossmith
 from lossmith.integrations.huggingface import LossTrainer, attach
-from lossmith.integrations.huggingface.labels import count
+from lossmith.integrations.huggingface.attachment import attached_to
 from ranks import on_two_ranks
 
 ROWS = (slice(0, 3), slice(3, 8))  # of the two ranks
@@ -57,7 +57,7 @@ def train_by_hand(wrap, rows: slice, num_ranks: int) -> dict:
     for seed in range(NUM_STEPS):
         everything = batch(8, seed=seed)
         inputs = {name: value[rows] for name, value in everything.items()}
-        n = count(criterion, everything["labels"], everything["attention_mask"])
+        n = attached_to(model).count(everything["labels"], everything["attention_mask"])
         (num_ranks * wrapped(**inputs, num_items_in_batch=n).loss).backward()
         found = gradients_of(model)
         optimizer.step()
@@ -75,7 +75,7 @@ def whole(value):
 
 
 def train_with_trainer(folder: str, rows_each: int, micro_batches: int) -> dict:
-    from test_huggingface_trainer import arguments, rows
+    from huggingface_trainers import arguments, rows
 
     args = arguments(
         folder,

@@ -9,19 +9,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers
-from huggingface_models import D, V, assert_same, batch, gradients, make, shifted
+from huggingface_models import V, assert_same, batch, gradients, make, shifted
+from huggingface_trainers import LR, arguments, mtp, parameters, rows, split
 
 import lossmith
 from lossmith.integrations.huggingface import LossTrainer, attach, compute_loss_func
 
-LR = 0.5
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-
-
-def mtp(**options) -> lossmith.UnifiedLoss:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return lossmith.UnifiedLoss(V, D, use_mtp=True, use_ngram_penalty=True, ngram_size=2, **options)
 
 
 def by_samples() -> lossmith.LossModifierPipeline:
@@ -36,40 +30,12 @@ LOSSES = {
 }
 
 
-def arguments(folder, **options) -> transformers.TrainingArguments:
-    defaults = {
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "learning_rate": LR,
-        "max_grad_norm": 0.0,
-        "max_steps": 1,
-    }
-    return transformers.TrainingArguments(str(folder), **{**defaults, **options})
-
-
-def rows(num_rows: int = 8, **more) -> list[dict]:
-    columns = {**batch(num_rows), **more}
-    return [{name: column[i] for name, column in columns.items()} for i in range(num_rows)]
-
-
-def split(rows_each: int) -> dict[str, int]:
-    return {"per_device_train_batch_size": rows_each, "gradient_accumulation_steps": 8 // rows_each}
-
-
 def one_step_by_hand(name: str, loss: lossmith.Objective) -> dict[str, torch.Tensor]:
     """The parameters of the model and the loss after a step of the whole batch at once."""
     model = attach(make(name), loss)
     model(**batch(8)).loss.backward()
     found = gradients(model)
     return {n: p.detach() - LR * found.get(n, 0) for n, p in model.named_parameters()}
-
-
-def parameters(trainer: transformers.Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in trainer.model.named_parameters()}
 
 
 # ── what the loss is divided by ───────────────────────────────────────────────────────────────────

@@ -8,8 +8,8 @@ pytest.importorskip("accelerate")
 
 import transformers
 from huggingface_models import HEADS, SMALL, V, assert_same, make
+from huggingface_trainers import arguments, rows, split
 from safetensors.torch import load_file
-from test_huggingface_trainer import arguments, rows, split
 
 import lossmith
 from lossmith.integrations.huggingface import LossTrainer, attach

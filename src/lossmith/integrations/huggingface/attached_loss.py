@@ -24,21 +24,14 @@ OTHER_NAMES = {"targets": "labels", "mask": "attention_mask"}
 
 class AttachedLoss(nn.Module):
     """An objective as a part of a model. Its parameters are the model's, so that whatever wraps the model
-    trains and synchronises them, but the model's ``state_dict`` does not have them.
-
-    Args:
-        objective: the loss.
-        known: names of the inputs that the model takes.
-        fused: the model's head.
-        shift: how many steps ahead the model's logits predict its labels.
-    """
+    trains and synchronises them, but the model's ``state_dict`` does not have them."""
 
     def __init__(self, objective: Objective, known: frozenset[str], fused: FusedHead, shift: int) -> None:
         super().__init__()
         self.objective = objective
-        self.known = known
-        self.fused = fused
-        self.shift = shift
+        self.known = known  # names of the inputs that the model takes
+        self.fused = fused  # the model's head
+        self.shift = shift  # how many steps ahead the model's logits predict its labels
         self.leaves_out_logits = False  # also where the model is evaluated
         # Of the last batch, detached: what its loss was made of, and what `observe` makes of its output.
         self.parts: dict[str, Tensor] | None = None
@@ -59,10 +52,8 @@ class AttachedLoss(nn.Module):
         """What the model returns for a batch with labels: its own output, with the objective's loss in it.
 
         Args:
-            model: the model that this is a part of.
-            forward: the model as it is without the loss.
-            inputs: what the model was called with.
-            given: what the caller has for the objective.
+            model, forward: the model that this is a part of, and as it is without the loss.
+            inputs, given: what the model was called with, and what else the caller has for the objective.
         """
         self._check_names({**inputs, **given})
         labels, num_items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
@@ -108,10 +99,7 @@ class AttachedLoss(nn.Module):
         return result if as_dict else result.to_tuple()
 
     def _check_names(self, inputs: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            TypeError: an input that neither the model nor the objective takes.
-        """
+        """Refuse an input that neither the model nor the objective takes."""
         known = {*self.known, *PER_BATCH, *self.objective.input_names}
         for name in inputs:
             if name not in known:
@@ -153,12 +141,13 @@ class AttachedLoss(nn.Module):
         self.observed = None if self.observe is None else self.observe(output).detach()
         return output.total
 
-    def after_forward(self, model: nn.Module, args: Any, inputs: Mapping[str, Any], output: Any) -> None:
-        """A forward hook of the model.
+    def count(self, labels: Tensor, attention_mask: Any = None) -> Tensor:
+        """What the objective divides by, for labels [B, T] as the model takes them."""
+        mask = label_mask(attention_mask, labels)
+        return self.objective.count(targets_of(self.objective, labels), mask=mask, shift=self.shift)
 
-        Raises:
-            RuntimeError: a forward that was put in place of ours took the labels.
-        """
+    def after_forward(self, model: nn.Module, args: Any, inputs: Mapping[str, Any], output: Any) -> None:
+        """A forward hook of the model: refuse labels that a forward in place of ours took."""
         has_run, self._has_run = self._has_run, False
         if inputs.get("labels") is not None and not has_run:
             raise RuntimeError(

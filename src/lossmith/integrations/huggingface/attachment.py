@@ -12,9 +12,10 @@ from torch import nn
 from lossmith.components.moe import MoEBalance
 from lossmith.components.mtp import MTP
 from lossmith.engine.head.plan import Strategy
+from lossmith.equation.batch import num_steps
 from lossmith.integrations.huggingface.attached_loss import NAME, PER_BATCH, AttachedLoss
 from lossmith.integrations.huggingface.fused_head import FusedHead
-from lossmith.integrations.huggingface.labels import check_objective, steps_read
+from lossmith.integrations.huggingface.labels import NEXT_TOKEN, check_objective
 from lossmith.integrations.huggingface.trial import Trial, steps_of_loss_function, try_out
 from lossmith.objectives.objective import Objective
 
@@ -22,6 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 # What models take by their ``**kwargs`` and no signature shows.
 TAKEN_BY_ALL = {"return_dict", "output_hidden_states", "output_attentions", "use_cache", "cache_position"}
+OTHER_TASKS = ("MASKED_LM", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING")
 
 
 def attach(
@@ -181,15 +183,9 @@ def _with_loss(original: type, extras: tuple[str, ...]) -> type:
         make, args, *rest = super(made, self).__reduce_ex__(protocol)
         return _restore, (make, original, extras, args[1:]), *rest
 
-    body = {
-        "forward": forward,
-        "accepts_loss_kwargs": True,  # what the Trainer asks before it passes num_items_in_batch
-        "without_loss": original,
-        "__reduce_ex__": reduce,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-    }
+    body = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"forward": forward, "without_loss": original, "__reduce_ex__": reduce}
+    body["accepts_loss_kwargs"] = True  # what the Trainer asks before it passes num_items_in_batch
     made = type(original.__name__, (original,), body)
     return made
 
@@ -236,16 +232,12 @@ def _causal_model(model: Any) -> Any:
 def _predicts_something_else(name: str) -> bool:
     """Whether transformers knows the class as one that predicts masked tokens, classes or spans: of a masked
     one, a loss of the next token would be computed without complaint."""
-    from transformers.models.auto import modeling_auto as known
+    from transformers.models.auto import modeling_auto
 
-    others = (
-        known.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        known.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        known.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    )
-    is_causal = name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return not is_causal and any(name in names.values() for names in others)
+    def does(task: str) -> bool:
+        return name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()
+
+    return not does("CAUSAL_LM") and any(map(does, OTHER_TASKS))
 
 
 def _known_inputs(model: Any) -> frozenset[str]:
@@ -259,11 +251,17 @@ def _known_inputs(model: Any) -> frozenset[str]:
 
 
 def _steps_of(base: Any, loss: Objective, trial: Trial) -> int:
-    """How many steps ahead the model's logits predict its labels. Says what was not found out."""
-    own = steps_of_loss_function(base) if trial.shift is None else trial.shift
-    name = type(base).__name__
-    shift = steps_read(loss, own)
-    assumed = "" if own is not None else f" Its logits[t] are taken to predict labels[t + {shift}]."
+    """How many steps ahead the model's logits predict its labels: as many as the objective asks for, or else
+    as many as in the model's own loss. ``shift=False`` asks for nothing where that is known. Says what is
+    not."""
+    name, assumed = type(base).__name__, ""
+    shift = steps_of_loss_function(base) if trial.shift is None else trial.shift
+    said = None if loss.shift is None else num_steps(loss.shift)
+    if shift is None:
+        shift = NEXT_TOKEN if said is None else said
+        assumed = f" Its logits[t] are taken to predict labels[t + {shift}]."
+    elif said:
+        shift = said
     if trial.why_not is not None:
         warnings.warn(
             f"{name} could not be tried on a few tokens ({trial.why_not}): what it does to its logits is "
@@ -281,10 +279,7 @@ def _steps_of(base: Any, loss: Objective, trial: Trial) -> int:
 
 
 def _check_experts(model: Any, loss: Objective) -> None:
-    """
-    Raises:
-        ValueError: the objective would count other choices of experts than the model makes.
-    """
+    """Refuse an objective that would count other choices of experts than the model makes."""
     per_token = getattr(model.config, "num_experts_per_tok", None)
     for module in loss.modules() if "gate_logits" in loss.wanted_inputs else ():
         if isinstance(module, MoEBalance) and isinstance(per_token, int) and module.top_k != per_token:

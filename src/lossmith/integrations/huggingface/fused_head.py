@@ -12,8 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.plan import Strategy, check_strategy
-from lossmith.integrations.huggingface.after_head import AfterHead, made_up_logits
-from lossmith.integrations.huggingface.trial import LENGTH, ROWS, Trial, agreed
+from lossmith.integrations.huggingface.trial import LENGTH, ROWS, AfterHead, Trial, agreed, made_up_logits
 from lossmith.objectives.inputs import scaled_head
 
 # What a forward returned, what the head saw in it, or would have, and the predictions: logits, or their head.
@@ -26,16 +25,6 @@ class FusedHead:
     Left out, the head is given no positions at all, and so costs nothing. What the model does to its logits
     has to be known first: from a trial before the training, or else from the first batch, where the head is
     given a few positions, and made-up logits go on in place of theirs.
-
-    Args:
-        model: one whose logits are those of its output embeddings.
-        trial: what :func:`try_out` saw of the model.
-        strategy, memory_budget: of :func:`lossmith.linear_cross_entropy`.
-        materialize: compute the logits as always.
-
-    Attributes:
-        why_not: why the logits have to be there after all; None while they do not.
-        after: what the model does to its logits, or None while that is not known.
     """
 
     def __init__(
@@ -49,7 +38,8 @@ class FusedHead:
     ) -> None:
         check_strategy(strategy, memory_budget)
         self.strategy, self.memory_budget = strategy, memory_budget
-        self.after: AfterHead | None = None
+        self.after: AfterHead | None = None  # what the model does to its logits, once that is known
+        # Why the logits have to be there after all; None while they do not.
         self.why_not = "it was asked to" if materialize else _unusual(model.get_output_embeddings())
         self._listens = self._skips = False
         self._hidden: Tensor | None = None
@@ -69,13 +59,8 @@ class FusedHead:
     def run(
         self, model: Any, forward: Callable[[], Any], *, leaves_out: bool, listens: bool = False
     ) -> Forward:
-        """A forward of the model.
-
-        Args:
-            forward: the model's, without labels.
-            leaves_out: whether to leave the head out, if that can be.
-            listens: whether what the head sees is wanted although the head is not left out.
-        """
+        """A forward of the model without labels, with the head left out if it is to be and can be;
+        ``listens``: what the head sees is wanted in any case."""
         # A compiled forward cannot find out what is done to the logits.
         is_known = self.after is not None
         leaves_out = leaves_out and self.why_not is None and (is_known or not torch.compiler.is_compiling())

@@ -1,8 +1,9 @@
-"""What Hugging Face calls labels and what it counts, read as an objective reads them."""
+"""What Hugging Face calls labels and what it counts, read as an objective reads them; ``compute_loss_func``,
+which has nothing else to read."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,14 +15,64 @@ from lossmith.objectives.objective import Objective
 
 IGNORED = -100  # Hugging Face's, whatever an objective has
 NEXT_TOKEN = 1
+# In the names of outputs whose labels belong to the logits at their own position.
+ALIGNED = ("MaskedLM", "Classif", "Seq2Seq")
+
+
+def compute_loss_func(loss: Objective) -> Callable[..., Tensor]:
+    """``(outputs, labels, num_items_in_batch=None) -> loss``, for ``Trainer(compute_loss_func=...)``.
+
+    The objective's ``shift`` says which logits predict a label. Where it is None, the output does: those of
+    masked models, token classifiers and encoder-decoders have labels at their own positions, a sequence
+    classifier has one a sample, and all others predict the next token. The sum is divided by
+    ``num_items_in_batch``, which the Trainer counts over micro-batches and ranks. There is nothing here but
+    the model's output and the labels: labels have to be -100 at padding, repetition penalties see the labels
+    as their context, and components find ``gate_logits`` and ``hidden_states`` where the output has
+    ``router_logits`` and ``hidden_states``. :class:`LossTrainer` has none of these limits.
+
+    Args:
+        loss: an objective without parameters: nothing would train or save them.
+
+    Raises:
+        TypeError: no objective; in a batch, labels that are no ids.
+        ValueError: an objective with parameters to train, or one that divides by something else than tokens;
+            in a batch, a shift where there is no sequence.
+
+    Example:
+        >>> import torch, lossmith
+        >>> from lossmith.integrations.huggingface import compute_loss_func
+        >>> function = compute_loss_func(lossmith.CrossEntropyLoss(label_smoothing=0.1))
+        >>> outputs = {"logits": torch.zeros(2, 4, 10)}
+        >>> round(function(outputs, torch.ones(2, 4, dtype=torch.long), num_items_in_batch=12).item(), 4)
+        1.1513
+    """
+    check_objective(loss, modes=(ModelMode.LANGUAGE_MODEL, ModelMode.TOKEN_CLASSIFIER))
+    if any(parameter.requires_grad for parameter in loss.parameters()):
+        raise ValueError(
+            f"this {type(loss).__name__} has parameters, and compute_loss_func would neither train, nor "
+            "synchronise, nor save them; use LossTrainer, or attach(model, loss)"
+        )
+    check_num_items(loss)
+
+    def compute(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        shift = _steps_ahead(loss, outputs, labels)
+        if num_items_in_batch is not None:
+            check_num_items(loss)  # modifiers may have been switched on
+        if any(buffer.device != logits.device for buffer in loss.buffers()):
+            loss.to(logits.device)
+        targets = targets_of(loss, labels.to(logits.device))
+        inputs = _made(loss, outputs) if isinstance(outputs, Mapping) else {}
+        return loss.evaluate(logits, targets, denominator=num_items_in_batch, shift=shift, **inputs).total
+
+    return compute
+
+
+# ── what is refused ───────────────────────────────────────────────────────────────────────────────
 
 
 def check_objective(loss: Any, modes: Collection[ModelMode] = (ModelMode.LANGUAGE_MODEL,)) -> None:
-    """
-    Raises:
-        TypeError: no objective.
-        ValueError: one whose loss is no number, or a pipeline of another mode than these.
-    """
+    """Refuse what is no objective, one whose loss is no number, and a pipeline of another mode."""
     if not isinstance(loss, Objective):
         raise TypeError(f"loss must be a lossmith.Objective; got {type(loss).__name__}")
     mode: ModelMode | None = getattr(loss, "model_mode", None)
@@ -36,10 +87,7 @@ def check_objective(loss: Any, modes: Collection[ModelMode] = (ModelMode.LANGUAG
 
 
 def check_num_items(loss: Objective) -> None:
-    """
-    Raises:
-        ValueError: ``num_items_in_batch``, a number of tokens, is not what the objective divides by.
-    """
+    """Refuse ``num_items_in_batch``, a number of tokens, where it is not what the objective divides by."""
     if loss.resolved_reduction == "sequence_mean":
         divides_by = "samples (reduction='sequence_mean')"
     elif loss.class_weight is not None:
@@ -53,13 +101,7 @@ def check_num_items(loss: Objective) -> None:
     )
 
 
-def steps_read(loss: Objective, own: int | None) -> int:
-    """How many steps ahead a model's logits predict its labels: as many as the objective asks for, or else as
-    many as in the model's own loss, if these are known. ``shift=False`` asks for nothing where they are."""
-    said = None if loss.shift is None else num_steps(loss.shift)
-    if said or own is None:
-        return NEXT_TOKEN if said is None else said
-    return own
+# ── what is read ──────────────────────────────────────────────────────────────────────────────────
 
 
 def targets_of(loss: Objective, labels: Tensor) -> Tensor:
@@ -90,6 +132,33 @@ def segments(position_ids: Any, labels: Tensor) -> Tensor | None:
     return starts.cumsum(-1).expand(labels.shape)
 
 
-def count(loss: Objective, labels: Tensor, attention_mask: Any = None, shift: int = NEXT_TOKEN) -> Tensor:
-    """What ``loss`` divides by for labels as Hugging Face has them; see :meth:`lossmith.Objective.count`."""
-    return loss.count(targets_of(loss, labels), mask=label_mask(attention_mask, labels), shift=shift)
+def _steps_ahead(loss: Objective, outputs: Any, labels: Any) -> int:
+    """How many steps ahead the logits of a batch predict its labels."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(
+            f"labels must be ids, [B, T], or [B] of a sequence classifier; got {came}. A model for "
+            "regression, for several labels at once or for spans has a loss of its own"
+        )
+    said = None if loss.shift is None else num_steps(loss.shift)
+    if labels.dim() < 2:
+        if said:
+            raise ValueError(
+                f"labels of shape {list(labels.shape)} are one a sample, and shift={loss.shift!r} would give "
+                "each sample another's; make the objective without shift"
+            )
+        return 0
+    if said is not None:
+        return said
+    is_aligned = any(kind in type(outputs).__name__ for kind in ALIGNED)
+    return 0 if is_aligned or hasattr(outputs, "encoder_last_hidden_state") else NEXT_TOKEN
+
+
+def _made(loss: Objective, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the output has of the inputs that the objective wants."""
+    wanted, made = loss.wanted_inputs, {}
+    if "gate_logits" in wanted and outputs.get("router_logits"):
+        made["gate_logits"] = list(outputs["router_logits"])
+    if "hidden_states" in wanted and outputs.get("hidden_states"):
+        made["hidden_states"] = outputs["hidden_states"][-1]
+    return made

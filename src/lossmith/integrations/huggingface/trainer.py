@@ -17,14 +17,12 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from lossmith.engine.head.plan import Strategy, check_strategy
 from lossmith.integrations.huggingface.attached_loss import AttachedLoss
 from lossmith.integrations.huggingface.attachment import attach, attached_to
-from lossmith.integrations.huggingface.labels import check_objective, count
+from lossmith.integrations.huggingface.labels import check_objective
 from lossmith.integrations.huggingface.saved_weights import load_renamed
 from lossmith.modifiers.pipeline import LossModifierPipeline
 from lossmith.objectives.objective import Objective
 
 LOSS_FILE = "lossmith_loss.pt"
-PARTS = "loss/"
-METRICS_OF_MODIFIERS = "loss_modifiers/"
 
 
 class ObjectiveTrainer(Trainer):
@@ -48,11 +46,7 @@ class ObjectiveTrainer(Trainer):
     # ── the loss ──────────────────────────────────────────────────────────────────────────────────
 
     def parts_of(self, outputs: Any) -> Mapping[str, Tensor]:
-        """What the loss of the last batch was made of, detached.
-
-        Args:
-            outputs: what the model returned.
-        """
+        """What the loss of the last batch, of which the model returned ``outputs``, was made of, detached."""
         raise NotImplementedError
 
     def compute_loss(
@@ -81,10 +75,10 @@ class ObjectiveTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         if "loss" in logs and self._sums:
-            logs |= {f"{PARTS}{name}": value for name, value in self._mean_parts().items()}
+            logs |= {f"loss/{name}": value for name, value in self._mean_parts().items()}
         if "loss" in logs and isinstance(self.loss, LossModifierPipeline):
             metrics = self.loss.get_all_metrics()
-            logs |= {f"{METRICS_OF_MODIFIERS}{name}": value for name, value in metrics.items()}
+            logs |= {f"loss_modifiers/{name}": value for name, value in metrics.items()}
         super().log(logs, *args, **options)
 
     def _mean_parts(self) -> dict[str, float]:
@@ -199,10 +193,7 @@ class LossTrainer(ObjectiveTrainer):
         self.model_accepts_loss_kwargs = True
 
     def _check_arguments(self) -> None:
-        """
-        Raises:
-            ValueError: arguments with which the loss would be another than the one asked for.
-        """
+        """Refuse arguments with which the loss would be another than the one asked for."""
         if self.compute_loss_func is not None:
             raise ValueError("this Trainer has a loss already; leave out compute_loss_func, or loss")
         other = getattr(self.args, "loss_type", None)  # of TRL's trainers
@@ -253,16 +244,15 @@ class LossTrainer(ObjectiveTrainer):
         """What the objective divides by, over the micro-batches and, if they are averaged, the ranks."""
         if not batch_samples or any(batch.get("labels") is None for batch in batch_samples):
             return None
-        total: Any = torch.stack([self._count(batch, device) for batch in batch_samples])
+        counts = []
+        for batch in batch_samples:
+            mask = batch.get("attention_mask")
+            mask = mask.to(device) if isinstance(mask, Tensor) else None
+            counts.append(self._attached.count(batch["labels"].to(device), mask))
+        total: Any = torch.stack(counts)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total.sum())
         return total.sum() / self.get_tp_size()
-
-    def _count(self, batch: Any, device: torch.device) -> Tensor:
-        """The same of one micro-batch."""
-        mask = batch.get("attention_mask")
-        mask = mask.to(device) if isinstance(mask, Tensor) else None
-        return count(self.loss, batch["labels"].to(device), mask, self._attached.shift)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
