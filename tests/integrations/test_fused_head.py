@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
 import transformers
 from huggingface_models import MODELS, D, V, assert_same, batch, gradients, make
+from special_models import Largest
 
 import lossmith
 from lossmith.integrations.huggingface import attach
@@ -29,19 +29,6 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operator returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for found in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(found, torch.Tensor):
-                self.elements = max(self.elements, found.numel())
-        return result
 
 
 def objectives():

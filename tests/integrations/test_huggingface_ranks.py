@@ -9,10 +9,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from huggingface_models import D, V, assert_same, batch, gradients, make
+from huggingface_trainers import arguments, rows
 
 import lossmith
 from lossmith.integrations.huggingface import LossTrainer, attach
-from lossmith.integrations.huggingface.labels import count
+from lossmith.integrations.huggingface.attachment import attached_to
 from ranks import on_two_ranks
 
 ROWS = (slice(0, 3), slice(3, 8))  # of the two ranks
@@ -57,7 +58,7 @@ def train_by_hand(wrap, rows: slice, num_ranks: int) -> dict:
     for seed in range(NUM_STEPS):
         everything = batch(8, seed=seed)
         inputs = {name: value[rows] for name, value in everything.items()}
-        n = count(criterion, everything["labels"], everything["attention_mask"])
+        n = attached_to(model).count(everything["labels"], everything["attention_mask"])
         (num_ranks * wrapped(**inputs, num_items_in_batch=n).loss).backward()
         found = gradients_of(model)
         optimizer.step()
@@ -75,8 +76,6 @@ def whole(value):
 
 
 def train_with_trainer(folder: str, rows_each: int, micro_batches: int) -> dict:
-    from test_huggingface_trainer import arguments, rows
-
     args = arguments(
         folder,
         max_steps=NUM_STEPS,
@@ -95,6 +94,23 @@ def train_with_trainer(folder: str, rows_each: int, micro_batches: int) -> dict:
         "buffers": {n: b.clone() for n, b in trainer.loss.named_buffers()},
         "log": {name: value for name, value in log.items() if "loss" in name},
         "world": trainer.args.world_size,
+    }
+
+
+def save_and_load(shard, folder: str) -> dict:
+    """The state of a loss whose parameters are sharded, as the Trainer saves it and restores it."""
+    trainer = LossTrainer(loss=loss(), model=make("llama"), args=arguments(folder))
+    shard(trainer.loss)
+    trainer.save_model(folder)
+    torch.distributed.barrier()
+    with torch.no_grad():
+        for parameter in trainer.loss.parameters():
+            parameter.zero_()
+    trainer.load_loss(folder)
+    return {
+        "saved": torch.load(f"{folder}/lossmith_loss.pt", weights_only=True),
+        "loaded": {name: whole(value).clone() for name, value in trainer.loss.state_dict().items()},
+        "is_sharded": any(hasattr(value, "full_tensor") for value in trainer.loss.state_dict().values()),
     }
 
 
@@ -117,6 +133,7 @@ def runs_of(rank: int, out: str) -> dict[str, dict]:
         "ddp": train_by_hand(DistributedDataParallel, ROWS[rank], 2),
         "fsdp": train_by_hand(shard, ROWS[rank], 2),
         "trainer": train_with_trainer(f"{out}/trainer", 2, 2),
+        "state": save_and_load(lambda made: fully_shard(made, mesh=mesh), f"{out}/state"),
     }
 
 
@@ -147,6 +164,14 @@ def test_the_trainer_on_two_ranks_makes_the_same_run(ranks, tmp_path):
         assert found["log"] == pytest.approx(expected["log"], rel=1e-4)
         assert "loss/mtp_loss" in found["log"]
     check_buffers([rank["trainer"]["buffers"] for rank in ranks], expected["buffers"])
+
+
+def test_a_sharded_state_is_saved_whole_and_comes_back(ranks):
+    expected = dict(loss().state_dict())
+    for rank in ranks:
+        assert rank["state"]["is_sharded"]
+        assert_same(rank["state"]["saved"], expected, rtol=0, atol=0)
+        assert_same(rank["state"]["loaded"], expected, rtol=0, atol=0)
 
 
 def check_buffers(of_ranks: list[dict], expected: dict) -> None:

@@ -9,19 +9,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers
-from huggingface_models import D, V, assert_same, batch, gradients, make, shifted
+from huggingface_models import V, assert_same, batch, gradients, make, shifted
+from huggingface_trainers import LR, arguments, mtp, parameters, rows, split
 
 import lossmith
-from lossmith.integrations.huggingface import LossTrainer, attach, compute_loss_func
+from lossmith.integrations.huggingface import (
+    LossTrainer,
+    attach,
+    compute_loss_func,
+    trainer as trainer_module,
+)
 
-LR = 0.5
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-
-
-def mtp(**options) -> lossmith.UnifiedLoss:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return lossmith.UnifiedLoss(V, D, use_mtp=True, use_ngram_penalty=True, ngram_size=2, **options)
 
 
 def by_samples() -> lossmith.LossModifierPipeline:
@@ -36,40 +35,12 @@ LOSSES = {
 }
 
 
-def arguments(folder, **options) -> transformers.TrainingArguments:
-    defaults = {
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "learning_rate": LR,
-        "max_grad_norm": 0.0,
-        "max_steps": 1,
-    }
-    return transformers.TrainingArguments(str(folder), **{**defaults, **options})
-
-
-def rows(num_rows: int = 8, **more) -> list[dict]:
-    columns = {**batch(num_rows), **more}
-    return [{name: column[i] for name, column in columns.items()} for i in range(num_rows)]
-
-
-def split(rows_each: int) -> dict[str, int]:
-    return {"per_device_train_batch_size": rows_each, "gradient_accumulation_steps": 8 // rows_each}
-
-
 def one_step_by_hand(name: str, loss: lossmith.Objective) -> dict[str, torch.Tensor]:
     """The parameters of the model and the loss after a step of the whole batch at once."""
     model = attach(make(name), loss)
     model(**batch(8)).loss.backward()
     found = gradients(model)
     return {n: p.detach() - LR * found.get(n, 0) for n, p in model.named_parameters()}
-
-
-def parameters(trainer: transformers.Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in trainer.model.named_parameters()}
 
 
 # ── what the loss is divided by ───────────────────────────────────────────────────────────────────
@@ -274,6 +245,16 @@ def test_the_log_shows_the_parts_and_what_modifiers_measure(tmp_path):
             assert all(isinstance(line[name], float) for name in measured)
 
 
+def test_every_part_is_logged_apart_by_its_own_name(tmp_path):
+    """Cross-entropy, z-loss and each component, whichever objective they are parts of."""
+    names = {"cross_entropy", "z_loss", "mtp_loss", "ngram_penalty"}
+    for loss in (mtp(z_loss=0.1), lossmith.LossModifierPipeline(base=mtp(z_loss=0.1))):
+        args = arguments(tmp_path, logging_steps=1)
+        trainer = LossTrainer(loss=loss, model=make("llama"), args=args, train_dataset=rows())
+        trainer.train()
+        assert {n for n in trainer.state.log_history[0] if "/" in n} == {f"loss/{name}" for name in names}
+
+
 def test_evaluation_and_predictions(tmp_path):
     trainer = LossTrainer(loss=mtp(), model=make("llama"), args=arguments(tmp_path), eval_dataset=rows(8))
     expected = attach(make("llama"), mtp()).eval()(**batch(8))
@@ -335,6 +316,32 @@ def test_arguments_that_would_make_another_loss(tmp_path):
     refused("label_smoothing_factor makes a loss of its own", label_smoothing_factor=0.1)
     refused("has a loss already", compute_loss_func=print)
     refused("must be a lossmith.Objective", loss=torch.nn.CrossEntropyLoss)
+
+
+@pytest.mark.parametrize("num", [0, 1, 2])
+def test_data_parallel_is_refused(num, tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = num
+    if num > 1:
+        with pytest.raises(ValueError, match=r"DataParallel copies the model.*torchrun"):
+            LossTrainer(loss=lossmith.CrossEntropyLoss(), model=make("llama"), args=args)
+    else:
+        LossTrainer(loss=lossmith.CrossEntropyLoss(), model=make("llama"), args=args)
+
+
+@pytest.mark.parametrize("how", ["get_cp_size", "get_sp_size"])
+def test_rows_that_are_cut_into_pieces_are_refused(how, tmp_path, monkeypatch):
+    monkeypatch.setattr(LossTrainer, how, lambda self: 2)
+    with pytest.raises(ValueError, match="parallelism cut rows into pieces"):
+        LossTrainer(loss=mtp(), model=make("llama"), args=arguments(tmp_path))
+
+
+def test_a_state_that_would_be_taken_apart_is_refused(tmp_path, monkeypatch):
+    """Under ZeRO-3; a loss without a state has none to be taken apart."""
+    monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 and FSDP1 take the state of a UnifiedLoss apart"):
+        LossTrainer(loss=mtp(), model=make("llama"), args=arguments(tmp_path))
+    LossTrainer(loss=lossmith.CrossEntropyLoss(), model=make("llama"), args=arguments(tmp_path))
 
 
 def test_losses_that_compute_loss_func_cannot_serve():

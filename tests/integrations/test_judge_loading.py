@@ -9,8 +9,10 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
-from lossmith.integrations.judge import load_judge
+from lossmith.integrations.judge import SequenceJudge, load_judge
 from lossmith.modifiers.tokens.judge import SequenceScoringJudgeWeightModifier
 
 SMALL = {
@@ -69,7 +71,7 @@ def test_a_decoder_judges_the_whole_sequence(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("model", "config"), ("state_dict", "model_args")])
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
 def test_a_file_of_weights_and_configuration(names, prefix, tmp_path):
     model = scorer()
     weights = {prefix + name: value for name, value in model.state_dict().items()}
@@ -250,6 +252,20 @@ def test_the_length_that_a_model_really_takes(tmp_path):
     judge = load_judge(tmp_path)
     assert judge.block_size == 10  # of 12, as its positions begin at 2
     judge(torch.zeros(1, 10, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("of_config", "expected"), [(None, 3), (7, 7), (0, 0)])
+def test_what_a_sequence_begins_with_is_what_the_configuration_says_or_else_the_tokenizer(
+    of_config, expected, tmp_path
+):
+    model = scorer(cls_token_id=of_config)
+    model.save_pretrained(tmp_path)
+    tokens = WordLevel({"a": 0, "b": 1, "[UNK]": 2, "[CLS]": 3}, unk_token="[UNK]")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(tokens), cls_token="[CLS]")
+    tokenizer.save_pretrained(tmp_path)
+    assert load_judge(tmp_path).cls_token_id == expected
+    assert SequenceJudge(model, cls_token_id=3).cls_token_id == expected
+    assert SequenceJudge(model).cls_token_id == of_config
 
 
 def test_a_cls_token_outside_the_vocabulary(tmp_path):

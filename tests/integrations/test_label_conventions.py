@@ -10,7 +10,8 @@ pytest.importorskip("accelerate")
 
 import transformers
 from huggingface_models import D, T, V, assert_same, batch, gradients, make, mean_nll, shifted
-from test_huggingface_trainer import LR, arguments, parameters, rows
+from huggingface_trainers import LR, arguments, parameters, rows
+from special_models import IDS, aligned, bart
 
 import lossmith
 from lossmith.integrations.huggingface import LossTrainer, attach, compute_loss_func
@@ -23,21 +24,6 @@ BERT = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
 }
-BART = {
-    "vocab_size": V,
-    "d_model": D,
-    "decoder_layers": 1,
-    "decoder_attention_heads": 2,
-    "decoder_ffn_dim": 32,
-    "max_position_embeddings": 32,
-}
-NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-
-
-def bart(**options):
-    torch.manual_seed(0)
-    return transformers.BartForCausalLM(transformers.BartConfig(**BART, **NO_DROPOUT, **IDS, **options))
 
 
 def bert(kind: str, **options):
@@ -46,11 +32,6 @@ def bert(kind: str, **options):
         **BERT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options
     )
     return getattr(transformers, f"BertFor{kind}")(config)
-
-
-def aligned(inputs):
-    """The next token as the label of each."""
-    return {**inputs, "labels": shifted(inputs["labels"])}
 
 
 # ── attach ────────────────────────────────────────────────────────────────────────────────────────

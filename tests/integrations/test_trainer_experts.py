@@ -8,8 +8,8 @@ pytest.importorskip("accelerate")
 
 import transformers
 from huggingface_models import HEADS, SMALL, V, assert_same, make
+from huggingface_trainers import arguments, rows, split
 from safetensors.torch import load_file
-from test_huggingface_trainer import arguments, rows, split
 
 import lossmith
 from lossmith.integrations.huggingface import LossTrainer, attach
@@ -83,6 +83,20 @@ def test_the_best_mixture_of_experts_comes_back(tmp_path):
     assert not best.endswith("-3")
     expected = transformers.MixtralForCausalLM.from_pretrained(best).state_dict()
     assert_same(trainer.model.state_dict(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_weights_that_are_sharded_are_left_to_the_trainer(how, tmp_path, monkeypatch):
+    """Each rank has a part of them, and their checkpoint another form."""
+    trainer = make_trainer(tmp_path)
+    make("mixtral", num_hidden_layers=1).save_pretrained(tmp_path)  # would be refused, if it were read
+    monkeypatch.setattr(trainer, how, True)
+    loaded = []
+    monkeypatch.setattr(
+        transformers.Trainer, "_load_from_checkpoint", lambda _, folder, model: loaded.append(folder)
+    )
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert loaded == [str(tmp_path)]
 
 
 def test_models_that_keep_their_names_are_left_to_the_trainer(tmp_path):

@@ -8,8 +8,8 @@ pytest.importorskip("accelerate")
 
 import transformers
 from huggingface_models import D, batch, make
-from test_fused_head import Largest
-from test_huggingface_trainer import arguments
+from huggingface_trainers import arguments
+from special_models import Largest
 
 import lossmith
 from lossmith.integrations.huggingface import LossTrainer

@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from huggingface_models import make
-from test_huggingface_trainer import arguments, rows
+from huggingface_trainers import arguments, rows
 
 import lossmith
 from lossmith.integrations.huggingface import LossTrainer

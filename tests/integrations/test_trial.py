@@ -10,13 +10,13 @@ pytest.importorskip("transformers")
 
 import transformers
 from huggingface_models import V, assert_same, batch, gradients, make, mean_nll, shifted
+from special_models import capped, does, empty, filled, later, learned
 from torch import nn
 
 import lossmith
 from lossmith.integrations.huggingface import attach
-from lossmith.integrations.huggingface.after_head import AfterHead, made_up_logits
 from lossmith.integrations.huggingface.attachment import attached_to
-from lossmith.integrations.huggingface.trial import try_out
+from lossmith.integrations.huggingface.trial import AfterHead, made_up_logits, try_out
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 
@@ -69,37 +69,6 @@ def test_a_scale_and_a_cap_are_measured(kind):
 def test_anything_else_is_not_taken_for_it(kind):
     given = made_up_logits(torch.zeros(2, 8, V, dtype=torch.bfloat16))
     assert AfterHead.seen(given, UNKNOWN[kind](given.clone())) is None
-
-
-def does(what, base=transformers.LlamaForCausalLM):
-    """A model that does ``what`` to its logits."""
-
-    class Model(base):
-        def __init__(self, config):
-            super().__init__(config)
-            self.factor = nn.Parameter(torch.ones(()))
-
-        def forward(self, input_ids=None, attention_mask=None, labels=None, **inputs):
-            output = super().forward(input_ids, attention_mask, **inputs)
-            output["logits"] = what(self, output["logits"])
-            if labels is not None:
-                output["loss"] = self.loss_function(output["logits"], labels, self.config.vocab_size)
-            return output
-
-    torch.manual_seed(0)
-    return Model(make("llama").config).train()
-
-
-def capped(model, z):
-    return 0.05 * torch.tanh(z / 0.05)
-
-
-def learned(model, z):
-    return z * model.factor
-
-
-def later(model, z):
-    return torch.cat([z[:, :2], 2 * z[:, 2:]], 1)
 
 
 @pytest.mark.parametrize("is_first_compiled", [False, True])
@@ -189,21 +158,6 @@ def test_in_inference_mode_as_well():
 
 
 # ── where no forward can be made ──────────────────────────────────────────────────────────────────
-
-
-def empty(kind=transformers.LlamaForCausalLM):
-    with torch.device("meta"):
-        return kind(make("llama").config)
-
-
-def filled(model):
-    """With the weights that it should have."""
-    theirs = make("llama")
-    model.to_empty(device="cpu").load_state_dict(theirs.state_dict())
-    for module, other in zip(model.modules(), theirs.modules(), strict=False):
-        for name, buffer in other.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.clone(), persistent=False)
-    return model.train()
 
 
 @pytest.mark.parametrize("is_first_compiled", [False, True])

@@ -8,8 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from huggingface_models import batch, make
-from test_label_conventions import aligned, bart
-from test_trial import capped, does, empty, filled, later
+from special_models import aligned, bart, capped, does, empty, filled, later
 
 import lossmith
 from lossmith.integrations.huggingface import attach

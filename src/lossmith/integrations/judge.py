@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-REMEDY = "pip install 'lossmith[train]'"
 WEIGHT_NAMES = ("model", "state_dict", "model_state_dict")
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+CONFIG_NAMES = ("config", "model_config", "model_args")
+OF_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # DistributedDataParallel's and torch.compile's
 TRIAL_LENGTH = 8
 LONGEST_REASON = 300  # characters of a library's message
-CONFIG_NAMES = ("config", "model_config", "model_args")
-WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
 
 
 class SequenceJudge(nn.Module):
@@ -73,27 +74,36 @@ def load_judge(checkpoint: str | Path, *, device: Any = None, dtype: Any = None)
         ImportError: transformers is not installed.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise ImportError(f"loading the judge {checkpoint} needs transformers; {REMEDY}")
+        raise ImportError(f"loading the judge {checkpoint} needs transformers; pip install 'lossmith[train]'")
     path = Path(checkpoint).expanduser()
     if not path.exists():
         raise FileNotFoundError(
             f"judge checkpoint {path} does not exist. Pass the folder of a trained sequence scorer"
         )
-    model, cls_token_id = _from_folder(path) if path.is_dir() else _from_file(path)
+    try:
+        return _load(path, device, dtype)
+    except _Refused as refused:
+        raise ValueError(f"judge checkpoint {path} {refused}") from refused.__cause__
+    except Exception as error:  # the libraries' errors are many, and long
+        reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
+        raise ValueError(f"judge checkpoint {path} cannot be loaded: {reason}") from error
+
+
+class _Refused(Exception):
+    """What is wrong with a checkpoint, in words that go on after its name."""
+
+
+def _load(path: Path, device: Any, dtype: Any) -> SequenceJudge:
+    """The judge of a checkpoint that is there."""
+    model, cls = _from_folder(path) if path.is_dir() else (_from_file(path), None)
     # A model that looks for the last token before the padding must not take a token for padding.
     model.config.pad_token_id = -1  # type: ignore[union-attr]
-    model = model.requires_grad_(False).to(_dtype(dtype, path))
-    judge = SequenceJudge(model, cls_token_id=cls_token_id)
-    if judge.cls_token_id is not None and not 0 <= judge.cls_token_id < judge.vocab_size:
-        raise ValueError(
-            f"judge checkpoint {path} has cls_token_id={judge.cls_token_id}, outside its vocabulary of "
-            f"{judge.vocab_size}"
-        )
-    with _explained(path):
-        judge.block_size = _longest(judge)
-        if device is not None and str(device) != "auto":
-            judge = judge.to(device)
-    return judge
+    judge = SequenceJudge(model.requires_grad_(False).to(_dtype(dtype)), cls_token_id=cls)
+    cls, size = judge.cls_token_id, judge.vocab_size
+    if cls is not None and not 0 <= cls < size:
+        raise _Refused(f"has cls_token_id={cls}, outside its vocabulary of {size}")
+    judge.block_size = _longest(judge)
+    return judge if device is None or str(device) == "auto" else judge.to(device)
 
 
 def _longest(judge: SequenceJudge) -> int | None:
@@ -102,102 +112,70 @@ def _longest(judge: SequenceJudge) -> int | None:
     if stated <= 0:
         judge(torch.zeros(1, TRIAL_LENGTH, dtype=torch.long))
         return None
-    # Some architectures count positions from 2.
-    for length in (stated, stated - 2):
-        try:
+    for length in (stated, stated - 2):  # some architectures count positions from 2
+        with contextlib.suppress(IndexError, RuntimeError):  # past the end of a table of positions
             judge(torch.zeros(1, length, dtype=torch.long))
-        except (IndexError, RuntimeError):  # past the end of a table of positions
-            continue
-        return length
+            return length
     raise ValueError(f"it takes neither {stated} tokens, which its configuration states, nor {stated - 2}")
 
 
 def _from_folder(path: Path) -> tuple[nn.Module, int | None]:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    """The model that `save_pretrained` wrote, and its tokenizer's id of what a sequence begins with."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     if not (path / "config.json").is_file():
         inside = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
         hint = f"It holds checkpoints; pass {inside[-1]}" if inside else "Pass what save_pretrained wrote"
-        raise ValueError(f"judge checkpoint {path} has no config.json. {hint}")
-    with _explained(path):
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    _require_scorer(config, path)
-    with _explained(path):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        raise _Refused(f"has no config.json. {hint}")
+    _require_scorer(AutoConfig.from_pretrained(path, **LOCAL))
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        path, use_safetensors=True, output_loading_info=True, **LOCAL
+    )
     lacking = sorted(report["missing_keys"])
     if lacking:
-        raise ValueError(
-            f"judge checkpoint {path} lacks {_some(lacking)}: it is not a trained sequence scorer"
-        )
-    return model, _cls_of_tokenizer(path)
+        raise _Refused(f"lacks {_some(lacking)}: it is not a trained sequence scorer")
+    has_tokenizer = (path / "tokenizer_config.json").is_file()
+    return model, AutoTokenizer.from_pretrained(path, **LOCAL).cls_token_id if has_tokenizer else None
 
 
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Errors of the libraries, with the checkpoint's name and at a readable length."""
-    try:
-        yield
-    except Exception as error:  # the libraries' errors are many
-        reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
-        raise ValueError(f"judge checkpoint {path} cannot be loaded: {reason}") from error
-
-
-def _require_scorer(config: Any, path: Path) -> None:
-    architecture = (config.architectures or ["model for sequence classification"])[0]
-    if config.architectures and not architecture.endswith("ForSequenceClassification"):
-        raise ValueError(
-            f"judge checkpoint {path} is a {architecture}; expected a model for sequence classification "
-            "(trained with --mode=sequence_scorer)"
-        )
-    if config.num_labels != 1:
-        raise ValueError(
-            f"judge checkpoint {path} has {config.num_labels} labels; expected 1, the score of a sequence"
-        )
-
-
-def _cls_of_tokenizer(path: Path) -> int | None:
-    from transformers import AutoTokenizer
-
-    if not (path / "tokenizer_config.json").is_file():
-        return None
-    with _explained(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return tokenizer.cls_token_id
-
-
-def _from_file(path: Path) -> tuple[nn.Module, int | None]:
+def _from_file(path: Path) -> nn.Module:
+    """The model of a `.pt`."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
-        raise ValueError(
-            f"judge checkpoint {path} cannot be read without running code from it, which is refused, or is "
-            "damaged. Save it again as torch.save({'model': model.state_dict(), "
-            "'config': model.config.to_dict()}, path), or with model.save_pretrained(folder)"
+        raise _Refused(
+            "cannot be read without running code from it, which is refused, or is damaged. Save it again as "
+            "torch.save({'model': model.state_dict(), 'config': model.config.to_dict()}, path), or with "
+            "model.save_pretrained(folder)"
         ) from error
     if not isinstance(saved, Mapping):
-        raise ValueError(f"judge checkpoint {path} holds a {type(saved).__name__}; expected a dictionary")
+        raise _Refused(f"holds a {type(saved).__name__}; expected a dictionary")
     weights = next((saved[name] for name in WEIGHT_NAMES if name in saved), None)
     config = next((saved[name] for name in CONFIG_NAMES if name in saved), None)
     if weights is None or not isinstance(config, Mapping) or "model_type" not in config:
-        raise ValueError(
-            f"judge checkpoint {path} holds {_some(map(str, saved))}; expected 'model', a state dict, "
-            "and 'config', the dictionary of a Hugging Face configuration with its 'model_type'"
+        raise _Refused(
+            f"holds {_some(map(str, saved))}; expected 'model', a state dict, and 'config', the dictionary "
+            "of a Hugging Face configuration with its 'model_type'"
         )
-    with _explained(path):
-        built = AutoConfig.for_model(**config)
-    _require_scorer(built, path)
-    with _explained(path):
-        model = AutoModelForSequenceClassification.from_config(built, trust_remote_code=False)
-        model.load_state_dict({_unwrapped(name): value for name, value in weights.items()})
-    return model, None
+    built = AutoConfig.for_model(**config)
+    _require_scorer(built)
+    model = AutoModelForSequenceClassification.from_config(built, trust_remote_code=False)
+    model.load_state_dict({OF_WRAPPERS.sub("", name): value for name, value in weights.items()})
+    return model
+
+
+def _require_scorer(config: Any) -> None:
+    """Refuse the configuration of another model than a classifier of one label."""
+    architecture = (config.architectures or ["model for sequence classification"])[0]
+    if config.architectures and not architecture.endswith("ForSequenceClassification"):
+        raise _Refused(
+            f"is a {architecture}; expected a model for sequence classification "
+            "(trained with --mode=sequence_scorer)"
+        )
+    if config.num_labels != 1:
+        raise _Refused(f"has {config.num_labels} labels; expected 1, the score of a sequence")
 
 
 def _some(names: Iterable[str]) -> str:
@@ -206,17 +184,11 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
-def _unwrapped(name: str) -> str:
-    """A parameter's name without what wrappers of the model put before it."""
-    while name.startswith(WRAPPERS):
-        name = name.split(".", 1)[1]
-    return name
-
-
-def _dtype(dtype: Any, path: Path) -> torch.dtype:
+def _dtype(dtype: Any) -> torch.dtype:
+    """The dtype that was asked for."""
     if dtype is None or dtype == "auto":
         return torch.float32
     named = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise ValueError(f"judge checkpoint {path} cannot be loaded as dtype={dtype!r}; try 'float32'")
+        raise _Refused(f"cannot be loaded as dtype={dtype!r}; try 'float32'")
     return named

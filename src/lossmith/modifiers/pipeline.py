@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lossmith.core.former_names import former
 from lossmith.core.metrics import Metrics
+from lossmith.engine.predictions import Predictions
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.evaluation import whole_batch_reason
 from lossmith.equation.output import LossOutput
@@ -238,7 +239,7 @@ class LossModifierPipeline(WrappedObjective):
 
     def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]  (it takes more)
         self,
-        logits: Tensor | None = None,
+        logits: Tensor | Predictions | None = None,
         targets: Tensor | None = None,
         *,
         model_mode: ModelMode | str | None = None,
@@ -258,8 +259,9 @@ class LossModifierPipeline(WrappedObjective):
         targets = given_targets(targets)
         inputs["mask"], inputs["attention_mask"] = both_masks(mask, attention_mask)
         inputs["denominator"] = either("denominator", denominator, "num_items_in_batch", num_items_in_batch)
+        shown = None if isinstance(logits, Predictions) else logits
         call = self._call(
-            self._mode(model_mode, logits, targets),
+            self._mode(model_mode, shown, targets),
             reduction,
             ignore_index,
             loss=loss,
@@ -336,6 +338,10 @@ class LossModifierPipeline(WrappedObjective):
         own: Reduction = self.base.reduction
         weighs = any(modifier.weighs for modifier in active)
         return "sequence_mean" if weighs and own in ("mean", "token_mean") else own
+
+    @property
+    def resolved_reduction(self) -> Reduction:
+        return self._reduction("auto", self._enabled(self.model_mode or ModelMode.LANGUAGE_MODEL))
 
     def _check_inputs(self, inputs: Iterable[str]) -> None:
         """Custom modifiers may take anything but what is nearly a name of ours; without one an unknown name

@@ -96,6 +96,11 @@ class ComposedLoss(WrappedObjective):
     def reads(self) -> Reads:
         return joined(self.base.reads, *(component.reads for _, component, _ in self._active()))
 
+    @property
+    def wanted_inputs(self) -> set[str]:
+        parts = [component for _, component, _ in self._active()]
+        return self.base.wanted_inputs.union(*((*part.required, *part.optional) for part in parts))
+
     def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
         wanted = [component.also_read(batch, inputs) for _, component, _ in self._active()]
         found = [some for some in (super().also_read(batch, inputs), *wanted) if some is not None]

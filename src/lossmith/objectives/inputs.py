@@ -46,13 +46,13 @@ _HEAD_OPTIONS = (
 
 
 def take_predictions(
-    logits: Tensor | None, inputs: Mapping[str, Any], taken: Collection[str]
+    logits: Tensor | Predictions | None, inputs: Mapping[str, Any], taken: Collection[str]
 ) -> tuple[Predictions, dict[str, Any]]:
     """The predictions that the inputs hold, and the inputs that are left for the objective.
 
     Args:
-        logits: [..., V]; where it is None the inputs have ``hidden_states`` [..., D] and ``lm_head_weight``
-            [V, D], and may have the rest of ``HEAD_INPUTS``.
+        logits: [..., V], or predictions of another kind; where it is None the inputs have ``hidden_states``
+            [..., D] and ``lm_head_weight`` [V, D], and may have the rest of ``HEAD_INPUTS``.
         inputs: by name.
         taken: names that the objective takes itself.
 
@@ -66,7 +66,7 @@ def take_predictions(
         for name in given:
             if name not in taken:
                 raise TypeError(f"{name} is for the loss without logits; pass either logits or {name}")
-        return Logits(logits), rest
+        return (logits if isinstance(logits, Predictions) else Logits(logits)), rest
     missing = [name for name in HEAD_INPUTS[:2] if name not in given]
     if missing:
         raise TypeError(
@@ -77,11 +77,17 @@ def take_predictions(
         if kind.name in given:
             given[kind.name] = kind.check(given[kind.name])
     hidden, weight, bias = (given.pop(name, None) for name in HEAD_INPUTS[:3])
-    scale = given.pop("lm_head_scale", 1.0)
-    if scale != 1:  # of the logits, in what they are made of
-        hidden, bias = hidden * scale, None if bias is None else bias * scale
     options = {name.removeprefix("lm_head_"): value for name, value in given.items()}
-    return LinearHead(hidden, weight, bias, **options), rest
+    return scaled_head(hidden, weight, bias, **options), rest
+
+
+def scaled_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float | Tensor = 1.0, **options: Any
+) -> LinearHead:
+    """A head whose logits are ``scale`` times as large, by what they are made of."""
+    if scale != 1:
+        hidden, bias = hidden * scale, None if bias is None else bias * scale
+    return LinearHead(hidden, weight, bias, **options)
 
 
 def given_targets(targets: Tensor | None) -> Tensor:

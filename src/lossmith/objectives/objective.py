@@ -112,6 +112,16 @@ class Objective(nn.Module):
         """The statistics that :meth:`complete` reads, to be computed with those of the terms."""
         return ("unscaled.nll",) if isinstance(self.temperature, AdaptiveTemperature) else ()
 
+    @property
+    def wanted_inputs(self) -> set[str]:
+        """The names of the inputs that it would use now; a component that is off takes some and uses none."""
+        return set(self.input_names)
+
+    @property
+    def resolved_reduction(self) -> Reduction:
+        """How the tokens of a batch are averaged now."""
+        return self.reduction
+
     def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
         """[N] bool, positions without a target whose statistics :meth:`complete` reads all the same, from
         ``output.all_stats``; None for none."""
@@ -137,7 +147,7 @@ class Objective(nn.Module):
 
     def evaluate(
         self,
-        logits: Tensor | None = None,
+        logits: Tensor | Predictions | None = None,
         targets: Tensor | None = None,
         *,
         mask: Tensor | None = None,
@@ -157,7 +167,7 @@ class Objective(nn.Module):
         time; value and gradients are the same.
 
         Args:
-            logits: [..., T, V], or None.
+            logits: [..., T, V]; a ``LinearHead`` that would make them; or None.
             targets: [..., T] ids, or unshifted labels with ``shift``.
             mask: [..., T] bool or integers, 0 where a target does not count.
             attention_mask: another name of it; where both are given, this one is for what components

@@ -11,6 +11,7 @@ from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.output import LossOutput
+from lossmith.equation.reduction import Reduction
 from lossmith.equation.term import Reads, Term, TokenLoss, Weigh
 from lossmith.objectives.objective import Objective
 from lossmith.options import option, strict_options
@@ -63,6 +64,14 @@ class WrappedObjective(Objective):
     @property
     def reads(self) -> Reads:
         return self.base.reads
+
+    @property
+    def wanted_inputs(self) -> set[str]:
+        return self.base.wanted_inputs
+
+    @property
+    def resolved_reduction(self) -> Reduction:
+        return self.base.resolved_reduction
 
     def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
         return self.base.also_read(batch, inputs)

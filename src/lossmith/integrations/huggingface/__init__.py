@@ -5,26 +5,21 @@
 that does all of it.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lossmith.integrations.huggingface.attachment import attach, detach
-    from lossmith.integrations.huggingface.loss_function import compute_loss_func
-    from lossmith.integrations.huggingface.trainer import LossTrainer
+from lossmith.integrations.huggingface.attachment import attach, detach
+from lossmith.integrations.huggingface.labels import compute_loss_func
 
-_HOMES = {
-    "LossTrainer": "trainer",
-    "attach": "attachment",
-    "compute_loss_func": "loss_function",
-    "detach": "attachment",
-}
+if TYPE_CHECKING:
+    from lossmith.integrations.huggingface.trainer import LossTrainer
 
 __all__ = ["LossTrainer", "attach", "compute_loss_func", "detach"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: `attach` need not load the Trainer."""
-    if name not in _HOMES:
+    """Import the Trainer when it is first used: `attach` need not load it."""
+    if name != "LossTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    from lossmith.integrations.huggingface.trainer import LossTrainer
+
+    return LossTrainer

@@ -8,19 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lossmith.engine.head.linear_head import LinearHead
 from lossmith.equation.output import LossOutput
-from lossmith.integrations.huggingface.fused_head import FusedHead, HeadInput
-from lossmith.integrations.huggingface.labels import (
-    check_num_items,
-    label_mask,
-    segments,
-    targets_of,
-    wanted_inputs,
-)
+from lossmith.integrations.huggingface.fused_head import FusedHead
+from lossmith.integrations.huggingface.labels import check_num_items, label_mask, segments, targets_of
 from lossmith.objectives.objective import Objective
-from lossmith.objectives.unified import UnifiedLoss
 from lossmith.options import nearest
 
+NAME = "attached_loss"
 # What a caller may pass besides the objective's own inputs.
 PER_BATCH = ("denominator", "segment_ids", "token_weight")
 # What an objective calls by one name and a model by another.
@@ -29,78 +24,82 @@ OTHER_NAMES = {"targets": "labels", "mask": "attention_mask"}
 
 class AttachedLoss(nn.Module):
     """An objective as a part of a model. Its parameters are the model's, so that whatever wraps the model
-    trains and synchronises them, but the model's ``state_dict`` does not have them.
+    trains and synchronises them, but the model's ``state_dict`` does not have them."""
 
-    Args:
-        objective: the loss.
-        known: names of the inputs that the model takes.
-        fused: the head whose logits need not be there, or None.
-        shift: how many steps ahead the model's logits predict its labels.
-
-    Attributes:
-        parts: what the last batch's loss was made of, detached; None before the first.
-        observe: what is wanted of every batch besides its loss, made of the output, or None.
-        observed: that of the last batch, detached.
-        inner: what stood in the model's own ``forward`` attribute when the loss was attached, or None.
-    """
-
-    def __init__(
-        self, objective: Objective, known: frozenset[str], fused: FusedHead | None, shift: int
-    ) -> None:
+    def __init__(self, objective: Objective, known: frozenset[str], fused: FusedHead, shift: int) -> None:
         super().__init__()
         self.objective = objective
-        self.known = known
-        self.fused = fused
-        self.shift = shift
-        self.head_input = HeadInput(fused)
+        self.known = known  # names of the inputs that the model takes
+        self.fused = fused  # the model's head
+        self.shift = shift  # how many steps ahead the model's logits predict its labels
+        self.leaves_out_logits = False  # also where the model is evaluated
+        # Of the last batch, detached: what its loss was made of, and what `observe` makes of its output.
         self.parts: dict[str, Tensor] | None = None
         self.observe: Callable[[LossOutput], Tensor] | None = None
         self.observed: Tensor | None = None
+        # For detach: the model's own forward and loss_type, if it has them, and what was frozen.
         self.inner: Callable[..., Any] | None = None
-        self.handles: list[RemovableHandle] = []
-        self.loss_type: Any = None  # the model's own, for detach
+        self.loss_type: Any = None
         self.frozen: list[nn.Parameter] = []
-        self.has_run = False
-        self.leaves_out_logits = False  # also where the model is evaluated
+        self.handles: list[RemovableHandle] = []
+        self._has_run = False
         self.register_state_dict_post_hook(_leave_out)
         self.register_load_state_dict_post_hook(_expect_nothing)
 
-    def wants(self, name: str) -> bool:
-        """Whether the objective would use this input now."""
-        return name in wanted_inputs(self.objective)
+    def run(
+        self, model: Any, forward: Callable[..., Any], inputs: dict[str, Any], given: Mapping[str, Any]
+    ) -> Any:
+        """What the model returns for a batch with labels: its own output, with the objective's loss in it.
 
-    # ── what the model makes on its way ───────────────────────────────────────────────────────────
-
-    def skips_head(self, model: nn.Module, given: Mapping[str, Any]) -> bool:
-        """Whether the loss is to be made without the logits in the forward that begins: in training, unless
-        the caller has other hidden states for the objective."""
-        if self.fused is None or not self.fused.is_usable or given.get("hidden_states") is not None:
-            return False
-        return model.training or self.leaves_out_logits
-
-    def after_forward(
-        self, model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], output: Any
-    ) -> None:
-        """A forward hook of the model.
-
-        Raises:
-            RuntimeError: a forward that was put in place of ours took the labels.
+        Args:
+            model, forward: the model that this is a part of, and as it is without the loss.
+            inputs, given: what the model was called with, and what else the caller has for the objective.
         """
-        has_run, self.has_run = self.has_run, False
-        if inputs.get("labels") is not None and not has_run:
-            raise RuntimeError(
-                f"the labels went past the {type(self.objective).__name__} that is attached to this model: "
-                "something replaced model.forward afterwards, as Liger's fused cross-entropy and TRL's "
-                "trainers do. Switch that off, or make the trainer class T(LossTrainer, ThatTrainer)"
+        self._check_names({**inputs, **given})
+        labels, num_items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
+        as_dict = inputs.pop("return_dict", None)
+        if as_dict is None:
+            as_dict = getattr(model.config, "return_dict", True)
+        wanted = self.objective.wanted_inputs
+        asks_routers = "gate_logits" in wanted and given.get("gate_logits") is None
+        were_asked = inputs.get("output_router_logits")
+        if were_asked is None:
+            were_asked = getattr(model.config, "output_router_logits", False)
+        if asks_routers:
+            inputs["output_router_logits"] = True
+        inputs["return_dict"] = True
+        leaves_out = model.training or self.leaves_out_logits
+        output, hidden, predictions = self.fused.run(
+            model,
+            lambda: forward(**inputs),  # it sees no labels, and so adds no loss of its own
+            # a tuple's places stay, and the caller's hidden states may be others than the head's
+            leaves_out=leaves_out and as_dict and given.get("hidden_states") is None,
+            listens="hidden_states" in wanted,
+        )
+        if asks_routers and not output.get("router_logits"):
+            raise ValueError(
+                f"the objective balances experts, and {type(model).__name__} returns no router_logits; pass "
+                "gate_logits=, or give the component a weight of 0"
             )
+        made = {
+            "hidden_states": hidden,
+            "lm_head_weight": getattr(model.get_output_embeddings(), "weight", None),
+            "memory_budget": self.fused.memory_budget,
+            "gate_logits": [z for z in output.get("router_logits") or () if z is not None] or None,
+            "segment_ids": segments(inputs.get("position_ids"), labels),
+        }
+        own = {name: value for name, value in given.items() if value is not None}
+        used = {"segment_ids", *wanted} - own.keys()  # what the caller has goes first
+        own |= {name: value for name, value in made.items() if value is not None and name in used}
+        loss = self._evaluate(predictions, labels, inputs, own, num_items)
+        left_out = () if were_asked or not asks_routers else ("router_logits", "aux_loss")
+        left_out += ("logits",) if isinstance(predictions, LinearHead) else ()
+        values = {name: value for name, value in output.items() if name not in left_out}
+        result = type(output)(**{**values, "loss": loss})
+        return result if as_dict else result.to_tuple()
 
-    # ── the loss ──────────────────────────────────────────────────────────────────────────────────
-
-    def check(self, inputs: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            TypeError: an input that neither the model nor the objective takes.
-        """
+    def _check_names(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse an input that neither the model nor the objective takes."""
         known = {*self.known, *PER_BATCH, *self.objective.input_names}
         for name in inputs:
             if name not in known:
@@ -112,60 +111,50 @@ class AttachedLoss(nn.Module):
                     "class T(LossTrainer, ThatTrainer)"
                 )
 
-    def evaluate(
+    def _evaluate(
         self,
-        predictions: Mapping[str, Any],
+        predictions: Tensor | LinearHead,
         labels: Tensor,
         inputs: Mapping[str, Any],
-        given: Mapping[str, Any],
-        made: Mapping[str, Any],
-        num_items_in_batch: Any = None,
+        own: dict[str, Any],
+        num_items: Any,
     ) -> Tensor:
-        """The loss of a batch.
-
-        Args:
-            predictions: ``logits`` [B, T, V], or what :meth:`FusedHead.inputs` has in their place.
-            labels: [B, T], as the model takes them.
-            inputs: what the model was called with.
-            given: what the caller has for the objective.
-            made: what the model made for it; the caller's goes first.
-            num_items_in_batch: the number of tokens, if the caller has no ``denominator``.
-        """
-        loss, own = self.objective, dict(given)
-        device = next(iter(predictions.values())).device
+        """The loss of a batch, divided by ``num_items`` tokens where there is no other denominator."""
+        loss, device = self.objective, predictions.device
         labels = labels.to(device)
-        denominator = own.pop("denominator", None)
-        if denominator is None and num_items_in_batch is not None:
+        if num_items is not None and "denominator" not in own:
             check_num_items(loss)
-            denominator = num_items_in_batch
+            own["denominator"] = num_items
         ids = inputs.get("input_ids")
         mask = label_mask(inputs.get("attention_mask"), labels)
-        if own.get("segment_ids") is None:
-            own["segment_ids"] = segments(inputs.get("position_ids"), labels)
-        for name, value in made.items():
-            if value is not None and own.get(name) is None and self.wants(name):
-                own[name] = value
-        own = {
-            name: value.to(device) if name in PER_BATCH and value is not None else value
-            for name, value in own.items()
-        }
+        own |= {name: own[name].to(device) for name in ("segment_ids", "token_weight") if name in own}
         output = loss.evaluate(
-            targets=targets_of(loss, labels),
+            predictions,
+            targets_of(loss, labels),
             mask=None if mask is None else mask.to(device),
             input_ids=ids.to(device) if ids is not None and ids.shape == labels.shape else None,
-            denominator=denominator,
             shift=self.shift,
-            **{**own, **predictions},
+            **own,
         )
-        self.has_run = True
-        self.parts = {name: part.detach() for name, part in _parts(loss, output).items()}
+        self._has_run = True
+        self.parts = {name: part.detach() for name, part in output.parts.items()}
         self.observed = None if self.observe is None else self.observe(output).detach()
         return output.total
 
+    def count(self, labels: Tensor, attention_mask: Any = None) -> Tensor:
+        """What the objective divides by, for labels [B, T] as the model takes them."""
+        mask = label_mask(attention_mask, labels)
+        return self.objective.count(targets_of(self.objective, labels), mask=mask, shift=self.shift)
 
-def _parts(loss: Objective, output: LossOutput) -> dict[str, Tensor]:
-    parts = loss.detailed(output) if isinstance(loss, UnifiedLoss) else output.parts
-    return {name: part for name, part in parts.items() if name != "total_loss"}
+    def after_forward(self, model: nn.Module, args: Any, inputs: Mapping[str, Any], output: Any) -> None:
+        """A forward hook of the model: refuse labels that a forward in place of ours took."""
+        has_run, self._has_run = self._has_run, False
+        if inputs.get("labels") is not None and not has_run:
+            raise RuntimeError(
+                f"the labels went past the {type(self.objective).__name__} that is attached to this model: "
+                "something replaced model.forward afterwards, as Liger's fused cross-entropy and TRL's "
+                "trainers do. Switch that off, or make the trainer class T(LossTrainer, ThatTrainer)"
+            )
 
 
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -178,6 +167,3 @@ def _expect_nothing(module: nn.Module, incompatible_keys: Any) -> None:
     """And nothing of the loss is missing where a model's state is loaded."""
     missing = incompatible_keys.missing_keys
     missing[:] = [name for name in missing if f".{NAME}." not in f".{name}"]
-
-
-NAME = "attached_loss"

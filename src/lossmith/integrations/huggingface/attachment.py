@@ -12,9 +12,10 @@ from torch import nn
 from lossmith.components.moe import MoEBalance
 from lossmith.components.mtp import MTP
 from lossmith.engine.head.plan import Strategy
+from lossmith.equation.batch import num_steps
 from lossmith.integrations.huggingface.attached_loss import NAME, PER_BATCH, AttachedLoss
 from lossmith.integrations.huggingface.fused_head import FusedHead
-from lossmith.integrations.huggingface.labels import check_objective, steps_read, wanted_inputs
+from lossmith.integrations.huggingface.labels import NEXT_TOKEN, check_objective
 from lossmith.integrations.huggingface.trial import Trial, steps_of_loss_function, try_out
 from lossmith.objectives.objective import Objective
 
@@ -22,6 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 # What models take by their ``**kwargs`` and no signature shows.
 TAKEN_BY_ALL = {"return_dict", "output_hidden_states", "output_attentions", "use_cache", "cache_position"}
+OTHER_TASKS = ("MASKED_LM", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING")
 
 
 def attach(
@@ -81,24 +83,23 @@ def attach(
     detach(model)
     trial = try_out(base)
     shift = _steps_of(base, loss, trial)
-    own = inspect.signature(type(base).forward).parameters
-    extras = tuple(dict.fromkeys(n for n in (*PER_BATCH, *loss.input_names) if n not in own))
-    head = base.get_output_embeddings()
-    fused = None if materialize_logits else FusedHead(base, trial, strategy, memory_budget)
+    fused = FusedHead(base, trial, strategy, memory_budget, materialize=materialize_logits)
     attached = AttachedLoss(loss, _known_inputs(base), fused, shift)
+    head = base.get_output_embeddings()
     loss.to(next((head or base).parameters()).device)
-    attached.handles.append(base.register_forward_hook(attached.after_forward, with_kwargs=True))
-    if head is not None:
-        attached.handles += attached.head_input.watch(head)
-        attached.frozen = _unused(loss)
-        for parameter in attached.frozen:
-            parameter.requires_grad_(False)
+    attached.handles = [base.register_forward_hook(attached.after_forward, with_kwargs=True)]
+    attached.handles += fused.watch(base)
+    attached.frozen = [] if head is None else _unused(loss)
+    for parameter in attached.frozen:
+        parameter.requires_grad_(False)
     # By this the Trainer knows whether position 0 has a target. GPT-2 has none of it, and Bart's decoder one
     # that is wrong.
     attached.loss_type = vars(base).get("loss_type")
     base.loss_type = "ForCausalLM" if shift else None
     attached.inner = vars(base).pop("forward", None)
-    base.__class__ = _with_loss(type(base), extras)
+    own = inspect.signature(type(base).forward).parameters
+    extras = dict.fromkeys(name for name in (*PER_BATCH, *loss.input_names) if name not in own)
+    base.__class__ = _with_loss(type(base), tuple(extras))
     base.add_module(NAME, attached)
     for module in {id(module): module for module in (base, model)}.values():
         _hide_buffers_from_ddp(module, attached)
@@ -145,6 +146,9 @@ def _inside(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+# ── the model's class ─────────────────────────────────────────────────────────────────────────────
+
+
 @functools.cache
 def _with_loss(original: type, extras: tuple[str, ...]) -> type:
     """The class ``original`` with a loss in its forward, under the same name.
@@ -157,12 +161,19 @@ def _with_loss(original: type, extras: tuple[str, ...]) -> type:
         attached: AttachedLoss | None = getattr(self, NAME, None)
         if attached is None:  # detached, and a wrapper holds on to this function
             return original.forward(self, *args, **inputs)
-        inputs.update({name: args[i] for i, name in enumerate(names[: len(args)])})
+        plain = functools.partial(original.forward, self) if attached.inner is None else attached.inner
+        inputs.update(zip(names, args, strict=False))
         given = {name: inputs.pop(name) for name in extras if name in inputs}
-        if inputs.get("labels") is None:
-            _check_labels_are_nowhere(attached, inputs.pop("num_items_in_batch", None))
-            return _call(original, self, attached, inputs)
-        return _forward_with_loss(original, self, attached, inputs, given)
+        if inputs.get("labels") is not None:
+            return attached.run(self, plain, inputs, given)
+        if inputs.pop("num_items_in_batch", None) is not None:
+            raise ValueError(
+                "num_items_in_batch came without labels to a model that has a "
+                f"{type(attached.objective).__name__} attached: the Trainer keeps them for a loss of its "
+                "own, and the objective would never be computed. Leave out its label_smoothing_factor (make "
+                "the objective with label_smoothing=) and compute_loss_func"
+            )
+        return plain(**inputs)
 
     forward.__signature__ = _signature(original, extras)  # type: ignore[attr-defined]
     forward.__doc__ = original.forward.__doc__
@@ -172,82 +183,11 @@ def _with_loss(original: type, extras: tuple[str, ...]) -> type:
         make, args, *rest = super(made, self).__reduce_ex__(protocol)
         return _restore, (make, original, extras, args[1:]), *rest
 
-    body = {
-        "forward": forward,
-        "accepts_loss_kwargs": True,  # what the Trainer asks before it passes num_items_in_batch
-        "without_loss": original,
-        "__reduce_ex__": reduce,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-    }
+    body = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"forward": forward, "without_loss": original, "__reduce_ex__": reduce}
+    body["accepts_loss_kwargs"] = True  # what the Trainer asks before it passes num_items_in_batch
     made = type(original.__name__, (original,), body)
     return made
-
-
-def _forward_with_loss(
-    original: type, model: Any, attached: AttachedLoss, inputs: dict[str, Any], given: dict[str, Any]
-) -> Any:
-    attached.check({**inputs, **given})
-    labels, num_items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
-    as_dict = inputs.pop("return_dict", None)
-    if as_dict is None:
-        as_dict = getattr(model.config, "return_dict", True)
-    asks_routers = attached.wants("gate_logits") and given.get("gate_logits") is None
-    were_asked = inputs.get("output_router_logits")
-    if were_asked is None:
-        were_asked = getattr(model.config, "output_router_logits", False)
-    if asks_routers:
-        inputs["output_router_logits"] = True
-    inputs["return_dict"] = True
-    # It sees no labels, and so adds no loss of its own.
-    skips_head = as_dict and attached.skips_head(model, given)  # a tuple's places stay
-    head = model.get_output_embeddings()
-    output, hidden, is_fused = attached.head_input.during(
-        lambda: _call(original, model, attached, inputs),
-        keeps=attached.wants("hidden_states"),
-        skips=skips_head,
-    )
-    if asks_routers and not output.get("router_logits"):
-        raise ValueError(
-            f"the objective balances experts, and {type(model).__name__} returns no router_logits; pass "
-            "gate_logits=, or give the component a weight of 0"
-        )
-    made = {
-        "hidden_states": hidden,
-        "lm_head_weight": getattr(head, "weight", None),
-        "gate_logits": [z for z in output.get("router_logits") or () if z is not None] or None,
-    }
-    predictions = {"logits": output["logits"]}
-    if is_fused:
-        assert attached.fused is not None
-        assert hidden is not None
-        predictions = attached.fused.inputs(head, hidden)
-    loss = attached.evaluate(predictions, labels, inputs, given, made, num_items)
-    left_out = () if were_asked or not asks_routers else ("router_logits", "aux_loss")
-    left_out += ("logits",) if is_fused else ()
-    values = {name: value for name, value in output.items() if name not in left_out}
-    result = type(output)(**{**values, "loss": loss})
-    return result if as_dict else result.to_tuple()
-
-
-def _check_labels_are_nowhere(attached: AttachedLoss, num_items_in_batch: Any) -> None:
-    """
-    Raises:
-        ValueError: labels were counted, and kept from the model.
-    """
-    if num_items_in_batch is not None:
-        name = type(attached.objective).__name__
-        raise ValueError(
-            f"num_items_in_batch came without labels to a model that has a {name} attached: the Trainer "
-            "keeps them for a loss of its own, and the objective would never be computed. Leave out its "
-            "label_smoothing_factor (make the objective with label_smoothing=) and compute_loss_func"
-        )
-
-
-def _call(original: type, model: Any, attached: AttachedLoss, inputs: dict[str, Any]) -> Any:
-    """The model as it is without the loss."""
-    return attached.inner(**inputs) if attached.inner is not None else original.forward(model, **inputs)
 
 
 def _restore(make: Any, original: type, extras: tuple[str, ...], args: tuple[Any, ...]) -> Any:
@@ -258,42 +198,12 @@ def _restore(make: Any, original: type, extras: tuple[str, ...], args: tuple[Any
 def _signature(original: type, extras: tuple[str, ...]) -> inspect.Signature:
     """The model's, and the loss's inputs: the Trainer keeps the columns of a data set that it finds in it."""
     own = inspect.signature(original.forward)
-    named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    rest = [p for p in own.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in extras]
-    return own.replace(parameters=[*named, *more, *rest])
+    # by kind, as **kwargs come last; sorting leaves the rest in order
+    return own.replace(parameters=sorted([*own.parameters.values(), *more], key=lambda p: p.kind))
 
 
-def _known_inputs(model: Any) -> frozenset[str]:
-    """Names that the model, or the model without its head, takes."""
-    from transformers.utils.generic import TransformersKwargs
-
-    known = TAKEN_BY_ALL | set(TransformersKwargs.__annotations__)
-    for module in (model, getattr(model, "base_model", model)):
-        known |= set(inspect.signature(type(module).forward).parameters)
-    return frozenset(known - {"self", "args", "kwargs"})
-
-
-def _steps_of(base: Any, loss: Objective, trial: Trial) -> int:
-    """How many steps ahead the model's logits predict its labels. Says what was not found out."""
-    own = steps_of_loss_function(base) if trial.shift is None else trial.shift
-    name = type(base).__name__
-    shift = steps_read(loss, own)
-    assumed = "" if own is not None else f" Its logits[t] are taken to predict labels[t + {shift}]."
-    if trial.why_not is not None:
-        warnings.warn(
-            f"{name} could not be tried on a few tokens ({trial.why_not}): what it does to its logits is "
-            "looked at in the first batch, and where that is compiled they are computed as always, all at "
-            f"once.{assumed}",
-            stacklevel=3,
-        )
-    elif assumed and loss.shift is None:
-        warnings.warn(
-            f"the loss of {name} does not show which logits predict a label.{assumed} Make the objective "
-            "with shift= to say that you know",
-            stacklevel=3,
-        )
-    return shift
+# ── what fits together ────────────────────────────────────────────────────────────────────────────
 
 
 def _causal_model(model: Any) -> Any:
@@ -310,7 +220,7 @@ def _causal_model(model: Any) -> Any:
     if (
         getattr(base.config, "is_encoder_decoder", False)
         or "labels" not in inspect.signature(type(base).forward).parameters
-        or _predicts_something_else(base)
+        or _predicts_something_else(type(base).__name__)
     ):
         raise ValueError(
             f"attach takes causal language models, which have labels of their input; {type(base).__name__} "
@@ -319,29 +229,59 @@ def _causal_model(model: Any) -> Any:
     return base
 
 
-def _predicts_something_else(model: Any) -> bool:
-    """Whether transformers knows the model's class as one that predicts masked tokens, classes or spans: of a
-    masked one, a loss of the next token would be computed without complaint."""
-    from transformers.models.auto import modeling_auto as known
+def _predicts_something_else(name: str) -> bool:
+    """Whether transformers knows the class as one that predicts masked tokens, classes or spans: of a masked
+    one, a loss of the next token would be computed without complaint."""
+    from transformers.models.auto import modeling_auto
 
-    others = (
-        known.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        known.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        known.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    )
-    name = type(model).__name__
-    is_causal = name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return not is_causal and any(name in names.values() for names in others)
+    def does(task: str) -> bool:
+        return name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()
+
+    return not does("CAUSAL_LM") and any(map(does, OTHER_TASKS))
+
+
+def _known_inputs(model: Any) -> frozenset[str]:
+    """Names that the model, or the model without its head, takes."""
+    from transformers.utils.generic import TransformersKwargs
+
+    known = TAKEN_BY_ALL | set(TransformersKwargs.__annotations__)
+    for module in (model, getattr(model, "base_model", model)):
+        known |= set(inspect.signature(type(module).forward).parameters)
+    return frozenset(known - {"self", "args", "kwargs"})
+
+
+def _steps_of(base: Any, loss: Objective, trial: Trial) -> int:
+    """How many steps ahead the model's logits predict its labels: as many as the objective asks for, or else
+    as many as in the model's own loss. ``shift=False`` asks for nothing where that is known. Says what is
+    not."""
+    name, assumed = type(base).__name__, ""
+    shift = steps_of_loss_function(base) if trial.shift is None else trial.shift
+    said = None if loss.shift is None else num_steps(loss.shift)
+    if shift is None:
+        shift = NEXT_TOKEN if said is None else said
+        assumed = f" Its logits[t] are taken to predict labels[t + {shift}]."
+    elif said:
+        shift = said
+    if trial.why_not is not None:
+        warnings.warn(
+            f"{name} could not be tried on a few tokens ({trial.why_not}): what it does to its logits is "
+            "looked at in the first batch, and where that is compiled they are computed as always, all at "
+            f"once.{assumed}",
+            stacklevel=3,
+        )
+    elif assumed and loss.shift is None:
+        warnings.warn(
+            f"the loss of {name} does not show which logits predict a label.{assumed} Make the objective "
+            "with shift= to say that you know",
+            stacklevel=3,
+        )
+    return shift
 
 
 def _check_experts(model: Any, loss: Objective) -> None:
-    """
-    Raises:
-        ValueError: the objective would count other choices of experts than the model makes.
-    """
+    """Refuse an objective that would count other choices of experts than the model makes."""
     per_token = getattr(model.config, "num_experts_per_tok", None)
-    for module in loss.modules() if "gate_logits" in wanted_inputs(loss) else ():
+    for module in loss.modules() if "gate_logits" in loss.wanted_inputs else ():
         if isinstance(module, MoEBalance) and isinstance(per_token, int) and module.top_k != per_token:
             raise ValueError(
                 f"the objective counts {module.top_k} experts a token (top_k), and {type(model).__name__} "
@@ -352,9 +292,7 @@ def _check_experts(model: Any, loss: Objective) -> None:
 def _unused(loss: Objective) -> list[nn.Parameter]:
     """Unembeddings that give way to the model's own: without a gradient, DDP would wait for theirs."""
     heads = [module for module in loss.modules() if isinstance(module, MTP) and module.shared_projection]
-    spare = [
-        parameter for module in heads if module.unembedding for parameter in module.unembedding.parameters()
-    ]
+    spare: Any = [head.unembedding.weight for head in heads if head.unembedding is not None]
     return [parameter for parameter in spare if parameter.requires_grad]
 
 
@@ -367,6 +305,7 @@ def _hide_buffers_from_ddp(module: nn.Module, attached: AttachedLoss) -> None:
 
 
 def _show_buffers_to_ddp(module: nn.Module) -> None:
+    """As it was before."""
     others = [name for name in vars(module).pop(IGNORED_BY_DDP, ()) if NAME not in name.split(".")]
     if others:
         setattr(module, IGNORED_BY_DDP, others)

@@ -1,101 +1,118 @@
-"""What Hugging Face calls labels and what it counts, read as an objective reads them."""
+"""What Hugging Face calls labels and what it counts, read as an objective reads them; ``compute_loss_func``,
+which has nothing else to read."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lossmith.equation.batch import num_steps
-from lossmith.equation.reduction import Reduction
 from lossmith.modifiers.base import ModelMode
-from lossmith.modifiers.pipeline import LossModifierPipeline
-from lossmith.objectives.composed import ComposedLoss
 from lossmith.objectives.objective import Objective
-from lossmith.objectives.wrapped import WrappedObjective
 
 IGNORED = -100  # Hugging Face's, whatever an objective has
 NEXT_TOKEN = 1
+# In the names of outputs whose labels belong to the logits at their own position.
+ALIGNED = ("MaskedLM", "Classif", "Seq2Seq")
+
+
+def compute_loss_func(loss: Objective) -> Callable[..., Tensor]:
+    """``(outputs, labels, num_items_in_batch=None) -> loss``, for ``Trainer(compute_loss_func=...)``.
+
+    The objective's ``shift`` says which logits predict a label. Where it is None, the output does: those of
+    masked models, token classifiers and encoder-decoders have labels at their own positions, a sequence
+    classifier has one a sample, and all others predict the next token. The sum is divided by
+    ``num_items_in_batch``, which the Trainer counts over micro-batches and ranks. There is nothing here but
+    the model's output and the labels: labels have to be -100 at padding, repetition penalties see the labels
+    as their context, and components find ``gate_logits`` and ``hidden_states`` where the output has
+    ``router_logits`` and ``hidden_states``. :class:`LossTrainer` has none of these limits.
+
+    Args:
+        loss: an objective without parameters: nothing would train or save them.
+
+    Raises:
+        TypeError: no objective; in a batch, labels that are no ids.
+        ValueError: an objective with parameters to train, or one that divides by something else than tokens;
+            in a batch, a shift where there is no sequence.
+
+    Example:
+        >>> import torch, lossmith
+        >>> from lossmith.integrations.huggingface import compute_loss_func
+        >>> function = compute_loss_func(lossmith.CrossEntropyLoss(label_smoothing=0.1))
+        >>> outputs = {"logits": torch.zeros(2, 4, 10)}
+        >>> round(function(outputs, torch.ones(2, 4, dtype=torch.long), num_items_in_batch=12).item(), 4)
+        1.1513
+    """
+    check_objective(loss, modes=(ModelMode.LANGUAGE_MODEL, ModelMode.TOKEN_CLASSIFIER))
+    if any(parameter.requires_grad for parameter in loss.parameters()):
+        raise ValueError(
+            f"this {type(loss).__name__} has parameters, and compute_loss_func would neither train, nor "
+            "synchronise, nor save them; use LossTrainer, or attach(model, loss)"
+        )
+    check_num_items(loss)
+
+    def compute(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        shift = _steps_ahead(loss, outputs, labels)
+        if num_items_in_batch is not None:
+            check_num_items(loss)  # modifiers may have been switched on
+        if any(buffer.device != logits.device for buffer in loss.buffers()):
+            loss.to(logits.device)
+        targets = targets_of(loss, labels.to(logits.device))
+        inputs = _made(loss, outputs) if isinstance(outputs, Mapping) else {}
+        return loss.evaluate(logits, targets, denominator=num_items_in_batch, shift=shift, **inputs).total
+
+    return compute
+
+
+# ── what is refused ───────────────────────────────────────────────────────────────────────────────
 
 
 def check_objective(loss: Any, modes: Collection[ModelMode] = (ModelMode.LANGUAGE_MODEL,)) -> None:
-    """
-    Args:
-        loss: what is to be an objective.
-        modes: the modes that a pipeline may have.
-
-    Raises:
-        TypeError: no objective.
-        ValueError: one whose loss is no number, or that is not of tokens.
-    """
+    """Refuse what is no objective, one whose loss is no number, and a pipeline of another mode."""
     if not isinstance(loss, Objective):
         raise TypeError(f"loss must be a lossmith.Objective; got {type(loss).__name__}")
-    if isinstance(loss, LossModifierPipeline) and loss.model_mode not in (None, *modes):
+    mode: ModelMode | None = getattr(loss, "model_mode", None)
+    if mode is not None and mode not in modes:
         names = " or ".join(mode.name for mode in modes)
-        raise ValueError(f"expected a pipeline of model_mode={names}; got {loss.model_mode.name}")
-    if resolved_reduction(loss) == "none":
+        raise ValueError(f"expected a pipeline of model_mode={names}; got {mode.name}")
+    if loss.resolved_reduction == "none":
         raise ValueError(
             "a model's loss is one number, and reduction='none' gives one a token; "
             "make the objective with reduction='mean'"
         )
 
 
-def resolved_reduction(loss: Objective) -> Reduction:
-    """How the tokens are averaged now: a pipeline decides by the modifiers that are enabled."""
-    if isinstance(loss, LossModifierPipeline):
-        return loss._reduction("auto", loss._enabled(loss.model_mode or ModelMode.LANGUAGE_MODEL))
-    return loss.reduction
-
-
 def check_num_items(loss: Objective) -> None:
-    """
-    Raises:
-        ValueError: ``num_items_in_batch``, a number of tokens, is not what the objective divides by.
-    """
-    divides_by = None
-    if resolved_reduction(loss) == "sequence_mean":
+    """Refuse ``num_items_in_batch``, a number of tokens, where it is not what the objective divides by."""
+    if loss.resolved_reduction == "sequence_mean":
         divides_by = "samples (reduction='sequence_mean')"
     elif loss.class_weight is not None:
         divides_by = "tokens times their class weights"
-    if divides_by is not None:
-        raise ValueError(
-            f"num_items_in_batch is a number of tokens, and this {type(loss).__name__} divides by "
-            f"{divides_by}. Use LossTrainer, which counts what the objective counts; in a loop of your own "
-            "pass denominator=, the sum of loss.count(labels, shift=True) over all micro-batches and ranks"
-        )
+    else:
+        return
+    raise ValueError(
+        f"num_items_in_batch is a number of tokens, and this {type(loss).__name__} divides by "
+        f"{divides_by}. Use LossTrainer, which counts what the objective counts; in a loop of your own "
+        "pass denominator=, the sum of loss.count(labels, shift=True) over all micro-batches and ranks"
+    )
 
 
-def steps_read(loss: Objective, own: int | None) -> int:
-    """How many steps ahead a model's logits predict its labels: as many as the objective asks for, or else as
-    many as in the model's own loss. ``shift=False`` asks for nothing, where that is known.
-
-    Args:
-        loss: the objective.
-        own: what the model's own loss does, or None if that is not known.
-    """
-    said = None if loss.shift is None else num_steps(loss.shift)
-    if said or own is None:
-        return NEXT_TOKEN if said is None else said
-    return own
+# ── what is read ──────────────────────────────────────────────────────────────────────────────────
 
 
 def targets_of(loss: Objective, labels: Tensor) -> Tensor:
     """Labels with the objective's own id where there is none."""
-    return (
-        labels if loss.ignore_index == IGNORED else labels.masked_fill(labels == IGNORED, loss.ignore_index)
-    )
+    own = loss.ignore_index
+    return labels if own == IGNORED else labels.masked_fill(labels == IGNORED, own)
 
 
 def label_mask(attention_mask: Any, labels: Tensor) -> Tensor | None:
-    """[B, T] bool, False at padding, or None where the mask does not say.
-
-    Args:
-        attention_mask: [B, T], or [B, S + T] with a cache of S positions before; others (4-dimensional, of a
-            kernel) say who sees whom, not which tokens are padding.
-        labels: [B, T].
-    """
+    """[B, T] bool, False at padding. None where the mask is neither [B, T] nor, with a cache of S positions
+    before, [B, S + T]: others, of a kernel, say who sees whom, not which tokens are padding."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
     if len(attention_mask) != len(labels) or attention_mask.shape[1] < labels.shape[1]:
@@ -105,12 +122,7 @@ def label_mask(attention_mask: Any, labels: Tensor) -> Tensor | None:
 
 def segments(position_ids: Any, labels: Tensor) -> Tensor | None:
     """[B, T] the number of the document that each token of a packed row belongs to: positions start again
-    where one begins. None where the positions are not [B, T].
-
-    Args:
-        position_ids: [B, T] or [1, T].
-        labels: [B, T].
-    """
+    where one begins. None where the positions are neither [B, T] nor [1, T]."""
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
         return None
     if position_ids.shape[1] != labels.shape[1] or position_ids.shape[0] not in (1, labels.shape[0]):
@@ -120,19 +132,33 @@ def segments(position_ids: Any, labels: Tensor) -> Tensor | None:
     return starts.cumsum(-1).expand(labels.shape)
 
 
-def count(loss: Objective, labels: Tensor, attention_mask: Any = None, shift: int = NEXT_TOKEN) -> Tensor:
-    """What ``loss`` divides by for labels as Hugging Face has them; see :meth:`lossmith.Objective.count`."""
-    return loss.count(targets_of(loss, labels), mask=label_mask(attention_mask, labels), shift=shift)
+def _steps_ahead(loss: Objective, outputs: Any, labels: Any) -> int:
+    """How many steps ahead the logits of a batch predict its labels."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(
+            f"labels must be ids, [B, T], or [B] of a sequence classifier; got {came}. A model for "
+            "regression, for several labels at once or for spans has a loss of its own"
+        )
+    said = None if loss.shift is None else num_steps(loss.shift)
+    if labels.dim() < 2:
+        if said:
+            raise ValueError(
+                f"labels of shape {list(labels.shape)} are one a sample, and shift={loss.shift!r} would give "
+                "each sample another's; make the objective without shift"
+            )
+        return 0
+    if said is not None:
+        return said
+    is_aligned = any(kind in type(outputs).__name__ for kind in ALIGNED)
+    return 0 if is_aligned or hasattr(outputs, "encoder_last_hidden_state") else NEXT_TOKEN
 
 
-def wanted_inputs(loss: Objective) -> set[str]:
-    """Names of the inputs that the objective would use, rather than merely take: a component that is off
-    wants nothing."""
-    if isinstance(loss, ComposedLoss):
-        names = wanted_inputs(loss.base)
-        for weighted in loss.components.values():
-            if weighted.weight != 0:
-                component: Any = weighted.component
-                names |= {*component.required, *component.optional}
-        return names
-    return wanted_inputs(loss.base) if isinstance(loss, WrappedObjective) else set(loss.input_names)
+def _made(loss: Objective, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the output has of the inputs that the objective wants."""
+    wanted, made = loss.wanted_inputs, {}
+    if "gate_logits" in wanted and outputs.get("router_logits"):
+        made["gate_logits"] = list(outputs["router_logits"])
+    if "hidden_states" in wanted and outputs.get("hidden_states"):
+        made["hidden_states"] = outputs["hidden_states"][-1]
+    return made

@@ -12,18 +12,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 def load_renamed(model: Any, folder: str | Path) -> bool:
-    """Load a checkpoint whose weights are not under the model's names; others are left to the Trainer.
+    """Load a checkpoint whose weights are not under the model's names, and say whether it was one: others,
+    and models that are wrapped or have adapters, are left to the Trainer.
 
     Transformers saves mixtures of experts under the names they were published with, Mixtral's experts one by
     one. ``from_pretrained`` reads them. The Trainer looks for the model's own names instead, and leaves the
     experts as they were made.
-
-    Args:
-        model: the model that goes on; nothing is done for one that is wrapped, or has adapters.
-        folder: the checkpoint.
-
-    Returns:
-        Whether the weights were loaded here.
 
     Raises:
         ValueError: the checkpoint lacks weights of the model.

@@ -1,20 +1,135 @@
-"""``LossTrainer``: Hugging Face's Trainer with an objective."""
+"""``LossTrainer``: Hugging Face's Trainer with an objective; ``ObjectiveTrainer``: what any Trainer does with
+an objective, wherever the loss is computed."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lossmith.engine.head.plan import Strategy, check_strategy
+from lossmith.integrations.huggingface.attached_loss import AttachedLoss
 from lossmith.integrations.huggingface.attachment import attach, attached_to
-from lossmith.integrations.huggingface.labels import check_objective, count
-from lossmith.integrations.huggingface.objective_trainer import ObjectiveTrainer
+from lossmith.integrations.huggingface.labels import check_objective
+from lossmith.integrations.huggingface.saved_weights import load_renamed
+from lossmith.modifiers.pipeline import LossModifierPipeline
 from lossmith.objectives.objective import Objective
+
+LOSS_FILE = "lossmith_loss.pt"
+
+
+class ObjectiveTrainer(Trainer):
+    """Hugging Face's Trainer for a model whose forward computes an objective.
+
+    It passes on what the loss is divided by, logs the parts and what modifiers measure, and saves and
+    restores the state. Subclasses set ``loss``, the objective, before they call ``__init__``.
+
+    Args:
+        args, options: of :class:`transformers.Trainer`.
+    """
+
+    loss: Objective
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._summed_since = 0
+        super().__init__(*args, **options)
+        self.add_callback(_TellTheLoss(self))
+
+    # ── the loss ──────────────────────────────────────────────────────────────────────────────────
+
+    def parts_of(self, outputs: Any) -> Mapping[str, Tensor]:
+        """What the loss of the last batch, of which the model returned ``outputs``, was made of, detached."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # With use_liger_kernel the Trainer passes skip_logits in evaluation, to a forward not in use here.
+        inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
+        if num_items_in_batch is not None:
+            inputs["denominator"] = num_items_in_batch  # by its own name: num_items_in_batch are tokens
+        # a subclass may compute another loss here
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        if model.training:
+            is_multiplied = self.args.average_tokens_across_devices and num_items_in_batch is not None
+            factor = self.accelerator.num_processes // self.get_tp_size() if is_multiplied else 1
+            self._take_in(self.parts_of(outputs), factor)
+        return (loss, outputs) if return_outputs else loss
+
+    # ── the log ───────────────────────────────────────────────────────────────────────────────────
+
+    def _take_in(self, parts: Mapping[str, Tensor], factor: int) -> None:
+        """Add up the parts, as the Trainer does with the loss."""
+        if not self._sums:
+            self._summed_since = self.state.global_step
+        for name, part in parts.items():
+            self._sums[name] = self._sums.get(name, 0.0) + factor * part
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        if "loss" in logs and self._sums:
+            logs |= {f"loss/{name}": value for name, value in self._mean_parts().items()}
+        if "loss" in logs and isinstance(self.loss, LossModifierPipeline):
+            metrics = self.loss.get_all_metrics()
+            logs |= {f"loss_modifiers/{name}": value for name, value in metrics.items()}
+        super().log(logs, *args, **options)
+
+    def _mean_parts(self) -> dict[str, float]:
+        """The parts a step, a mean over ranks, since the last time."""
+        num_steps = max(self.state.global_step - self._summed_since, 1)
+        sums, self._sums = self._sums, {}
+        stacked = torch.stack([value.float() for value in sums.values()])
+        gathered: Any = self.accelerator.gather(stacked.unsqueeze(0))
+        return dict(zip(sums, (gathered.mean(0) / num_steps).tolist(), strict=True))
+
+    # ── checkpoints ───────────────────────────────────────────────────────────────────────────────
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        state = {name: _whole(value) for name, value in self.loss.state_dict().items()}
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if state and self.args.should_save:
+            torch.save(state, os.path.join(str(folder), LOSS_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._load_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_loss(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not self._load_renamed(self.state.best_model_checkpoint):
+            super()._load_best_model()
+        self.load_loss(self.state.best_model_checkpoint)
+
+    def _load_renamed(self, folder: Any) -> bool:
+        """Whether the weights were loaded here. FSDP and DeepSpeed keep another copy of them, under the
+        model's own names."""
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not is_sharded and load_renamed(self.model, folder)
+
+    def load_loss(self, folder: Any) -> None:
+        """Restore the state of the loss from a checkpoint.
+
+        Raises:
+            FileNotFoundError: a checkpoint without the loss that it was trained with.
+        """
+        if not self.loss.state_dict():
+            return
+        path = os.path.join(folder, LOSS_FILE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{folder} has no {LOSS_FILE}: {type(self.loss).__name__} was not trained there, and would "
+                "begin anew in the middle of a run. Resume with the loss that the run had, or load the model "
+                "with from_pretrained and begin a new run"
+            )
+        _load_whole(self.loss, torch.load(path, map_location="cpu", weights_only=True))
 
 
 class LossTrainer(ObjectiveTrainer):
@@ -54,6 +169,8 @@ class LossTrainer(ObjectiveTrainer):
         ... )
     """
 
+    _attached: AttachedLoss
+
     def __init__(
         self,
         *args: Any,
@@ -66,11 +183,8 @@ class LossTrainer(ObjectiveTrainer):
         check_objective(loss)
         check_strategy(strategy, memory_budget)
         self.loss = loss
-        self._how: dict[str, Any] = {
-            "materialize_logits": materialize_logits,
-            "strategy": strategy,
-            "memory_budget": memory_budget,
-        }
+        how = {"materialize_logits": materialize_logits, "strategy": strategy, "memory_budget": memory_budget}
+        self._attach_to = functools.partial(attach, loss=loss, **how)
         self._at_first: dict[str, Any] | None = None
         super().__init__(*args, **options)
         self._check_arguments()
@@ -79,10 +193,7 @@ class LossTrainer(ObjectiveTrainer):
         self.model_accepts_loss_kwargs = True
 
     def _check_arguments(self) -> None:
-        """
-        Raises:
-            ValueError: arguments with which the loss would be another than the one asked for.
-        """
+        """Refuse arguments with which the loss would be another than the one asked for."""
         if self.compute_loss_func is not None:
             raise ValueError("this Trainer has a loss already; leave out compute_loss_func, or loss")
         other = getattr(self.args, "loss_type", None)  # of TRL's trainers
@@ -105,10 +216,9 @@ class LossTrainer(ObjectiveTrainer):
                 "context and sequence parallelism cut rows into pieces, and an objective reads whole rows; "
                 "leave them off"
             )
-        if not self.loss.state_dict():
-            return
         plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if is_deepspeed_zero3_enabled() or (plugin is not None and plugin.fsdp_version != 2):
+        is_apart = is_deepspeed_zero3_enabled() or (plugin is not None and plugin.fsdp_version != 2)
+        if is_apart and self.loss.state_dict():
             raise ValueError(
                 f"ZeRO-3 and FSDP1 take the state of a {type(self.loss).__name__} apart, and it cannot be "
                 "saved; use ZeRO-2, or FSDP2"
@@ -122,7 +232,10 @@ class LossTrainer(ObjectiveTrainer):
         return self._attach(super().call_model_init(trial))
 
     def _attach(self, model: Any) -> Any:
-        self._attached = attached_to(attach(model, self.loss, **self._how))
+        """The same model, with the loss attached."""
+        attached = attached_to(self._attach_to(model))
+        assert attached is not None
+        self._attached = attached
         return model
 
     # ── the loss ──────────────────────────────────────────────────────────────────────────────────
@@ -131,34 +244,52 @@ class LossTrainer(ObjectiveTrainer):
         """What the objective divides by, over the micro-batches and, if they are averaged, the ranks."""
         if not batch_samples or any(batch.get("labels") is None for batch in batch_samples):
             return None
-        counts = [self._count(batch, device) for batch in batch_samples]
+        counts = []
+        for batch in batch_samples:
+            mask = batch.get("attention_mask")
+            mask = mask.to(device) if isinstance(mask, Tensor) else None
+            counts.append(self._attached.count(batch["labels"].to(device), mask))
         total: Any = torch.stack(counts)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total.sum())
         return total.sum() / self.get_tp_size()
 
-    def _count(self, batch: Any, device: torch.device) -> Tensor:
-        assert self._attached is not None
-        mask = batch.get("attention_mask")
-        mask = mask.to(device) if isinstance(mask, Tensor) else None
-        return count(self.loss, batch["labels"].to(device), mask, self._attached.shift)
-
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """As the Trainer's; the logits are left out where nobody asks for them."""
-        assert self._attached is not None
         self._attached.leaves_out_logits = prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._attached.leaves_out_logits = False
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        # With use_liger_kernel the Trainer passes this in evaluation, to a forward that is not in use here.
-        inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
-        return super().compute_loss(model, inputs, *args, **options)
-
     def parts_of(self, outputs: Any) -> Mapping[str, Tensor]:
-        assert self._attached is not None
         return self._attached.parts or {}
+
+
+class _TellTheLoss(TrainerCallback):
+    """Says of each optimizer step that it was made, which does not show where the optimizer has something
+    else in the place of the parameters, as DeepSpeed's has."""
+
+    def __init__(self, trainer: ObjectiveTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.loss.on_optimizer_step()
+
+
+def _whole(value: Any) -> Any:
+    """A tensor that FSDP has sharded, put together; every rank has to call this."""
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+
+
+def _load_whole(loss: Objective, state: dict[str, Any]) -> None:
+    """Load the state of :func:`_whole` tensors, into shards where there are some."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    if any(hasattr(value, "full_tensor") for value in loss.state_dict().values()):
+        set_model_state_dict(loss, state, options=StateDictOptions(full_state_dict=True))
+    else:
+        loss.load_state_dict(state)

@@ -5,39 +5,63 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lossmith.core.distributed import gather_over_ranks, num_ranks
-from lossmith.integrations.huggingface.after_head import AfterHead, made_up_logits
+from lossmith.core.distributed import num_ranks
 
 ROWS, LENGTH = 2, 8
 LABELLED = 4  # the one position of a row that has a label
 KEPT_BUFFER = 2**20  # elements; larger ones are weights in another form, of quantised layers
 LONGEST_REASON = 160  # characters of somebody else's message
-UNKNOWN = -math.inf
+SPREAD = 8.0  # made-up logits reach to +-sinh(8): soft caps show at the ends, scales in the middle
+GOLDEN = 0.6180339887498949  # multiples of it are spread evenly, and neighbours differ
+TINY, HUGE = 2.0**-40, 2.0**20  # a soft cap leaves the first alone and flattens the second
+TOLERANCE = 64  # of the dtype's eps, relative to each logit
+
+
+@dataclass(frozen=True)
+class AfterHead:
+    """Logits of what the head returns, z: softcap * tanh(scale * z / softcap), or scale * z without a cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    @classmethod
+    @torch.no_grad()
+    def seen(cls, given: Tensor, made: Tensor) -> AfterHead | None:
+        """What a model that returned ``made`` did to ``given``, which its head was made to return (see
+        :func:`made_up_logits`), if a scale and a cap say all of it."""
+        if made.shape != given.shape or not _depends_on(made, given):
+            return None
+        z, found = given.double().flatten(), made.double().flatten()
+        if torch.finfo(made.dtype).bits < 32:  # too coarse to measure by, but it shows that nothing was done
+            return cls() if torch.equal(given.to(made.dtype), made) else None
+        scale, end = float(found[0] / z[0]), abs(float(found[1]))
+        if not 0 < abs(scale) < torch.inf or not 0 < end < torch.inf:
+            return None
+        after = cls(scale, end if end < abs(scale * HUGE) / 2 else None)
+        error, eps = (found - after(z)).abs(), torch.finfo(made.dtype).eps
+        return after if bool((error <= TOLERANCE * eps * found.abs()).all()) else None
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What was seen.
+    """What was seen of a model."""
 
-    Attributes:
-        shift: how many steps ahead the model's own loss takes its logits to predict; None if it did not show.
-        after: what the model does after its head; None if that is more than a scale and a cap.
-        why_not: why no forward could be made, or None.
-    """
-
-    shift: int | None = None
-    after: AfterHead | None = None
-    why_not: str | None = None
+    shift: int | None = None  # how many steps ahead its own loss takes its logits to predict, if it shows
+    after: AfterHead | None = None  # what it does after its head, unless that is more than a scale and a cap
+    why_not: str | None = None  # why no forward could be made
 
 
 def try_out(model: Any) -> Trial:
@@ -66,26 +90,15 @@ def agreed(mine: Trial) -> Trial:
     things, nothing is known."""
     if num_ranks() == 1:
         return mine
-    own = torch.tensor(
-        [
-            mine.why_not is None,
-            UNKNOWN if mine.shift is None else mine.shift,
-            UNKNOWN if mine.after is None else mine.after.scale,
-            (mine.after and mine.after.softcap) or 0.0,
-        ],
-        dtype=torch.float64,
-        device=_device_of_ranks(),
-    )
-    rows = gather_over_ranks(own).reshape(-1, len(own)).tolist()
-    shifts = {shift for has_looked, shift, *_ in rows if has_looked}
-    afters = {(scale, softcap) for has_looked, _, scale, softcap in rows if has_looked}
-    if not shifts:
+    found: list[Any] = [None] * num_ranks()
+    torch.distributed.all_gather_object(found, mine)
+    looked = [trial for trial in found if trial.why_not is None]
+    if not looked:
         return mine
-    shift = shifts.pop() if len(shifts) == 1 else UNKNOWN
-    scale, softcap = afters.pop() if len(afters) == 1 else (UNKNOWN, 0.0)
+    shifts, afters = {trial.shift for trial in looked}, {trial.after for trial in looked}
     return Trial(
-        None if shift == UNKNOWN else int(shift),
-        None if scale == UNKNOWN else AfterHead(scale, softcap or None),
+        shifts.pop() if len(shifts) == 1 else None,
+        afters.pop() if len(afters) == 1 else None,
     )
 
 
@@ -105,6 +118,7 @@ def _cannot_run(model: nn.Module) -> str | None:
 
 
 def _run(model: Any) -> Trial:
+    """What one forward shows."""
     ids, label = _made_up_ids(model)
     labels = torch.full_like(ids, -100)
     labels[:, LABELLED] = label
@@ -190,6 +204,36 @@ def _special_ids(config: Any) -> set[int]:
     return found
 
 
+# ── what comes after the head ─────────────────────────────────────────────────────────────────────
+
+
+def made_up_logits(like: Tensor, label: int | None = None) -> Tensor:
+    """Logits of many magnitudes, a leaf that asks for a gradient: in the shape of ``like``, with ``label``
+    improbable at every position, and in fp64 where the device has it, whatever the model's dtype, so that
+    what is done to them can be measured."""
+    index = torch.arange(like.numel(), dtype=torch.float64)
+    z = ((index * GOLDEN % 1) * 2 - 1).mul(SPREAD).sinh().reshape(like.shape)
+    if label is not None:
+        z[..., label] = -1.0
+    z.view(-1)[:2] = torch.tensor([TINY, HUGE], dtype=z.dtype)
+    wide = torch.float32 if like.device.type == "mps" else torch.float64
+    return z.to(like.device, wide).requires_grad_()
+
+
+def _depends_on(made: Tensor, given: Tensor) -> bool:
+    """Whether ``made`` came from ``given`` and from nothing that learns: a learned scale may be 1 today."""
+    leaves, waiting, seen = [], [made.grad_fn], set()
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return len(leaves) == 1 and leaves[0] is given
+
+
 # ── nothing else changes ──────────────────────────────────────────────────────────────────────────
 
 
@@ -207,11 +251,11 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     ]
     verbosity = logging.get_verbosity()
     with contextlib.ExitStack() as stack:
-        for type_, devices in _accelerators(model).items():
-            stack.enter_context(torch.random.fork_rng(devices, device_type=type_))
+        for kind, indices in _accelerators(model).items():
+            stack.enter_context(torch.random.fork_rng(sorted(indices), device_type=kind))
         stack.enter_context(torch.random.fork_rng([]))
         stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(_uncompiled())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # nobody waits to compile a few tokens
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
         model.eval()
@@ -228,25 +272,10 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(copied)
 
 
-def _accelerators(model: nn.Module) -> dict[str, list[int]]:
+def _accelerators(model: nn.Module) -> dict[str, set[int]]:
     """The indices of the devices that the model is on, by their kind, less the CPU."""
     found: dict[str, set[int]] = {}
     for parameter in model.parameters():
         if parameter.device.type not in ("cpu", "meta"):
             found.setdefault(parameter.device.type, set()).add(parameter.device.index or 0)
-    return {kind: sorted(indices) for kind, indices in found.items()}
-
-
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Parts that were compiled run as they are written: for a few tokens nobody waits for a compiler."""
-    set_stance: Callable[..., Any] | None = getattr(torch.compiler, "set_stance", None)
-    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
-
-
-def _device_of_ranks() -> torch.device:
-    """Where the ranks exchange numbers."""
-    backends = torch.distributed.get_backend_config()  # as in "cpu:gloo,cuda:nccl"
-    if "cpu" in backends:
-        return torch.device("cpu")
-    kind = backends.split(":")[0]
-    return torch.device(kind, torch.get_device_module(kind).current_device())
+    return found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lossmith.core.metrics import Metrics
+from lossmith.engine.predictions import Predictions
 from lossmith.equation.batch import check_mask
 from lossmith.equation.output import LossOutput, with_parts
 from lossmith.equation.reduction import Denominator, scalar_share, token_scale
@@ -37,7 +38,7 @@ class ScoreObjective:
 
     def evaluate(
         self,
-        predictions: Tensor | None,
+        predictions: Tensor | Predictions | None,
         targets: Tensor,
         *,
         mask: Tensor | None = None,
@@ -60,7 +61,7 @@ class ScoreObjective:
             TypeError: predictions that are missing or not floating point, or what belongs to tokens.
             ValueError: shapes that do not match.
         """
-        if predictions is None:
+        if not isinstance(predictions, Tensor):
             raise TypeError("a sequence scorer's predictions [B] are missing; pass them as logits")
         if token_weight is not None:
             raise TypeError("token_weight weighs tokens, and a sequence scorer has none; leave it out")

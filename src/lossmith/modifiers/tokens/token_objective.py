@@ -149,7 +149,7 @@ class TokenObjective(WrappedObjective):
             modifier.look_at(batch)
 
     def evaluate(
-        self, logits: Tensor | None = None, targets: Tensor | None = None, **inputs: Any
+        self, logits: Tensor | Predictions | None = None, targets: Tensor | None = None, **inputs: Any
     ) -> LossOutput:
         self.targets = given_targets(targets)
         self._refuse_flat(self.targets)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import TrainerCallback
 
-from lossmith.integrations.huggingface.objective_trainer import LOSS_FILE
+from lossmith.integrations.huggingface.trainer import LOSS_FILE
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.saved_run import CONFIG_FILE, run_of, step_of
 from lossmith.training.errors import UserError

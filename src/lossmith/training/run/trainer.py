@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from lossmith.integrations.huggingface.objective_trainer import ObjectiveTrainer
+from lossmith.integrations.huggingface.trainer import ObjectiveTrainer
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
 from lossmith.training.run.checkpoints import checkpoints

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lossmith.integrations.huggingface.fused_head import FusedHead, HeadInput
+from lossmith.integrations.huggingface.fused_head import FusedHead
 
 # (`logits` or the head's inputs, labels, the model's other inputs, denominator) -> `loss` and what else is
 # wanted
@@ -27,25 +27,20 @@ def with_loss(model: PreTrainedModel, loss: Loss, fused: FusedHead | None = None
         fused: the model's head, if training is to leave out the logits; `loss` gets the head's inputs
         instead.
     """
-    original, seen = model.forward, HeadInput(fused)
-    head: Any = model.get_output_embeddings() if fused is not None else None
-    if head is not None:
-        seen.watch(head)
+    original = model.forward
+    if fused is not None:
+        fused.watch(model)
 
     @functools.wraps(original)
     def forward(*args: Any, labels: Any = None, denominator: Any = None, **inputs: Any) -> Any:
         inputs.pop("num_items_in_batch", None)  # the Trainer's name of the denominator
         if labels is None:
             return original(*args, **inputs)
-        if fused is None or not fused.is_usable or not model.training:
-            return loss({"logits": original(*args, **inputs).logits}, labels, inputs, denominator)
-        output, hidden, is_fused = seen.during(lambda: original(*args, **inputs), keeps=False, skips=True)
-        predictions = {"logits": output.logits}
-        if is_fused:
-            assert head is not None
-            assert hidden is not None
-            predictions = fused.inputs(head, hidden)
-        return loss(predictions, labels, inputs, denominator)
+        if fused is None:
+            predictions = original(*args, **inputs).logits
+        else:
+            *_, predictions = fused.run(model, lambda: original(*args, **inputs), leaves_out=model.training)
+        return loss({"logits": predictions}, labels, inputs, denominator)
 
     model.forward = forward
     # The Trainer counts `num_items_in_batch` only if this is set.
