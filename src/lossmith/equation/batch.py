@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmith.core.warn_user import warn_user
 from lossmith.engine.checks import check_ids, check_targets, check_whole
 from lossmith.equation.reduction import (
     Denominator,
@@ -80,12 +81,18 @@ class TokenBatch:
         return self.valid.sum()
 
     @property
-    def is_unshifted(self) -> bool:
-        """Whether every supervised target is the input at its own position. Waits for the device."""
-        if self.input_ids is None or torch.compiler.is_compiling():
-            return False
+    def can_be_unshifted(self) -> bool:
+        """Whether the inputs are there to compare the targets with; what is shifted cannot be unshifted."""
+        return self.input_ids is not None and not self.shift and not torch.compiler.is_compiling()
+
+    def warn_if_unshifted(self) -> None:
+        """Warn where every supervised target is the input at its own position. Waits for the device."""
         differs = (self.targets != self.input_ids) & self.valid
-        return self.valid.nonzero().shape[0] > 0 and differs.nonzero().shape[0] == 0
+        if self.valid.nonzero().shape[0] > 0 and differs.nonzero().shape[0] == 0:
+            warn_user(
+                "every target equals the input at its own position, which teaches the model to copy. If the "
+                "targets are labels as Hugging Face has them, pass shift=True"
+            )
 
     def rows(self, values: Tensor) -> Tensor:
         """[N] values as [B, T]: a row a sample, all leading dimensions folded into B."""

@@ -80,6 +80,12 @@ class Term:
             if name.removeprefix(UNSCALED) not in STATISTIC_NAMES:
                 raise ValueError(f"reads of the term {self.name!r}: {unknown_statistic(name)}")
 
+    def __str__(self) -> str:
+        """As it stands in a sum."""
+        if isinstance(self.coefficient, Tensor):
+            return f"a coefficient * {self.name}"
+        return self.name if self.coefficient == 1 else f"{self.coefficient:g} {self.name}"
+
     @property
     def is_off(self) -> bool:
         return not isinstance(self.coefficient, Tensor) and self.coefficient == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
@@ -243,7 +242,9 @@ class Objective(nn.Module):
     @property
     def sweep_options(self) -> SweepOptions:
         """How the logits are read."""
-        return _sweep_options(self.temperature, self.softcap, self.class_weight)
+        adapts = isinstance(self.temperature, AdaptiveTemperature)
+        now: Any = self.temperature.value if adapts else self.temperature
+        return SweepOptions(now, self.softcap, self.class_weight)
 
     def on_optimizer_step(self) -> None:
         """Let state that moves once per optimizer step move. After the ``step()`` of PyTorch's optimizers it
@@ -366,17 +367,10 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         )
 
     def _warn_if_unshifted(self, batch: TokenBatch) -> None:
-        """Once, on the first batch: it is a mistake in the wiring, and looking waits for the device. What is
-        shifted cannot be it."""
-        if self._shift_was_checked or batch.shift or batch.input_ids is None or torch.compiler.is_compiling():
-            return
-        self._shift_was_checked = True
-        if batch.is_unshifted:
-            warnings.warn(
-                "every target equals the input at its own position, which teaches the model to copy. If the "
-                "targets are labels as Hugging Face has them, pass shift=True",
-                stacklevel=3,
-            )
+        """Once, on the first batch: it is a mistake in the wiring, and looking waits for the device."""
+        if not self._shift_was_checked and batch.can_be_unshifted:
+            self._shift_was_checked = True
+            batch.warn_if_unshifted()
 
     if TYPE_CHECKING:  # nn.Module's own is of any type
 
@@ -388,35 +382,14 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         def __call__(self, *args: Any, return_detailed: Literal[False] = False, **inputs: Any) -> Tensor: ...
         def __call__(self, *args: Any, **inputs: Any) -> Any: ...
 
-    def forward(
-        self,
-        logits: Tensor | None = None,
-        targets: Tensor | None = None,
-        *,
-        return_detailed: bool = False,
-        **inputs: Any,
-    ) -> Tensor | dict[str, Tensor]:
+    def forward(self, *args: Any, return_detailed: bool = False, **inputs: Any) -> Tensor | dict[str, Tensor]:
         """The loss; with ``return_detailed`` a dict of the parts and ``total_loss``. The arguments are those
         of :meth:`evaluate`."""
-        output = self.evaluate(logits, targets, **inputs)
+        output = self.evaluate(*args, **inputs)
         return output.as_dict() if return_detailed else output.total
 
     def extra_repr(self) -> str:
         if type(self).terms is not Objective.terms:
             return ""
         on = [term for term in self._terms if not term.is_off]
-        return " + ".join(_times(term) for term in on) or "no terms: the loss is 0"
-
-
-def _times(term: Term) -> str:
-    """A term as it stands in a sum."""
-    if isinstance(term.coefficient, Tensor):
-        return f"a coefficient * {term.name}"
-    return term.name if term.coefficient == 1 else f"{term.coefficient:g} {term.name}"
-
-
-def _sweep_options(
-    temperature: float | Tensor | AdaptiveTemperature, softcap: float | None, class_weight: Tensor | None
-) -> SweepOptions:
-    now = temperature.value if isinstance(temperature, AdaptiveTemperature) else temperature
-    return SweepOptions(now, softcap, class_weight)
+        return " + ".join(map(str, on)) or "no terms: the loss is 0"
