@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import lossmith
 from lossmith.integrations.huggingface import LossTrainer, attach
 from lossmith.integrations.huggingface.attachment import attached_to
-from lossmith.integrations.huggingface.saved_weights import load_renamed, names_in
+from lossmith.integrations.huggingface.trainer import load_renamed, names_in
 
 MOE = {"use_moe_balancing": True, "num_experts": 4, "moe_top_k": 2}
 

@@ -1,6 +1,5 @@
 """The entropy modifier against its formula."""
 
-import dataclasses
 import logging
 import math
 import types
@@ -10,10 +9,9 @@ import torch
 from hypothesis import given, strategies as st
 
 import reference_modifiers as ref
-from lossmith import EntropyModifier, LossModifierPipeline, Metrics
+from lossmith import EntropyModifier, LossModifierPipeline
 from lossmith.equation.batch import align
-from lossmith.modifiers.summary import Spread
-from lossmith.modifiers.tokens.entropy import EntropyReport
+from lossmith.modifiers.tokens.entropy import EntropyReport, irregularities
 
 IGNORE = -100
 
@@ -236,13 +234,12 @@ def test_verbose_reports_entropies_that_had_to_be_clamped():
         num_wrong=torch.tensor([5, 5, 5, 5, 1]),  # of one wrong answer there is no entropy
         target_prob=torch.full((5,), 0.5, dtype=torch.float64),
     )
-    weights = Spread(torch.ones(1), torch.ones(1, dtype=torch.bool))
-    report = EntropyReport.of(stats, align(targets), torch.zeros(1, dtype=torch.bool), weights)  # pyright: ignore
-    losses = Metrics({"original_loss": 1.0, "final_loss": 2.0, "loss_ratio": 2.0})
-    text = str(dataclasses.replace(report, metrics=losses))
+    metrics = {"original_loss": 1.0, "final_loss": 2.0, "loss_ratio": 2.0}
+    metrics |= {"weight_min": 0.5, "weight_max": 1.5}
+    text = str(EntropyReport(irregularities(stats, align(targets)), metrics))  # pyright: ignore
     assert "entropies outside [0, 1], clamped: 2" in text
     assert "positions with at most 1 wrong token, left out: 1" in text
-    assert "loss 1 -> 2 (ratio 2)" in text
+    assert "sample weights from 0.5 to 1.5; loss 1 -> 2 (ratio 2)" in text
 
 
 def test_the_old_name_of_verbose():

@@ -85,8 +85,8 @@ def test_a_scorer_says_what_a_judge_has_to_know(tiny: list[str], tmp_path: Path)
 
 # Of each mode: steps, learning rate, and a loss half-way from what costs no more than knowing how frequent
 # tokens are (3.6), or how many were replaced (0.55, 0.09), to what four seeds reached: 2.32 to 2.68, 0.34 to
-# 0.40, 0.010 to 0.016.
-LEARNT = {"masked": (300, 5e-3, 3.1), "classifier": (150, 5e-3, 0.48), "scorer": (300, 2e-3, 0.05)}
+# 0.40, 0.013 to 0.025.
+LEARNT = {"masked": (300, 5e-3, 3.1), "classifier": (150, 5e-3, 0.48), "scorer": (200, 2e-3, 0.05)}
 
 
 @pytest.mark.parametrize("mode", CORRUPTED)

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from lossmith.engine.head.linear_head import LinearHead
 from lossmith.equation.output import LossOutput
 from lossmith.integrations.huggingface.fused_head import FusedHead
-from lossmith.integrations.huggingface.labels import check_num_items, label_mask, segments, targets_of
+from lossmith.integrations.huggingface.labels import evaluate, label_mask, segments, targets_of
 from lossmith.objectives.objective import Objective
 from lossmith.options import nearest
 
@@ -91,7 +91,7 @@ class AttachedLoss(nn.Module):
         own = {name: value for name, value in given.items() if value is not None}
         used = {"segment_ids", *wanted} - own.keys()  # what the caller has goes first
         own |= {name: value for name, value in made.items() if value is not None and name in used}
-        loss = self._evaluate(predictions, labels, inputs, own, num_items)
+        loss = self._evaluate(predictions, labels, num_items, inputs, own)
         left_out = () if were_asked or not asks_routers else ("router_logits", "aux_loss")
         left_out += ("logits",) if isinstance(predictions, LinearHead) else ()
         values = {name: value for name, value in output.items() if name not in left_out}
@@ -115,27 +115,20 @@ class AttachedLoss(nn.Module):
         self,
         predictions: Tensor | LinearHead,
         labels: Tensor,
+        num_items: Any,
         inputs: Mapping[str, Any],
         own: dict[str, Any],
-        num_items: Any,
     ) -> Tensor:
-        """The loss of a batch, divided by ``num_items`` tokens where there is no other denominator."""
-        loss, device = self.objective, predictions.device
-        labels = labels.to(device)
-        if num_items is not None and "denominator" not in own:
-            check_num_items(loss)
-            own["denominator"] = num_items
+        """The loss of a batch, with what is to be known of it kept."""
         ids = inputs.get("input_ids")
-        mask = label_mask(inputs.get("attention_mask"), labels)
-        own |= {name: own[name].to(device) for name in ("segment_ids", "token_weight") if name in own}
-        output = loss.evaluate(
-            predictions,
-            targets_of(loss, labels),
-            mask=None if mask is None else mask.to(device),
-            input_ids=ids.to(device) if ids is not None and ids.shape == labels.shape else None,
-            shift=self.shift,
-            **own,
-        )
+        per_token = {
+            "mask": label_mask(inputs.get("attention_mask"), labels),
+            "input_ids": ids if ids is not None and ids.shape == labels.shape else None,
+            "segment_ids": own.get("segment_ids"),
+            "token_weight": own.get("token_weight"),
+        }
+        own |= {n: value.to(predictions.device) for n, value in per_token.items() if value is not None}
+        output = evaluate(self.objective, predictions, labels, num_items, shift=self.shift, **own)
         self._has_run = True
         self.parts = {name: part.detach() for name, part in output.parts.items()}
         self.observed = None if self.observe is None else self.observe(output).detach()

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmith.engine.head.linear_head import LinearHead
 from lossmith.equation.batch import num_steps
+from lossmith.equation.output import LossOutput
 from lossmith.modifiers.base import ModelMode
 from lossmith.objectives.objective import Objective
 
@@ -57,15 +59,23 @@ def compute_loss_func(loss: Objective) -> Callable[..., Tensor]:
     def compute(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         shift = _steps_ahead(loss, outputs, labels)
-        if num_items_in_batch is not None:
-            check_num_items(loss)  # modifiers may have been switched on
         if any(buffer.device != logits.device for buffer in loss.buffers()):
             loss.to(logits.device)
-        targets = targets_of(loss, labels.to(logits.device))
         inputs = _made(loss, outputs) if isinstance(outputs, Mapping) else {}
-        return loss.evaluate(logits, targets, denominator=num_items_in_batch, shift=shift, **inputs).total
+        return evaluate(loss, logits, labels, num_items_in_batch, shift=shift, **inputs).total
 
     return compute
+
+
+def evaluate(
+    loss: Objective, predictions: Tensor | LinearHead, labels: Tensor, num_items: Any, **inputs: Any
+) -> LossOutput:
+    """The loss of labels as Hugging Face has them, divided by ``num_items`` tokens where no other denominator
+    is among the inputs."""
+    if num_items is not None and inputs.get("denominator") is None:
+        check_num_items(loss)  # for every batch: modifiers may have been switched on
+        inputs["denominator"] = num_items
+    return loss.evaluate(predictions, targets_of(loss, labels.to(predictions.device)), **inputs)
 
 
 # ── what is refused ───────────────────────────────────────────────────────────────────────────────

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -43,53 +43,24 @@ class Settings:
     verbose: Annotated[bool, option("log irregularities of every batch")] = False
 
 
-# What is said of each count, where it is not 0.
-IRREGULARITIES = {
-    "certain": "positions with no wrong answer probability",
-    "undefined": "positions with at most 1 wrong token, left out",
-    "clamped": "entropies outside [0, 1], clamped",
-    "broken": "entropies not finite, left out",
-    "limited": "extreme weights, limited to max_weight",
-}
-
-
 @dataclass(frozen=True)
 class EntropyReport:
-    """One batch, tensors until it is turned into text, so that logging that nobody listens to does not wait
-    for the device.
+    """One batch in words; tensors until then, so that logging that nobody listens to does not wait for the
+    device.
 
     Attributes:
-        counts: how often there was something irregular.
-        weights: of the samples.
-        metrics: what came of it.
+        irregular: how often there was something, by what is said of it.
+        metrics: what came of the batch.
     """
 
-    counts: Mapping[str, Tensor]
-    weights: Spread
-    metrics: Metrics
-
-    @classmethod
-    def of(cls, stats: TokenStats, batch: TokenBatch, is_limited: Tensor, weights: Spread) -> EntropyReport:
-        """Look through the statistics of a batch; ``is_limited`` [B], samples whose weight was too large."""
-        entropy, num_wrong = stats.wrong_entropy, stats.num_wrong
-        most = num_wrong.clamp(min=2).to(entropy.dtype).log()
-        relative, is_finite = entropy / most, torch.isfinite(entropy)
-        # rounding alone takes a uniform distribution past 1
-        is_outside = (relative < -1e-6) | (relative > 1 + 1e-6)
-        found = {
-            "certain": batch.valid & (stats.target_prob >= 1),
-            "undefined": batch.valid & (num_wrong <= 1) & is_finite,
-            "clamped": batch.valid & (num_wrong > 1) & is_outside,
-            "broken": batch.valid & ~is_finite,
-            "limited": is_limited,
-        }
-        return cls({name: where.sum() for name, where in found.items()}, weights, Metrics({}))
+    irregular: Mapping[str, Tensor]
+    metrics: Mapping[str, Source]
 
     def __str__(self) -> str:
-        counts, values = Metrics(self.counts).to_dict(), self.metrics.to_dict()
-        said = [f"{IRREGULARITIES[name]}: {int(count)}" for name, count in counts.items() if count]
+        counts, values = Metrics(self.irregular).to_dict(), Metrics(self.metrics).to_dict()
+        said = [f"{what}: {int(count)}" for what, count in counts.items() if count]
         said += [
-            f"sample weights from {float(self.weights.min()):.6g} to {float(self.weights.max()):.6g}",
+            f"sample weights from {values['weight_min']:.6g} to {values['weight_max']:.6g}",
             f"loss {values['original_loss']:.6g} -> {values['final_loss']:.6g} "
             f"(ratio {values['loss_ratio']:.6g})",
         ]
@@ -99,11 +70,27 @@ class EntropyReport:
         return "; ".join(said)
 
 
+def irregularities(stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
+    """How many positions of a batch are out of the ordinary, by what is said of them."""
+    entropy, num_wrong = stats.wrong_entropy, stats.num_wrong
+    relative = entropy / num_wrong.clamp(min=2).to(entropy.dtype).log()
+    is_finite, has_several = torch.isfinite(entropy), num_wrong > 1
+    # rounding alone takes a uniform distribution past 1
+    is_outside = (relative < -1e-6) | (relative > 1 + 1e-6)
+    where = {
+        "positions with no wrong answer probability": stats.target_prob >= 1,
+        "positions with at most 1 wrong token, left out": ~has_several & is_finite,
+        "entropies outside [0, 1], clamped": has_several & is_outside,
+        "entropies not finite, left out": ~is_finite,
+    }
+    return {what: (batch.valid & found).sum() for what, found in where.items()}
+
+
 @dataclass(frozen=True)
 class EntropyMeasured(Measured):
     """With what the verbose mode reports."""
 
-    report: EntropyReport | None = None
+    irregular: Mapping[str, Tensor] | None = None
 
 
 class EntropyModifier(SampleWeigher):
@@ -162,29 +149,30 @@ class EntropyModifier(SampleWeigher):
         counts = num_defined > 0
         weight, raw = self._weights(sample_entropy, counts)
         is_supervised = batch.row_counts > 0
-        weights = Spread(weight, is_supervised)
-        metrics: dict[str, Source] = {
-            **weights.metrics("weight_mean", "weight_max", "weight_min", "weight_std"),
-            "weight_sum": lambda: (weight * is_supervised).sum(),
-            "batch_size": float(len(weight)),
-            "loss_fallback": lambda: ~counts.any(),
-        }
+        entropies: dict[str, Source] = {}
         if not _has_no_entropy(batch):
-            positions, samples = Spread(entropy, is_defined), Spread(sample_entropy, counts)
-            metrics |= positions.metrics(
+            entropies |= Spread(entropy, is_defined).metrics(
                 "mean_entropy",
                 "per_position_mean_entropy",
                 "per_position_max_entropy",
                 "per_position_min_entropy",
                 "per_position_entropy_std",
             )
-            metrics |= samples.metrics(
+            entropies |= Spread(sample_entropy, counts).metrics(
                 "sample_mean_entropy", "sample_max_entropy", "sample_min_entropy", "sample_entropy_std"
             )
-        report = None
+        metrics: dict[str, Source] = {
+            **entropies,
+            **Spread(weight, is_supervised).metrics("weight_mean", "weight_max", "weight_min", "weight_std"),
+            "weight_sum": lambda: (weight * is_supervised).sum(),
+            "batch_size": float(len(weight)),
+            "loss_fallback": lambda: ~counts.any(),
+        }
+        irregular = None
         if self.settings.verbose:
-            report = EntropyReport.of(plain, batch, raw > self.settings.max_weight, weights)
-        return EntropyMeasured(weight if self.weighs else None, metrics, report)
+            limited = (raw > self.settings.max_weight).sum()
+            irregular = irregularities(plain, batch) | {"extreme weights, limited to max_weight": limited}
+        return EntropyMeasured(weight if self.weighs else None, metrics, irregular)
 
     def _weights(self, entropy: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """[B] normalised weights, and the raw ones before their upper limit."""
@@ -208,9 +196,9 @@ class EntropyModifier(SampleWeigher):
 
     def record(self, measured: Measured, losses: SampleLosses) -> None:
         super().record(measured, losses)
-        report = measured.report if isinstance(measured, EntropyMeasured) else None
-        if report is not None and not torch.compiler.is_compiling():
-            logger.info("%s", replace(report, metrics=Metrics(self._metrics)))
+        irregular = measured.irregular if isinstance(measured, EntropyMeasured) else None
+        if irregular is not None and not torch.compiler.is_compiling():
+            logger.info("%s", EntropyReport(irregular, self._metrics))
 
 
 def _has_no_entropy(batch: TokenBatch) -> bool:
