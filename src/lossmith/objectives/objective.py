@@ -242,8 +242,9 @@ class Objective(nn.Module):
     @property
     def sweep_options(self) -> SweepOptions:
         """How the logits are read."""
-        adapts = isinstance(self.temperature, AdaptiveTemperature)
-        now: Any = self.temperature.value if adapts else self.temperature
+        now = self.temperature
+        if isinstance(now, AdaptiveTemperature):
+            now = now.value
         return SweepOptions(now, self.softcap, self.class_weight)
 
     def on_optimizer_step(self) -> None:
