@@ -36,6 +36,7 @@ class TokenObjective(WrappedObjective):
         super().__init__(base)
         self.call = call
         self.reduction, self.ignore_index = call.reduction, call.ignore_index
+        self._of_call: Any = {"reduction": call.reduction, "ignore_index": call.ignore_index}
         self.token_modifiers: list[TokenModifier] = call.built_in
         # a loss that is given may have gradients of its own, which one sweep of a linear head would lose
         self._needs_all = call.per_position_loss is not None or any(m.weighs for m in self.token_modifiers)
@@ -61,13 +62,11 @@ class TokenObjective(WrappedObjective):
         inputs: Mapping[str, Any] | None = None,
         **given: Any,
     ) -> TokenBatch:
-        of_call = {"reduction": self.reduction, "ignore_index": self.ignore_index}
-        return self.base.bind(predictions, targets, inputs, **of_call, **given)
+        return self.base.bind(predictions, targets, inputs, **self._of_call, **given)
 
     def count(self, targets: Tensor, **options: Any) -> Tensor:
         self._refuse_flat(targets)
-        of_call = {"reduction": self.reduction, "ignore_index": self.ignore_index}
-        return self.base.count(self.kept(targets, self.ignore_index), **of_call, **options)
+        return self.base.count(self.kept(targets, self.ignore_index), **self._of_call, **options)
 
     def _refuse_flat(self, targets: Tensor) -> None:
         """A ValueError where a modifier weighs samples, and there is one, since the targets are flat."""
