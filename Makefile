@@ -5,18 +5,22 @@ VENV   ?= .venv
 # Idle threads sleep rather than spin, which is what makes a shared machine slow.
 export OMP_WAIT_POLICY ?= PASSIVE
 BIN    := $(VENV)/bin
+TESTS  := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test check clean
+.PHONY: help demo test test-all check clean
 
 help:            ## list the commands
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/'
 
 demo: $(VENV)/.train  ## train a language model on CPython's own documentation
 	$(BIN)/python train.py $(ARGS)
 
-test: $(VENV)/.dev    ## run the tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+test: $(VENV)/.dev    ## run the tests, but for the slowest
+	$(TESTS) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.dev    ## run all the tests
+	$(TESTS) $(ARGS)
 
 check: $(VENV)/.dev   ## format, lint, types and tests
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check

@@ -116,6 +116,7 @@ def test_tokens_whose_router_is_no_number_do_not_count(bad, are_given):
     assert composed(MoEBalance(3)).evaluate(*ROWS, gate_logits=gates).total.isnan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["loss", "bias"])
 def test_it_survives_a_compiled_loss(mode):
     torch._dynamo.reset()

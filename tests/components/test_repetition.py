@@ -199,6 +199,7 @@ def test_a_component_of_ones_own():
     assert torch.equal(off(logits, targets), CrossEntropyLoss()(logits, targets))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 def test_compiled_by_inductor():
     """Inductor wrote C++ that did not compile for the candidates' masks."""

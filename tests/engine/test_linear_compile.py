@@ -102,6 +102,7 @@ def test_compiled_equals_eager(name):
     check(LOSSES[name], linear_case.head(dtype=torch.float32), linear_case.targets())
 
 
+@pytest.mark.slow
 def test_fp64_and_half_precision_compile():
     check(LOSSES["full"], linear_case.head(), linear_case.targets())
     head, targets = linear_case.head(dtype=torch.bfloat16), linear_case.targets()
@@ -131,6 +132,7 @@ def test_autocast_compiles():
         check(LOSSES["plain"], head, targets, tolerance=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "full", "nvamp", "statistics"])
 def test_other_numbers_of_tokens_compile_once(name):
     torch._dynamo.config.error_on_recompile = True

@@ -1,6 +1,7 @@
 """The example scripts run, with fewer steps."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_trl(capsys):
     assert "the boat is blue" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is here")
-def test_without_trl_the_example_says_what_it_needs():
+def test_without_trl_the_example_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(SystemExit, match=r"needs TRL.*pip install trl"):
         load("trl_sft", steps=1)

@@ -16,6 +16,7 @@ UNIFIED = [
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 9), reason="to PyTorch 2.7 it crashes; 2.8 was not tried")
+@pytest.mark.slow
 def test_a_compiled_run_of_the_unified_loss(tiny: list[str], tmp_path: Path):
     found = {}
     for name, more in {"eager": [], "compiled": ["--compile"]}.items():

@@ -217,6 +217,7 @@ def test_metrics_reach_the_log_and_tensorboard(tiny: list[str], tmp_path: Path):
     assert list(read()["train/loss"]) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_weights_and_biases_offline(tiny: list[str], tmp_path: Path):
     """In a process of its own, since the library keeps its state in the process."""
     pytest.importorskip("wandb")
