@@ -1,6 +1,8 @@
-"""One thread, since tests are small and others want the cores; the same examples on every run."""
+"""One thread, since tests are small and others want the cores; the same examples on every run, or with
+HYPOTHESIS_PROFILE=random five times as many that nobody has seen."""
 
 import collections
+import os
 from collections.abc import Callable
 
 import pytest
@@ -20,7 +22,10 @@ settings.register_profile(
     max_examples=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-settings.load_profile("lossmith")
+settings.register_profile(
+    "random", settings.get_profile("lossmith"), derandomize=False, max_examples=200, print_blob=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lossmith"))
 
 
 @pytest.fixture
