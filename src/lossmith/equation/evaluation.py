@@ -65,24 +65,24 @@ def evaluate(
             f"the scalars {', '.join(scalars)} belong to no token; reduction='none' has no place for them"
         )
     candidates, of_terms = _gather_candidates(terms, batch)
-    sweep = options.sweep(
-        predictions, batch.read_targets, ignore_index=batch.ignore_index, candidates=candidates
-    )
-    is_given = stats is not None
+    sweep = None
     if stats is None:
+        sweep = options.sweep(
+            predictions, batch.read_targets, ignore_index=batch.ignore_index, candidates=candidates
+        )
         stats = predictions.stats(sweep)
+        reads = joined(reads, METRICS if predictions.is_costly else ())
     elif candidates is not None and not stats.has_candidates:
         raise ValueError(
             "a term reads the logits of candidate ids, which the given stats do not have; leave stats out"
         )
     asked = stats.groups_of(
-        joined(
-            *(term.reads for term in terms), reads, METRICS if predictions.is_costly and not is_given else ()
-        ),
-        has_candidates=candidates is not None,
+        joined(*(term.reads for term in terms), reads), has_candidates=candidates is not None
     )
     unless = whole_batch_reason(terms, batch, weigh, per_token)
-    swept = None if is_given else _in_one_sweep(of_terms, predictions, sweep.asking(*asked), batch, unless)
+    swept = None
+    if sweep is not None:
+        swept = _in_one_sweep(of_terms, predictions, sweep.asking(*asked), batch, unless)
     if swept is not None:
         total, parts, contributions, known = swept
         stats.hold(known)
