@@ -70,6 +70,19 @@ def test_what_an_objective_would_use_now():
     assert lossmith.UnifiedLoss(V, primary_loss_type="adaptive_mtp").wanted_inputs == {"confidence_scores"}
 
 
+def test_a_component_switched_on_later_has_its_inputs(rng):
+    balance = lossmith.Weighted(lossmith.MoEBalance(num_experts=4, top_k=2), 0.0)
+    criterion = lossmith.ComposedLoss(lossmith.CrossEntropyLoss(), {"balance": balance})
+    given = (torch.randn(2, 3, V, generator=rng), torch.zeros(2, 3).long())
+    gates = torch.randn(2, 3, 4, generator=rng)
+    assert set(criterion.evaluate(*given, gate_logits=gates).parts) == {"cross_entropy"}
+    balance.weight = 0.5
+    output = criterion.evaluate(*given, gate_logits=gates)
+    assert output.parts["balance"] > 0
+    with pytest.raises(ValueError, match="needs gate_logits"):
+        criterion.evaluate(*given)
+
+
 def test_how_tokens_are_averaged_now():
     modifier = lossmith.MaskRatioWeightModifier({})
     pipeline = lossmith.LossModifierPipeline([modifier])

@@ -59,8 +59,10 @@ class ComposedLoss(WrappedObjective):
         super().__init__(primary)
         self.components = nn.ModuleDict()
         for name, given in (components or {}).items():
-            self.components[name] = given if isinstance(given, Weighted) else Weighted(given)
-        for _, component, _ in self._active():
+            weighted = given if isinstance(given, Weighted) else Weighted(given)
+            self.components[name] = weighted
+            # Also of weight 0, which may change.
+            component = weighted.component
             names = (*component.required, *component.optional)
             self.input_names += tuple(n for n in names if n not in self.input_names and n not in BOUND)
             self.feature_names += tuple(n for n in component.per_position if n not in self.feature_names)
