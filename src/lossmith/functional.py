@@ -16,7 +16,7 @@ from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation.batch import check_mask
 from lossmith.equation.output import LossOutput
-from lossmith.equation.reduction import Denominator, token_scale
+from lossmith.equation.reduction import Denominator, scaled, token_scale
 from lossmith.objectives.cross_entropy import CrossEntropyLoss, CrossEntropyOptions
 from lossmith.options import option, strict_options
 from lossmith.options.shared import (
@@ -386,6 +386,6 @@ def ranking_loss(
         check_mask("mask", mask)
     values = ranking(positive, negative, margin=margin)
     valid = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool().expand_as(values)
-    scale = token_scale(valid, reduction, denominator=denominator, dtype=values.dtype)
-    shares = torch.where(valid, values, 0.0) * scale
+    scale, _ = token_scale(valid, reduction, denominator=denominator, dtype=values.dtype)
+    shares = scaled(values, scale)
     return shares if reduction == "none" else shares.sum()

@@ -16,7 +16,6 @@ from lossmith.equation.reduction import (
     Empty,
     Reduction,
     check_reduction,
-    own_denominator,
     scalar_share,
     token_scale,
 )
@@ -174,27 +173,27 @@ def align(
     ids = {"input_ids": input_ids, "segment_ids": segment_ids}
     _check_given(targets, {"mask": mask, "token_weight": token_weight, **ids, **(features or {})}, ids)
     targets = targets.long()
-    valid = targets != ignore_index
     if mask is not None:
         check_mask("mask", mask)
-        valid = valid & (mask != 0)
-    if pad_token_id is not None and pad_token_id != eos_token_id:
-        valid = valid & (targets != pad_token_id)
-    targets = targets.masked_fill(~valid, ignore_index)
+        targets = targets.masked_fill(mask == 0, ignore_index)
+    if pad_token_id == eos_token_id:
+        pad_token_id = None
+    if pad_token_id is not None:
+        targets = targets.masked_fill(targets == pad_token_id, ignore_index)
     if num_classes is not None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
         # before they move
         check_ids("targets", targets, num_classes, exempt=ignore_index, exempt_name="ignore_index")
     weight = None if token_weight is None else token_weight.detach()
     if shift:
-        targets, valid = _shifted(targets, shift, ignore_index), _shifted(valid, shift, False)
+        targets = _shifted(targets, shift, ignore_index)
         weight = None if weight is None else _shifted(weight, shift, 0.0)
+    valid = targets != ignore_index
     counts = None
     if class_weight is not None:
         counts = class_weight.detach().to(dtype)[targets.clamp(0, len(class_weight) - 1)]
     rows = as_rows(targets.shape)
     row_counts = None if counts is None else counts.reshape(rows)
-    own = own_denominator(valid.reshape(rows), reduction, weight=row_counts, dtype=dtype)
-    scale = token_scale(
+    scale, own = token_scale(
         valid.reshape(rows),
         reduction,
         denominator=denominator,
@@ -202,12 +201,12 @@ def align(
         empty=empty,
         dtype=dtype,
     )
+    if weight is not None:
+        scale = scale * weight.masked_fill(~valid, 0.0).reshape(rows).to(dtype)
     return TokenBatch(
         targets=targets.reshape(-1),
         valid=valid.reshape(-1),
-        scale=scale.reshape(-1)
-        if weight is None
-        else scale.reshape(-1) * torch.where(valid, weight, 0.0).reshape(-1).to(dtype),
+        scale=scale.reshape(-1),
         ignore_index=ignore_index,
         shape=targets.shape,
         count=own,
@@ -217,7 +216,7 @@ def align(
         features={name: value.reshape(-1) for name, value in (features or {}).items()},
         target_weight=None if counts is None else counts.reshape(-1),
         num_classes=num_classes,
-        pad_token_id=None if pad_token_id == eos_token_id else pad_token_id,
+        pad_token_id=pad_token_id,
         shift=shift,
     )
 

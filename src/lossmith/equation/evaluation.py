@@ -22,6 +22,7 @@ from lossmith.engine.sweep import Sweep
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.output import LossOutput
+from lossmith.equation.reduction import scaled
 from lossmith.equation.term import Reads, Term, Weigh, joined
 
 # What the metrics read.
@@ -90,13 +91,12 @@ def evaluate(
     else:
         stats.add(asked)
         seen = _supervised(stats, batch)
-        parts, contributions, weight = _parts(of_terms, seen, batch, weigh, per_token)
-        total = reduce(operator.add, parts.values()) if parts else _nothing(seen, batch, per_token)
+        total, parts, contributions, weight = _parts(of_terms, seen, batch, weigh, per_token)
     parts.update(scalars)
     total = reduce(operator.add, scalars.values(), total)
     metrics = Metrics(_metrics(total, parts, seen, batch))
     if weight is not None:
-        batch = replace(batch, scale=torch.where(weight == 0, 0.0, batch.scale * weight.detach()))
+        batch = replace(batch, scale=scaled(batch.scale, weight.detach()))
     return LossOutput(total, parts, batch.num_tokens, seen, batch, contributions, metrics, stats)
 
 
@@ -153,27 +153,29 @@ def _supervised(stats: TokenStats, batch: TokenBatch) -> TokenStats:
     return stats if batch.also_read is None else stats.restrict(batch.targets, batch.ignore_index)
 
 
-def _shares(of_term: OfTerm, stats: TokenStats, batch: TokenBatch) -> Tensor:
-    """[N] what each token adds to a term, its scale included."""
-    term, columns = of_term
-    values = term.values(stats.declared(term.reads, columns), batch)
-    return torch.where(batch.scale == 0, 0.0, values * batch.scale)
+def _shares(of_terms: Sequence[OfTerm], stats: TokenStats, batch: TokenBatch) -> Tensor:
+    """[K, N] what each token adds to each of the terms, its scale included."""
+    values = [term.values(stats.declared(term.reads, columns), batch) for term, columns in of_terms]
+    return scaled(torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0), batch.scale)
 
 
 def _parts(
     of_terms: Sequence[OfTerm], stats: TokenStats, batch: TokenBatch, weigh: Weigh | None, per_token: bool
-) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-    """Each term, what each token contributes [N], and its weight [N] or None."""
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
+    """The sum of the terms, each term, what each token contributes [N], and its weight [N] or None."""
     weight = None if weigh is None else weigh(stats.detach(), batch)
-    parts: dict[str, Tensor] = {}
-    contributions = torch.zeros_like(batch.scale)
-    for of_term in of_terms:
-        shares = _shares(of_term, stats, batch)
-        contributions = contributions + shares.detach()
-        if weight is not None:
-            shares = torch.where(weight == 0, 0.0, shares * weight.detach())
-        parts[of_term[0].name] = shares.reshape(batch.shape) if per_token else shares.sum()
-    return parts, contributions, weight
+    if not of_terms:
+        return _nothing(stats, batch, per_token), {}, torch.zeros_like(batch.scale), weight
+    shares = _shares(of_terms, stats, batch)
+    contributions = shares.detach().sum(0)
+    if weight is not None:
+        shares = scaled(shares, weight.detach())
+    values = shares.reshape(-1, *batch.shape) if per_token else shares.sum(-1)
+    return values.sum(0), dict(zip(_names(of_terms), values.unbind(), strict=True)), contributions, weight
+
+
+def _names(of_terms: Sequence[OfTerm]) -> list[str]:
+    return [term.name for term, _ in of_terms]
 
 
 def _in_one_sweep(
@@ -187,18 +189,14 @@ def _in_one_sweep(
 
     def loss_of(some: TokenStats, rows: slice | Tensor) -> Tensor:
         tokens = batch.select(rows)
-        seen = _supervised(some, tokens)
-        loss = torch.zeros_like(batch.scale[0])
-        for k, of_term in enumerate(of_terms):
-            own = _shares(of_term, seen, tokens)
-            shares[k, rows] = own.detach()
-            loss = loss + own.sum()
-        return loss
+        own = _shares(of_terms, _supervised(some, tokens), tokens)
+        shares[:, rows] = own.detach()
+        return own.sum()
 
     try:
         swept = predictions.sweep_once(sweep, loss_of, unless)
     except OtherGradient:
-        names = ", ".join(repr(term.name) for term, _ in of_terms)
+        names = ", ".join(map(repr, _names(of_terms)))
         raise ValueError(
             f"one of the terms {names} has a gradient in something else than its token's statistics (a "
             "parameter, perhaps), which a term of scope='token' promises not to have; give it scope='batch'"
@@ -208,16 +206,16 @@ def _in_one_sweep(
     values = shares.sum(-1)
     parts = {
         of_term[0].name: swept.part(
-            value, lambda s, of_term=of_term: _shares(of_term, _supervised(s, batch), batch).sum()
+            value, lambda s, of_term=of_term: _shares([of_term], _supervised(s, batch), batch).sum()
         )
         for of_term, value in zip(of_terms, values, strict=True)
     }
-    return swept.loss(reduce(operator.add, values)), parts, shares.sum(0), swept.known
+    return swept.loss(values.sum()), parts, shares.sum(0), swept.known
 
 
 def _nothing(stats: TokenStats, batch: TokenBatch, per_token: bool) -> Tensor:
     """0, connected to the logits: an objective whose terms are all off can still be trained with."""
-    zeros = torch.where(batch.valid, 0.0, stats.nll)
+    zeros = stats.nll.masked_fill(batch.valid, 0.0)
     return zeros.reshape(batch.shape) if per_token else zeros.sum()
 
 

@@ -48,8 +48,8 @@ def token_scale(
     weight: Tensor | None = None,
     empty: Empty = "zero",
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """What each token's value is multiplied by before the sum: M * factor / D.
+) -> tuple[Tensor, Tensor]:
+    """What each token's value is multiplied by before the sum, M * factor / D, and the batch's own D.
 
     | reduction | factor on sample b's tokens | D, unless the caller's ``denominator`` |
     | --- | --- | --- |
@@ -67,34 +67,27 @@ def token_scale(
         dtype: of the result.
 
     Returns:
-        [B, T] factors; 0 at tokens that are not supervised.
+        [B, T] factors, 0 at tokens that are not supervised; and what this batch alone would be divided by,
+        its supervised tokens or its samples that have one (0-dimensional).
     """
     denominator = _DENOMINATOR.check(denominator)
-    count = _counts(valid, weight, dtype)
-    factor = valid.to(dtype)
+    counts = valid if weight is None else weight.masked_fill(~valid, 0.0)
+    factor: Tensor = valid
     if reduction == "sequence_mean":
-        per_row = count.sum(-1, keepdim=True)
-        factor = factor / torch.where(per_row == 0, 1.0, per_row)
+        per_row = counts.sum(-1, keepdim=True, dtype=dtype)
+        own = (per_row > 0).sum(dtype=dtype)
+        factor = valid / _not_zero(per_row)
+    else:
+        own = counts.sum(dtype=dtype)
     if denominator is None and reduction in ("sum", "none"):
-        return factor
-    own = _own_denominator(count, reduction)
+        return factor.to(dtype), own
     divisor = own if denominator is None else _as_scalar(denominator, own)
-    return factor / torch.where(divisor == 0, 1.0 if empty == "zero" else torch.nan, divisor)
+    return factor / _not_zero(divisor, 1.0 if empty == "zero" else torch.nan), own
 
 
-def own_denominator(
-    valid: Tensor,
-    reduction: Reduction,
-    *,
-    weight: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """What a batch alone is divided by: its supervised tokens, or its samples that have one.
-
-    Args:
-        valid, reduction, weight, dtype: as for :func:`token_scale`.
-    """
-    return _own_denominator(_counts(valid, weight, dtype), reduction)
+def scaled(values: Tensor, scale: Tensor) -> Tensor:
+    """Values times their tokens' scale; 0 where that is 0, whatever the value."""
+    return values.masked_fill(scale == 0, 0.0) * scale
 
 
 def scalar_share(own: Tensor, denominator: Denominator | None) -> Tensor | float:
@@ -104,18 +97,11 @@ def scalar_share(own: Tensor, denominator: Denominator | None) -> Tensor | float
         own: what this batch alone would be divided by.
         denominator: the caller's, over all micro-batches and ranks.
     """
-    if denominator is None:
-        return 1.0
-    whole = _as_scalar(denominator, own)
-    return own / torch.where(whole == 0, 1.0, whole)
+    return 1.0 if denominator is None else own / _not_zero(_as_scalar(denominator, own))
 
 
-def _counts(valid: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return valid.to(dtype) if weight is None else torch.where(valid, weight, 0.0).to(dtype)
-
-
-def _own_denominator(count: Tensor, reduction: Reduction) -> Tensor:
-    return (count.sum(-1) > 0).sum().to(count.dtype) if reduction == "sequence_mean" else count.sum()
+def _not_zero(divisor: Tensor, instead: float = 1.0) -> Tensor:
+    return divisor.masked_fill(divisor == 0, instead)
 
 
 def _as_scalar(denominator: Denominator, like: Tensor) -> Tensor:

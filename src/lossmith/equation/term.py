@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
 
 from lossmith.engine.statistics.statistic import UNSCALED, UndeclaredRead
 from lossmith.engine.statistics.stats import STATISTIC_NAMES, TokenStats, unknown_statistic
 from lossmith.equation.batch import TokenBatch
+from lossmith.equation.reduction import scaled
 from lossmith.options import option, strict_options
 
 PerToken = Callable[[TokenStats, TokenBatch], Tensor]
@@ -104,16 +104,15 @@ class Term:
                     f"leave averaging to the objective; got {list(values.shape)}"
                 )
             if self.token_weight is not None:
-                weight = self.token_weight(stats.detach(), batch).detach()
-                # an infinite loss of weight 0 is 0
-                values = torch.where(weight == 0, 0.0, values * weight)
+                values = scaled(values, self.token_weight(stats.detach(), batch).detach())
         except UndeclaredRead as undeclared:
             declared = ", ".join(map(repr, (*(self.reads or ()), undeclared.name)))
             raise ValueError(
                 f"the term {self.name!r} reads the statistic {undeclared.name!r}, which it does not declare; "
                 f"write reads=({declared})"
             ) from None
-        return values * self.coefficient
+        is_one = not isinstance(self.coefficient, Tensor) and self.coefficient == 1
+        return values if is_one else values * self.coefficient
 
 
 def joined(*reads: Reads) -> Reads:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
+from lossmith.equation.reduction import scaled
 from lossmith.options import option
 
 SmoothingMode = Annotated[
@@ -21,7 +22,7 @@ def cross_entropy(stats: TokenStats, target_weight: Tensor | None = None) -> Ten
     """-log p_y, [N], times ``target_weight`` [N], the class weights of the targets."""
     if target_weight is None:
         return stats.nll
-    return torch.where(target_weight == 0, 0.0, stats.nll * target_weight)  # also where the loss is infinite
+    return scaled(stats.nll, target_weight)  # also where the loss is infinite
 
 
 def smooth(
@@ -61,7 +62,7 @@ def smooth(
     total, classes = stats.total_nll, stats.num_finite
     if smoothing_mode == "exclude_target":
         own = cross_entropy(stats, batch.target_weight)
-        total, classes = total - torch.where(own.isinf(), 0.0, own), classes - 1
+        total, classes = total - own.masked_fill(own.isinf(), 0.0), classes - 1
     eps: float | Tensor = label_smoothing
     if special_tokens:
         is_special = torch.zeros_like(batch.valid)

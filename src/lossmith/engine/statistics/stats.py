@@ -22,7 +22,7 @@ from lossmith.engine.statistics.raw import Needs
 from lossmith.engine.statistics.raw_stats import AskedFor, ByView, RawStats
 from lossmith.engine.statistics.statistic import UNSCALED, Columns, Declared, Statistic, derived, statistic
 
-# A gap this wide leaves nothing of the smaller side, in any dtype; +-inf would make 0 * inf.
+# What costs this much has probability 0, in any dtype; inf would make 0 * inf.
 _WIDE = 1e4
 
 
@@ -171,6 +171,10 @@ class TokenStats:
         """Whether a position has a target (bool)."""
         return self._targets != self._raw.sweep.ignore_index
 
+    @property
+    def _is_ignored(self) -> Tensor:
+        return self._targets == self._raw.sweep.ignore_index
+
     def _also(self, **changes: Any) -> TokenStats:
         now = {"view": self._view, "detached": self._detached, "shape": self._shape}
         other = TokenStats(self._raw, **{**now, **changes})
@@ -212,13 +216,22 @@ class TokenStats:
         return gap.masked_fill(gap == float("inf"), float("nan"))  # a broken logit is no certainty
 
     @derived
-    def _delta(self) -> Tensor:
-        """z_y - W: the log-odds of the target."""
-        return self._gap - self._read("wrong_log_sum")
+    def _against(self) -> Tensor:
+        """W - z_y: the log-odds against the target."""
+        return self._read("wrong_log_sum") - self._gap
+
+    @derived
+    def _wrong_nll(self) -> Tensor:
+        """-log(1 - p_y): what the wrong answers cost together."""
+        return _softplus(-self._against)
+
+    @derived
+    def _logsumexp_from_wrong(self) -> Tensor:
+        return self._read("wrong_log_sum") + self._wrong_nll
 
     @derived
     def _centered_logsumexp(self) -> Tensor:
-        return _logaddexp(self._read("wrong_log_sum"), self._gap)
+        return torch.where(self._against > 0, self._logsumexp_from_wrong, self._gap + self.nll)
 
     # -- the public statistics ------------------------------------------------------------
 
@@ -229,17 +242,17 @@ class TokenStats:
     @statistic(Needs.CORE)
     def logsumexp(self) -> Tensor:
         # From the larger side: a target far above the others is lost in its distance from them.
-        of_wrong = self._constant("reference") + self._centered_logsumexp
-        return torch.where(self._delta >= 0, self.target_logit + self.nll, of_wrong)
+        from_wrong = self._constant("reference") + self._logsumexp_from_wrong
+        return torch.where(self._against > 0, from_wrong, self.target_logit + self.nll)
 
     @statistic(Needs.CORE)
     def wrong_logsumexp(self) -> Tensor:
         wrong = self._constant("reference") + self._read("wrong_log_sum")
-        return torch.where(self.is_valid, wrong, 0.0)
+        return wrong.masked_fill(self._is_ignored, 0.0)
 
     @statistic(Needs.CORE)
     def nll(self) -> Tensor:
-        return _softplus(-self._delta)
+        return _softplus(self._against)
 
     @statistic(Needs.CORE)
     def target_prob(self) -> Tensor:
@@ -247,7 +260,7 @@ class TokenStats:
 
     @statistic(Needs.CORE)
     def target_log1m_prob(self) -> Tensor:
-        return torch.where(self.is_valid, -_softplus(self._delta), 0.0)
+        return -self._wrong_nll.masked_fill(self._is_ignored, 0.0)
 
     @statistic(Needs.ENTROPY)
     def wrong_entropy(self) -> Tensor:
@@ -255,9 +268,9 @@ class TokenStats:
 
     @statistic(Needs.ENTROPY)
     def entropy(self) -> Tensor:
-        delta = self._delta.clamp(-_WIDE, _WIDE)
-        nll, nll_of_wrong = _softplus(-delta), _softplus(delta)
-        return (-nll).exp() * nll + (-nll_of_wrong).exp() * (nll_of_wrong + self.wrong_entropy)
+        wrong_prob = (-self._wrong_nll).exp()
+        of_wrong = wrong_prob * (self._wrong_nll.clamp(max=_WIDE) + self.wrong_entropy)
+        return self.target_prob * self.nll.clamp(max=_WIDE) + of_wrong
 
     @statistic(Needs.COUNT)
     def num_wrong(self) -> Tensor:
@@ -266,8 +279,9 @@ class TokenStats:
     @statistic(Needs.ENTROPY | Needs.COUNT)
     def normalized_wrong_entropy(self) -> Tensor:
         counted = self._constant("num_wrong")
-        most = torch.where(counted > 1, counted, 2.0).log()
-        return torch.where(counted > 1, (self.wrong_entropy / most).clamp(0.0, 1.0), 0.0)
+        is_sure = counted <= 1
+        most = counted.masked_fill(is_sure, 2.0).log()
+        return (self.wrong_entropy / most).clamp(0.0, 1.0).masked_fill(is_sure, 0.0)
 
     @statistic(Needs.SUM)
     def num_finite(self) -> Tensor:
@@ -285,7 +299,7 @@ class TokenStats:
     @statistic(Needs.SUM)
     def total_nll(self) -> Tensor:
         own = self._constant("target_weight")
-        own = torch.where(own == 0, 0.0, own * self.nll)
+        own = own * self.nll.masked_fill(own == 0, 0.0)
         return self._constant("sum_weight") * self._centered_logsumexp - self._read("centered_sum") + own
 
     @statistic(Needs.TOP)
@@ -368,4 +382,4 @@ def _softplus(x: Tensor) -> Tensor:
 def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
     """log(exp(a) + exp(b)) whose gradient is 0, not NaN, where both are -inf."""
     neither = (a == float("-inf")) & (b == float("-inf"))
-    return torch.where(neither, float("-inf"), torch.logaddexp(torch.where(neither, 0.0, a), b))
+    return torch.logaddexp(a.masked_fill(neither, 0.0), b).masked_fill(neither, float("-inf"))

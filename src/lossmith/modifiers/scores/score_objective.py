@@ -15,7 +15,7 @@ from lossmith.core.metrics import Metrics
 from lossmith.engine.predictions import Predictions
 from lossmith.equation.batch import check_mask
 from lossmith.equation.output import LossOutput, with_parts
-from lossmith.equation.reduction import Denominator, scalar_share, token_scale
+from lossmith.equation.reduction import Denominator, scalar_share, scaled, token_scale
 from lossmith.modifiers.call import Call, check_tensor
 from lossmith.modifiers.custom import CustomModifiers
 
@@ -86,8 +86,8 @@ class ScoreObjective:
 
         def reduced(losses: Tensor) -> Tensor:
             rows = valid.unsqueeze(-1)  # [B, 1]: a sequence counts as one token
-            scale = token_scale(rows, call.reduction, denominator=denominator, dtype=losses.dtype)
-            shares = torch.where(valid, losses.reshape(-1), 0.0) * scale.squeeze(-1)
+            scale, _ = token_scale(rows, call.reduction, denominator=denominator, dtype=losses.dtype)
+            shares = scaled(losses.reshape(-1), scale.squeeze(-1))
             return shares.reshape(targets.shape) if call.reduction == "none" else shares.sum()
 
         unmodified = reduced(losses) if call.loss is None else call.loss
