@@ -46,7 +46,7 @@ class SweepOptions:
         return Sweep(
             targets.long().reshape(-1),
             candidates,
-            self.checked_class_weight(predictions),
+            fitting_class_weight(self.class_weight, predictions),
             self._temperature_tensor(predictions),
             predictions.capped(self.softcap),
             ignore_index,
@@ -72,11 +72,16 @@ class SweepOptions:
             return None
         return torch.full((), self.temperature, dtype=predictions.dtype, device=predictions.device)
 
-    def checked_class_weight(self, predictions: Predictions) -> Tensor | None:
-        if self.class_weight is None:
-            return None
-        if self.class_weight.shape != (predictions.num_classes,):
-            raise ValueError(
-                f"class_weight must be [V] = [{predictions.num_classes}]; got {list(self.class_weight.shape)}"
-            )
-        return self.class_weight.detach().to(predictions.dtype)
+
+def fitting_class_weight(class_weight: Tensor | None, predictions: Predictions) -> Tensor | None:
+    """
+    Raises:
+        ValueError: weights of another number of classes than the predictions have.
+    """
+    if class_weight is None:
+        return None
+    if class_weight.shape != (predictions.num_classes,):
+        raise ValueError(
+            f"class_weight must be [V] = [{predictions.num_classes}]; got {list(class_weight.shape)}"
+        )
+    return class_weight.detach().to(predictions.device, predictions.dtype)

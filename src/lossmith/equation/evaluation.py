@@ -85,19 +85,19 @@ def evaluate(
     if sweep is not None:
         swept = _in_one_sweep(of_terms, predictions, sweep.asking(*asked), batch, unless)
     if swept is not None:
-        total, parts, contributions, known = swept
+        total, parts, shares, known = swept
         stats.hold(known)
         seen, weight = _supervised(stats, batch), None
     else:
         stats.add(asked)
         seen = _supervised(stats, batch)
-        total, parts, contributions, weight = _parts(of_terms, seen, batch, weigh, per_token)
+        total, parts, shares, weight = _parts(of_terms, seen, batch, weigh, per_token)
     parts.update(scalars)
     total = reduce(operator.add, scalars.values(), total)
     metrics = Metrics(_metrics(total, parts, seen, batch))
     if weight is not None:
         batch = replace(batch, scale=scaled(batch.scale, weight.detach()))
-    return LossOutput(total, parts, batch.num_tokens, seen, batch, contributions, metrics, stats)
+    return LossOutput(total, parts, batch.num_tokens, seen, batch, shares, metrics, stats)
 
 
 def whole_batch_reason(
@@ -162,16 +162,14 @@ def _shares(of_terms: Sequence[OfTerm], stats: TokenStats, batch: TokenBatch) ->
 def _parts(
     of_terms: Sequence[OfTerm], stats: TokenStats, batch: TokenBatch, weigh: Weigh | None, per_token: bool
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-    """The sum of the terms, each term, what each token contributes [N], and its weight [N] or None."""
+    """The sum of the terms, each term, what each token adds to each [K, N], and its weight [N] or None."""
     weight = None if weigh is None else weigh(stats.detach(), batch)
     if not of_terms:
-        return _nothing(stats, batch, per_token), {}, torch.zeros_like(batch.scale), weight
+        return _nothing(stats, batch, per_token), {}, batch.scale.new_zeros(0, len(batch.scale)), weight
     shares = _shares(of_terms, stats, batch)
-    contributions = shares.detach().sum(0)
-    if weight is not None:
-        shares = scaled(shares, weight.detach())
-    values = shares.reshape(-1, *batch.shape) if per_token else shares.sum(-1)
-    return values.sum(0), dict(zip(_names(of_terms), values.unbind(), strict=True)), contributions, weight
+    weighed = shares if weight is None else scaled(shares, weight.detach())
+    values = weighed.reshape(-1, *batch.shape) if per_token else weighed.sum(-1)
+    return values.sum(0), dict(zip(_names(of_terms), values.unbind(), strict=True)), shares.detach(), weight
 
 
 def _names(of_terms: Sequence[OfTerm]) -> list[str]:
@@ -181,7 +179,7 @@ def _names(of_terms: Sequence[OfTerm]) -> list[str]:
 def _in_one_sweep(
     of_terms: Sequence[OfTerm], predictions: Predictions, sweep: Sweep, batch: TokenBatch, unless: str | None
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, ByView] | None:
-    """The sum of the terms, each term, and what each token contributes, with gradients that were made
+    """The sum of the terms, each term, and what each token adds to each [K, N], with gradients that were made
     together with the statistics, which come last; None where that cannot be."""
     if not of_terms:
         return None
@@ -210,7 +208,7 @@ def _in_one_sweep(
         )
         for of_term, value in zip(of_terms, values, strict=True)
     }
-    return swept.loss(values.sum()), parts, shares.sum(0), swept.known
+    return swept.loss(values.sum()), parts, shares, swept.known
 
 
 def _nothing(stats: TokenStats, batch: TokenBatch, per_token: bool) -> Tensor:

@@ -27,7 +27,7 @@ class LossOutput:
             costs another pass over the logits. None where there are no tokens but scores.
         batch: the tokens as they were aligned, masked, scaled and weighed, flat [N] (``stats.flat()`` goes
             with it); None likewise.
-        contributions: [N] what each token adds to the per-token terms, detached and before ``weigh``.
+        shares: [K, N] what each token adds to each of the per-token terms, detached and before ``weigh``.
         metrics: ``loss``, each part, ``nll`` (unsmoothed, temperature 1, a mean over tokens),
             ``perplexity`` and ``accuracy``; computed when they are read.
         all_stats: the statistics, flat, also where something else than a loss looks at the predictions of a
@@ -39,9 +39,14 @@ class LossOutput:
     num_tokens: Tensor
     stats: TokenStats | None
     batch: TokenBatch | None = field(repr=False)
-    contributions: Tensor = field(repr=False)
+    shares: Tensor = field(repr=False)
     metrics: Metrics = field(repr=False)
     all_stats: TokenStats | None = field(default=None, repr=False)
+
+    @property
+    def contributions(self) -> Tensor:
+        """[N] what each token adds to the per-token terms together, detached and before ``weigh``."""
+        return self.shares.sum(0)
 
     def as_dict(self) -> dict[str, Tensor]:
         """The parts, and the loss as ``total_loss``."""

@@ -14,7 +14,7 @@ from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.plan import Plan
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.statistics.stats import TokenStats
-from lossmith.engine.sweep_options import SweepOptions
+from lossmith.engine.sweep_options import SweepOptions, fitting_class_weight
 from lossmith.equation.batch import TokenBatch, align
 from lossmith.equation.evaluation import evaluate, whole_batch_reason
 from lossmith.equation.output import LossOutput
@@ -320,7 +320,7 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
             ignore_index=self.ignore_index if ignore_index is None else ignore_index,
             reduction=reduction or self.reduction,
             num_classes=predictions.num_classes,
-            class_weight=self.sweep_options.checked_class_weight(predictions),
+            class_weight=fitting_class_weight(self.class_weight, predictions),
             dtype=predictions.dtype,
             features=None if inputs is None else self.features(inputs),
             **given,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.core.metrics import Metrics, Source
+from lossmith.core.metrics import Metrics
+from lossmith.core.running_means import RunningMeans
 from lossmith.core.warn_user import warn_user
 from lossmith.engine.predictions import Predictions
 from lossmith.equation.batch import TokenBatch
@@ -69,9 +70,6 @@ INPUTS = (
 def _switch(name: str) -> property:
     """Whether the loss was made with this switch on; its weight, in ``components``, may change."""
     return property(lambda self: self._switches[name])
-
-
-NUM_BATCHES, NUM_NONFINITE = "num_batches", "num_nonfinite"
 
 
 class UnifiedLoss(ComposedLoss):
@@ -213,7 +211,7 @@ class UnifiedLoss(ComposedLoss):
         self.primary_loss_type: flags.PrimaryLossType = chosen.primary_loss_type
         self.track_statistics: bool = chosen.track_statistics
         self.input_names = tuple(dict.fromkeys((*self.input_names, *INPUTS)))
-        self._sums: dict[str, Tensor] = {}
+        self._means = RunningMeans()
 
     use_mtp = _switch("use_mtp")
     use_ngram_penalty = _switch("use_ngram_penalty")
@@ -322,37 +320,21 @@ class UnifiedLoss(ComposedLoss):
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
         output = super().complete(output, inputs)
         if self.track_statistics and not torch.compiler.is_compiling():
-            self._track(self.detailed(output), self.measures())
+            self._means.add({**self.detailed(output), **self.measures()}, output.total)
         return output
-
-    def _track(self, parts: Mapping[str, Tensor], measures: Mapping[str, Source]) -> None:
-        """Add a batch to the sums, or, where something is not finite, to the number of such batches."""
-        values = {name: part.detach().sum() for name, part in parts.items()}
-        total = values["total_loss"]
-        is_finite = total.isfinite()
-        for name, source in measures.items():
-            values[name] = torch.as_tensor(source() if callable(source) else source, device=total.device)
-            is_finite = is_finite & values[name].isfinite()
-        found = {name: torch.where(is_finite, value, 0.0) for name, value in values.items()}
-        found |= {NUM_BATCHES: is_finite.long(), NUM_NONFINITE: (~is_finite).long()}
-        for name, value in found.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def get_loss_statistics(self) -> dict[str, float]:
         """Means over the batches since the last reset: of the parts, and of what components measure besides.
         With ``num_batches``, how many these are; ``num_nonfinite``, how many there were whose loss was NaN or
         infinite, which are in no mean; and the temperature. One synchronisation."""
-        sums: dict[str, Any] = dict(self._sums)
-        counts = {name: sums.pop(name) for name in (NUM_BATCHES, NUM_NONFINITE) if name in sums}
-        means = {name: total / counts[NUM_BATCHES] for name, total in sums.items()}
         temperature = self.base.temperature
         if isinstance(temperature, AdaptiveTemperature):
             temperature = temperature.value
-        return Metrics({**means, NUM_BATCHES: 0, **counts, "temperature": temperature}).to_dict()
+        return Metrics({**self._means.read(), "temperature": temperature}).to_dict()
 
     def reset_statistics(self) -> None:
         """Begin the means anew."""
-        self._sums = {}
+        self._means = RunningMeans()
 
 
 def create_unified_loss(config: Any) -> UnifiedLoss:
