@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lossmith.engine.checks import check_logits
 from lossmith.engine.rows.blocks import accumulation_dtype
-from lossmith.engine.rows.operators import row_stats_op
+from lossmith.engine.rows.operators import stats_of_logits
 from lossmith.engine.sampling import sample_ids
 from lossmith.engine.statistics.raw import Needs
 from lossmith.engine.statistics.raw_stats import ByView, RawStats
@@ -139,7 +139,7 @@ class Logits(Predictions):
         check_logits(self.values, targets)
 
     def fetch(self, sweep: Sweep) -> Sequence[Tensor]:
-        return row_stats_op(self.values, *sweep.arguments)
+        return stats_of_logits(self.values, sweep)
 
     def sample(self, softcap: float | None) -> Tensor:
         return sample_ids(self.values, softcap=softcap)

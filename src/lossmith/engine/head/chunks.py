@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +124,7 @@ class HeadGradient:
         needed: which of the three are wanted.
     """
 
-    def __init__(self, chunks: Chunks, needed: tuple[bool, bool, bool]) -> None:
+    def __init__(self, chunks: Chunks, needed: Sequence[bool]) -> None:
         self.chunks = chunks
         device = chunks.hidden.device
         self.hidden = self.weight = self.bias = None

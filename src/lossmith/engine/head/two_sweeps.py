@@ -4,6 +4,7 @@ made for its statistics and, on the way back, once more for its gradient."""
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
+from lossmith.engine.eager import Tensors, Ways, stats_with_gradients
 from lossmith.engine.head.chunks import Chunks, Factors, HeadGradient
 from lossmith.engine.rows.backends import gradient_of_rows, stats_of_rows
 from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.sweep import Maybe, Rows, Sweep, saved, unsaved
 
 # Which of hidden states, weight and bias have a gradient; and their gradients.
-Needed = tuple[bool, bool, bool]
+Needed = Sequence[bool]
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
 
@@ -54,49 +56,24 @@ def _of(values: Maybe, rows: Rows) -> list[Tensor | None]:
     return [None if value is None else value[rows] for value in values]
 
 
-class HeadStats(torch.autograd.Function):
-    """The statistics as tensors with gradients. Here, in eager mode, the last chunk's logits are kept for the
-    way back; ``torch.compile`` sees the operators below."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple, sweep: Sweep, known: list[Tensor] | None, *head: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        factors = Factors(*head, *options)  # type: ignore[arg-type]
-        outputs, ctx.kept = forward_sweep(factors, sweep) if known is None else (known, None)
-        if not any(ctx.needs_input_grad):
-            ctx.kept = None
-        ctx.options, ctx.sweep, ctx.is_saved = options, sweep, sweep.is_saved
-        # all that the way back reads, so that autograd sees when it is written over before
-        ctx.save_for_backward(*head, *sweep.tensors.values(), *saved(outputs, ctx.is_saved))
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(out for out in outputs if not out.is_floating_point()))
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        refuse_batched(*grads)
-        everything = ctx.saved_tensors  # once: an activation checkpoint unpacks it a single time
-        head, stats = everything[:3], everything[3 + len(ctx.sweep.tensors) :]
-        kept, ctx.kept = ctx.kept, None  # its memory is written over
-        if all(g is None for g in grads):
-            return (None,) * 6
-        raw = unsaved(stats, ctx.is_saved)
-        factors, needed = Factors(*head, *ctx.options), ctx.needs_input_grad[3:]
-        with torch.no_grad():  # with create_graph autograd would watch the products
-            found = backward_sweep(factors, ctx.sweep, raw, grads, needed, kept)
-        return (None, None, None, *once(found, (*head, *grads)))
-
-
 def stats_of_head(factors: Factors, sweep: Sweep, known: list[Tensor] | None = None) -> tuple[Tensor, ...]:
-    """The raw statistics [N] of a head's logits, differentiable.
+    """The raw statistics [N] of a head's logits, differentiable. The last chunk's logits are kept for the way
+    back.
 
     Args:
         factors, sweep: what the logits are made of, and what is asked of them.
         known: the statistics, where they are known already and only their gradients are missing.
     """
     options = (factors.compute_dtype, factors.memory_budget)
-    return HeadStats.apply(options, sweep, known, *factors.tensors)
+
+    def of(tensors: Tensors) -> Factors:
+        return Factors(*tensors, *options)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    ways = Ways(
+        lambda tensors, sweep: forward_sweep(of(tensors), sweep),
+        lambda tensors, *rest: backward_sweep(of(tensors), *rest),
+    )
+    return stats_with_gradients(ways, factors.tensors, sweep, known)
 
 
 # ── what torch.compile sees ───────────────────────────────────────────────────────────────────────────

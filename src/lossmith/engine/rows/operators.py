@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,33 @@ from torch import Tensor
 
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
+from lossmith.engine.eager import Tensors, Ways, is_eager, stats_with_gradients
 from lossmith.engine.rows.backends import gradient_of_rows, stats_of_rows
 from lossmith.engine.rows.blocks import accumulation_dtype
-from lossmith.engine.sweep import Sweep, saved, unsaved
+from lossmith.engine.sweep import Maybe, Sweep, saved, unsaved
+
+
+def stats_of_logits(logits: Tensor, sweep: Sweep) -> Sequence[Tensor]:
+    """The raw statistics [N] of logits [..., V], differentiable, in the operators' order."""
+    if not is_eager(logits, *sweep.tensors.values()):
+        return row_stats_op(logits, *sweep.arguments)
+    sweep.check_ids(logits.shape[-1], logits.shape[:-1])
+    return stats_with_gradients(_WAYS, (logits,), sweep)
+
+
+def _forward(tensors: Tensors, sweep: Sweep) -> tuple[list[Tensor], None]:
+    (logits,) = tensors
+    assert logits is not None
+    return stats_of_rows(logits, sweep), None
+
+
+def _backward_of(tensors: Tensors, sweep: Sweep, raw: Maybe, grads: Maybe, *_: Any) -> list[Tensor]:
+    (logits,) = tensors
+    assert logits is not None
+    return [gradient_of_rows(logits, sweep, raw, grads).view(logits.shape)]
+
+
+_WAYS = Ways(_forward, _backward_of)
 
 
 @torch.library.custom_op("lossmith::row_stats", mutates_args=())

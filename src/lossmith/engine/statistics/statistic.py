@@ -39,6 +39,8 @@ class Statistic:
         return known[self.name]
 
     def _of(self, owner: Any) -> Tensor:
+        if owner._attached is not None:
+            return getattr(owner._attached, self.name).detach()
         view = owner._declared
         if view is None:
             return self.function(owner)

@@ -82,6 +82,7 @@ class TokenStats:
         self._shape = raw.sweep.targets.shape if shape is None else shape
         self._declared = declared
         self._unscaled: TokenStats | None = None
+        self._attached: TokenStats | None = None  # what these are without gradients
         self._targets = raw.sweep.targets.reshape(self._shape)
         self._without_gradient: dict[str, Tensor] = {}
 
@@ -133,6 +134,7 @@ class TokenStats:
             return self
         if self._unscaled is None:
             self._unscaled = self._also(view=1)
+            self._unscaled._attached = None if self._attached is None else self._attached.unscaled
             if self._declared is not None:
                 self._unscaled._declared = replace(self._declared, whole=self._declared.whole.unscaled)
         return self._unscaled
@@ -145,8 +147,10 @@ class TokenStats:
         return view
 
     def detach(self) -> TokenStats:
-        """The same statistics without gradients."""
-        return self._also(detached=True)
+        """The same statistics without gradients, computed once for both."""
+        view = self._also(detached=True)
+        view._attached = self
+        return view
 
     def reshape(self, shape: torch.Size) -> TokenStats:
         """The same statistics with their tokens laid out as ``shape``."""
@@ -206,7 +210,7 @@ class TokenStats:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._targets = self._raw.sweep.targets.reshape(self._shape)
-        self._unscaled, self._without_gradient = None, {}
+        self._unscaled, self._attached, self._without_gradient = None, None, {}
 
     # -- derived, measured from the largest wrong logit ------------------------------------
 
