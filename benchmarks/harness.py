@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.metadata
 import multiprocessing
 import os
 import platform
 import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -123,12 +125,16 @@ def options(description: str, rounds: int = 15) -> argparse.Namespace:
 
 def write_csv(chosen: argparse.Namespace, header: list[str], rows: list[list]) -> None:
     """Write the rows where ``--csv`` says, with the machine in the first line."""
-    if not chosen.csv:
-        return
-    Path(chosen.csv).parent.mkdir(parents=True, exist_ok=True)
-    with open(chosen.csv, "w", newline="") as file:
+    if chosen.csv:
+        write_rows(Path(chosen.csv), machine(chosen.device), header, rows)
+
+
+def write_rows(path: Path, comment: str, header: list[str], rows: list[list]) -> None:
+    """Write a table, a comment in its first line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["# " + machine(chosen.device)])
+        writer.writerow(["# " + comment])
         writer.writerow(header)
         writer.writerows(rows)
 
@@ -143,8 +149,23 @@ def machine(device: str) -> str:
             )
         name = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     else:
-        name = torch.cuda.get_device_name()
-    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
+        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda or torch.version.hip}{_driver()}"
+    return f"{name}; torch {torch.__version__}{_triton()}, Python {platform.python_version()}"
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return f", driver {subprocess.run(query, capture_output=True, text=True).stdout.split()[0]}"
+    except (OSError, IndexError):
+        return ""
+
+
+def _triton() -> str:
+    try:
+        return f", Triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _wait(device: str) -> None:
