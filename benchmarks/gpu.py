@@ -167,7 +167,7 @@ def errors(
 
 
 def tried(name: str, case: Case) -> Callable[[], object] | None:
-    """A contender's step; None, and a line, where it is not installed, not in this version or out of memory."""
+    """A contender's step; None, and a line, where it is not installed, too new or out of memory."""
     try:
         step = make(name, case)
         step()
