@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from lossmith.core.buffers import put
 from lossmith.core.distributed import sum_over_ranks
 from lossmith.core.stepping import Stepped
 from lossmith.options import option, strict_options
@@ -80,30 +81,34 @@ class AdaptiveTemperature(Stepped):
         """
         seen = torch.stack([nll_sum.detach(), num_tokens.to(nll_sum.dtype)])
         # One bad batch would stay in the mean of every step of the window.
-        self.pending = self.pending.to(seen.device) + torch.where(seen[0].isfinite(), seen, 0.0)
+        pending = self.pending.to(seen.device)
+        put(self, pending=pending + seen.masked_fill(~seen[0].isfinite(), 0.0))
         self.take_note(loss)
 
     def advance(self) -> None:
         nll_sum, num_tokens = sum_over_ranks(self.pending, "global").unbind()
-        self.pending = torch.zeros_like(self.pending)
         window = len(self.history)
         slot = torch.arange(window, device=self.history.device) == self.num_steps % window
         mean_nll = (nll_sum / num_tokens.clamp(min=1)).to(self.history)
         # A step without a token to learn from says nothing.
-        counts = num_tokens > 0
-        self.history = torch.where(slot & counts, mean_nll, self.history.float())
-        self.num_steps = self.num_steps + counts
+        counts = (num_tokens > 0).to(self.history.device)
+        put(
+            self,
+            pending=torch.zeros_like(self.pending),
+            history=torch.where(slot & counts, mean_nll, self.history),
+            num_steps=self.num_steps + counts,
+        )
         variation = self._variation(self.num_steps.clamp(max=window))
         change = torch.where(variation < self.low, 1 - self.rate, 1.0)
         change = torch.where(variation > self.high, 1 + self.rate, change)
         moved = (self.value * change).clamp(*self.bounds)
-        self.value = torch.where(counts & (self.num_steps > 1), moved, self.value)
+        put(self, value=torch.where(counts & (self.num_steps > 1), moved, self.value))
 
     def _variation(self, num_seen: Tensor) -> Tensor:
         """The coefficient of variation of the steps that have been seen, the first ``num_seen`` slots."""
         is_seen = torch.arange(len(self.history), device=self.history.device) < num_seen
-        mean = torch.where(is_seen, self.history, 0.0).sum() / num_seen
-        deviation = torch.where(is_seen, self.history - mean, 0.0).square().sum() / num_seen
+        mean = self.history.masked_fill(~is_seen, 0.0).sum() / num_seen
+        deviation = (self.history - mean).masked_fill(~is_seen, 0.0).square().sum() / num_seen
         return deviation.sqrt() / mean.clamp(min=1e-12)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveTemperature:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from lossmith.core.buffers import put
 from lossmith.core.distributed import masked_mean
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
@@ -95,10 +96,9 @@ class MetricsCollectorModifier(TokenModifier):
     def _take_in(self, error: Tensor, counts: Tensor) -> None:
         decay = self.settings.ema_decay
         average = self.error_ema.to(error)
-        self.error_ema = torch.where(counts, average * decay + error * (1 - decay), average)
-        self.num_batches = self.num_batches.to(error.device) + counts
+        moved = torch.where(counts, average * decay + error * (1 - decay), average)
+        put(self, error_ema=moved, num_batches=self.num_batches.to(error.device) + counts)
 
     def reset_metrics(self) -> None:
         super().reset_metrics()
-        self.error_ema = torch.zeros_like(self.error_ema)
-        self.num_batches = torch.zeros_like(self.num_batches)
+        put(self, error_ema=torch.zeros_like(self.error_ema), num_batches=torch.zeros_like(self.num_batches))

@@ -1,0 +1,152 @@
+"""How many kernels a training step launches, and what it moves, counted without a device.
+
+    python benchmarks/launches.py
+
+Steps run on meta tensors, which have a shape and no memory: every operator that writes something counts as
+one launch, views as none. The passes over the vocabulary are the operators ``lossmith::row_stats`` and
+``lossmith::row_grad``, counted as one launch each; what they read and write of the logits is what their
+arguments and results hold. The first steps, which look for mistakes in the wiring, are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lossmith
+
+ROWS, LENGTH, NUM_CLASSES, SIZE = 8, 128, 50304, 64
+FOUR = {"label_smoothing": 0.1, "z_loss": 1e-4, "focal_gamma": 2.0, "confidence_penalty": 0.1}
+# Memory without a kernel that fills it.
+ALLOCATE = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what runs inside it.
+
+    Attributes:
+        counts: launches by operator.
+        moved: bytes of tensors as large as the logits that were read or written.
+    """
+
+    def __init__(self, large: int) -> None:
+        super().__init__()
+        self.large = large
+        self.counts: Counter[str] = Counter()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.name().split(".")[0]
+        aliases = [a.alias_info for a in func._schema.arguments if a.alias_info is not None]
+        is_view = any(not alias.is_write for alias in aliases) or name == "aten::detach"
+        if not is_view and name not in ALLOCATE:
+            self.counts[name] += 1
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+            self.moved += sum(t.numel() * t.itemsize for t in tensors if t.numel() >= self.large)
+        return result
+
+
+@dataclass
+class Step:
+    """Launches of one step, and bytes per logit."""
+
+    forward: int
+    backward: int
+    bytes_per_element: float
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+def count(loss: Callable[..., Tensor], **inputs: Any) -> Step:
+    """The launches of a step of ``loss(logits, targets, **inputs)`` on bf16 logits, the third of three."""
+    logits = torch.empty(ROWS, LENGTH, NUM_CLASSES, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(ROWS, LENGTH, device="meta", dtype=torch.long)
+    for _ in range(3):
+        logits.grad = None
+        forward, backward = Launches(logits.numel()), Launches(logits.numel())
+        with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
+            with forward:
+                value = loss(logits, targets, **inputs)
+            with backward:
+                value.backward()
+    moved = (forward.moved + backward.moved) / logits.numel()
+    return Step(sum(forward.counts.values()), sum(backward.counts.values()), moved)
+
+
+def unified(**options: Any) -> lossmith.UnifiedLoss:
+    """The loss with most of its parts."""
+    return lossmith.UnifiedLoss(
+        NUM_CLASSES,
+        SIZE,
+        label_smoothing=0.1,
+        z_loss=1e-4,
+        use_ngram_penalty=True,
+        use_immediate_repetition_penalty=True,
+        use_focal_loss=True,
+        use_auxiliary_loss=True,
+        eos_token_id=0,
+        **options,
+    ).to("meta")
+
+
+def pipeline() -> lossmith.LossModifierPipeline:
+    """Entropy weights and smoothed targets."""
+    modifiers = [lossmith.EntropyModifier({}), lossmith.TargetSmoothingModifier({})]
+    return lossmith.LossModifierPipeline(modifiers).to("meta")
+
+
+def given() -> dict[str, Tensor]:
+    """What UnifiedLoss takes besides."""
+    return {"input_ids": torch.zeros(ROWS, LENGTH, device="meta", dtype=torch.long)}
+
+
+def f_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+PATHS: dict[str, Callable[[], Step]] = {
+    "F.cross_entropy": lambda: count(f_cross_entropy),
+    "cross-entropy": lambda: count(lossmith.CrossEntropyLoss()),
+    "cross-entropy, all four": lambda: count(lossmith.CrossEntropyLoss(**FOUR)),
+    "cross-entropy at a temperature, with a mask and class weights": lambda: count(
+        lossmith.CrossEntropyLoss(temperature=0.7, class_weight=torch.ones(NUM_CLASSES)).to("meta"),
+        mask=torch.ones(ROWS, LENGTH, device="meta", dtype=torch.bool),
+    ),
+    "NVAMP": lambda: count(lossmith.NVAMPLoss()),
+    "pipeline: entropy, smoothing": lambda: count(pipeline()),
+    "UnifiedLoss, most parts": lambda: count(unified(), **given()),
+    "UnifiedLoss, adaptive temperature": lambda: count(unified(adaptive_temperature=True), **given()),
+}
+
+
+def row(name: str, step: Step) -> str:
+    """A line of the table."""
+    return f"| {name} | {step.forward} | {step.backward} | {step.bytes_per_element:.3g} |"
+
+
+def main() -> None:
+    print("| step | launches forward | backward | bytes per bf16 logit |")
+    print("| --- | --- | --- | --- |")
+    for name, counted in PATHS.items():
+        print(row(name, counted()))
+
+
+if __name__ == "__main__":
+    main()
