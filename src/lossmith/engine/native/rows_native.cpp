@@ -276,6 +276,20 @@ bool grad_of_row(const Batch& b, const View& v, int64_t row, int64_t y, const T*
     return true;
 }
 
+// Whether anybody has a gradient for a row; NaN is one.
+bool is_wanted(const Batch& b, int64_t row) {
+    for (int64_t k = 0; k < b.num_views; ++k) {
+        const View& v = b.views[k];
+        const float* of_rows[] = {v.g_target_logit, v.g_wrong_log_sum, v.g_wrong_entropy, v.g_centered_sum,
+                                  v.g_top_wrong_logit, v.g_rest_log_sum};
+        for (const float* g : of_rows)
+            if (g && g[row] != 0) return true;
+        for (int64_t i = 0; v.g_candidate_logits && i < b.num_candidates; ++i)
+            if (v.g_candidate_logits[row * b.num_candidates + i] != 0) return true;
+    }
+    return false;
+}
+
 template <class T> bool one_row(const Batch& b, int64_t row, float* x, const float* weight, Problem& problem) {
     const T* z = (const T*)b.logits + b.row_offsets[row];
     const int64_t V = b.num_classes, y = id_at(b.targets + row);
@@ -287,7 +301,7 @@ template <class T> bool one_row(const Batch& b, int64_t row, float* x, const flo
         return true;
     }
     T* gradient = (T*)b.gradient + row * V;
-    if (ignored) { std::memset((void*)gradient, 0, V * sizeof(T)); return true; }
+    if (ignored || !is_wanted(b, row)) { std::memset((void*)gradient, 0, V * sizeof(T)); return true; }
     // In place a second view would find the first one's gradient where it looks for logits.
     const bool direct = sizeof(T) == sizeof(float) && ((const void*)gradient != (const void*)z || b.num_views == 1);
     float* out = direct ? (float*)gradient : x;

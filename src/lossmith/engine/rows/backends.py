@@ -6,10 +6,8 @@ To add one: a module with ``takes``, ``fill_stats`` and ``gradient``, and a line
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from lossmith.engine.rows import blocks, native_rows
@@ -30,8 +28,8 @@ class Backend(Protocol):
         ...
 
     def gradient(self, logits: Tensor, sweep: Sweep, views: Sequence[View], /, *, in_place: bool) -> Tensor:
-        """The gradient [N, V] of the logits from those of every view's statistics; exactly 0 in ignored rows,
-        also where their logits are no numbers."""
+        """The gradient [N, V] of the logits from those of every view's statistics; exactly 0 in rows that are
+        ignored or have no gradient, also where their logits are no numbers."""
         ...
 
 
@@ -57,10 +55,6 @@ def gradient_of_rows(
         in_place: ``logits`` [N, V] are nobody else's, and become the gradient.
     """
     views = sweep.views(raw, grads)
-    given = [value != 0 for view in views for value in view.grads.values()]
-    wanted = [rows if rows.dim() == 1 else rows.any(-1) for rows in given]
-    targets = sweep.targets.masked_fill(~torch.stack(wanted).any(0), sweep.ignore_index)
-    sweep = replace(sweep, targets=targets)
     return _backend(logits, sweep).gradient(logits, sweep, views, in_place=in_place)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -137,6 +138,7 @@ def gradient(logits: Tensor, sweep: Sweep, views: Sequence[View], *, in_place: b
     Raises:
         RuntimeError: somebody has written over the ids.
     """
+    sweep = _with_a_gradient(sweep, views)
     num_classes, softcap = logits.shape[-1], sweep.softcap
     check_ids_again("targets", sweep.targets, num_classes, exempt=sweep.ignore_index)
     if sweep.candidates is not None:
@@ -172,6 +174,14 @@ def gradient(logits: Tensor, sweep: Sweep, views: Sequence[View], *, in_place: b
         result.masked_fill_(blocks.is_ignored.unsqueeze(1), 0.0)
     blocks.clear(result, 0.0)
     return result
+
+
+def _with_a_gradient(sweep: Sweep, views: Sequence[View]) -> Sweep:
+    """The sweep without the rows that nobody has a gradient for."""
+    given = [value != 0 for view in views for value in view.grads.values()]
+    wanted = [rows if rows.dim() == 1 else rows.any(-1) for rows in given]
+    targets = sweep.targets.masked_fill(~torch.stack(wanted).any(0), sweep.ignore_index)
+    return replace(sweep, targets=targets)
 
 
 class _Reader:

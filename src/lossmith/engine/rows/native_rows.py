@@ -167,6 +167,8 @@ def _wanted(view: View, goes_back: bool) -> Iterable[str]:
 
 def _row_offsets(logits: Tensor) -> Tensor:
     """[N] where each row begins, in elements from the first."""
+    if logits.is_contiguous():
+        return torch.arange(0, logits.numel(), logits.shape[-1])
     offsets = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
         offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
