@@ -102,6 +102,18 @@ def test_smoothing_worked_numbers(mode, held):
     assert ours.item() == pytest.approx(expected.item(), rel=1e-14)
 
 
+@pytest.mark.parametrize("mode", ["uniform", "exclude_target"])
+@pytest.mark.parametrize("class_weight", [None, weights(3)], ids=["plain", "weighted"])
+def test_smoothing_of_a_masked_target_is_infinite_and_not_nan(mode, class_weight):
+    logits = torch.tensor([[-torch.inf, 1.0, 0.5]], dtype=torch.float64)
+    loss = lossmith.cross_entropy(
+        logits, torch.tensor([0]), label_smoothing=0.1, smoothing_mode=mode, class_weight=class_weight
+    )
+    assert loss == torch.inf
+    only = torch.tensor([[0.3, -torch.inf, -torch.inf]], dtype=torch.float64)  # nobody to share with
+    assert lossmith.cross_entropy(only, torch.tensor([0]), label_smoothing=0.1, smoothing_mode=mode) == 0
+
+
 def test_the_smoothing_conventions_agree_at_the_converted_eps():
     logits, targets = batch(dtype=torch.float64)
     logits[0, 1, V - 1] = 0.0
