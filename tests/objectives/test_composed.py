@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import reference
-from lossmith import Component, ComposedLoss, CrossEntropyLoss, LossModifierPipeline, Term, Weighted
+import reference_components as naive
+from lossmith import MTP, Component, ComposedLoss, CrossEntropyLoss, LossModifierPipeline, Term, Weighted
 
 IGNORE, B, T, V = -100, 3, 4, 6
 
@@ -92,3 +93,17 @@ def test_a_composition_inside_another_keeps_all_of_its_parts(case):
     parts = {"entropy": 1.5 * expected["entropy"], "both": 0.1 * own, "again": 10.0 * own}
     torch.testing.assert_close({name: output.parts[name] for name in parts}, parts)
     torch.testing.assert_close(output.total, expected["main"] + sum(parts.values()))
+
+
+def test_what_an_inner_composition_looks_at_without_a_target_is_read(case, rng):
+    """Its heads weigh by the confidence of predictions of which nothing is learned."""
+    logits, targets = case
+    hidden = torch.randn(B, T, 5, generator=rng, dtype=torch.float64)
+    heads = MTP(V, 5, num_future_tokens=1, adaptive=True).double()
+    inner = ComposedLoss(CrossEntropyLoss(), {"mtp": heads})
+    weight = naive.confidence_weight(logits.softmax(-1).amax(-1).detach())
+    of_head = [hidden @ heads.heads[0].weight.t()]
+    expected = naive.further_ahead(of_head, targets, naive.scale_of(targets), weight=weight)
+    for criterion in (inner, ComposedLoss(inner, {"again": Entropy()}), LossModifierPipeline(base=inner)):
+        part = criterion.evaluate(logits, targets, hidden_states=hidden).parts["mtp"]
+        torch.testing.assert_close(part, expected)
