@@ -109,7 +109,8 @@ def naive_parts(loss_fn, given: dict, **flags) -> dict[str, torch.Tensor]:
     main = main * weight if is_adaptive else main
     parts = {"main_loss": total(main + o.z_loss * logits.logsumexp(-1) ** 2)}
     if o.use_mtp:
-        heads = head_logits(loss_fn.components["mtp_loss"].component, given["hidden_states"])
+        mtp = loss_fn.components["mtp_loss"].component
+        heads = head_logits(mtp, given["hidden_states"], o.shared_projection)
         loss = naive.further_ahead(heads, targets, scale, weight=weight if weighs_heads else None)
         parts["mtp_loss"] = o.mtp_weight * loss
     if is_adaptive or (o.use_mtp and weighs_heads):
@@ -142,8 +143,8 @@ def aligned(targets, o):
     return torch.cat([targets[:, steps:], torch.full_like(targets[:, :steps], IGNORE)], 1)
 
 
-def head_logits(mtp, hidden) -> list[torch.Tensor]:
-    if mtp.unembedding is None:
+def head_logits(mtp, hidden, is_shared: bool) -> list[torch.Tensor]:
+    if not is_shared:
         return [hidden @ head.weight.t() for head in mtp.heads]
     return [(hidden + hidden @ own.weight.t() + own.bias) @ mtp.unembedding.weight.t() for own in mtp.heads]
 
