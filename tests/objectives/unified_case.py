@@ -110,7 +110,7 @@ def naive_parts(loss_fn, given: dict, **flags) -> dict[str, torch.Tensor]:
     parts = {"main_loss": total(main + o.z_loss * logits.logsumexp(-1) ** 2)}
     if o.use_mtp:
         mtp = loss_fn.components["mtp_loss"].component
-        heads = head_logits(mtp, given["hidden_states"], o.shared_projection)
+        heads = head_logits(mtp, given["hidden_states"], o.shared_projection)[: o.num_future_tokens]
         loss = naive.further_ahead(heads, targets, scale, weight=weight if weighs_heads else None)
         parts["mtp_loss"] = o.mtp_weight * loss
     if is_adaptive or (o.use_mtp and weighs_heads):
