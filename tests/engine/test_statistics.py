@@ -214,3 +214,17 @@ def test_no_candidates_at_all_are_fine(rng):
     assert stats.candidate_log1m_prob.shape == (2, 3, 0)
     (stats.candidate_log1m_prob.sum() + stats.nll.sum()).backward()
     assert logits.grad.isfinite().all()
+
+
+def test_another_ignore_index_of_logits_and_of_a_head(rng):
+    hidden, weight = torch.randn(4, 3, generator=rng), torch.randn(5, 3, generator=rng)
+    targets = torch.tensor([1, 2, 0, 2])
+    for ignored in (2, -1):
+        moved = targets.masked_fill(targets == 2, ignored)
+        expected = lossmith.token_stats(hidden @ weight.t(), targets.masked_fill(targets == 2, -100)).nll
+        assert torch.equal(expected == 0, targets == 2)
+        for stats in (
+            lossmith.token_stats(hidden @ weight.t(), moved, ignore_index=ignored),
+            lossmith.linear_token_stats(hidden, weight, moved, ignore_index=ignored),
+        ):
+            torch.testing.assert_close(stats.nll, expected)
