@@ -19,11 +19,11 @@ settings.register_profile(
     "lossmith",
     deadline=None,
     derandomize=True,
-    max_examples=40,
+    max_examples=200,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.register_profile(
-    "random", settings.get_profile("lossmith"), derandomize=False, max_examples=200, print_blob=True
+    "random", settings.get_profile("lossmith"), derandomize=False, max_examples=1000, print_blob=True
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lossmith"))
 

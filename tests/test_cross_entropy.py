@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from torch.nn import functional
 
@@ -80,6 +80,9 @@ def test_every_pair_of_options(pair):
     check(OPTIONS[pair[0]] | OPTIONS[pair[1]], seed=5)
 
 
+@settings(
+    max_examples=settings().max_examples // 2
+)  # each computes everything three times, with either arithmetic
 @given(
     names=st.sets(st.sampled_from(sorted(OPTIONS)), min_size=3, max_size=8),
     seed=st.integers(0, 2**20),
@@ -100,6 +103,33 @@ def test_smoothing_worked_numbers(mode, held):
     expected = -(torch.tensor(held, dtype=torch.float64) * logits.log_softmax(-1)).sum()
     ours = lossmith.cross_entropy(logits, torch.tensor([1]), label_smoothing=0.1, smoothing_mode=mode)
     assert ours.item() == pytest.approx(expected.item(), rel=1e-14)
+
+
+@pytest.mark.parametrize("mode", ["uniform", "exclude_target"])
+@pytest.mark.parametrize("class_weight", [None, weights(3)], ids=["plain", "weighted"])
+def test_smoothing_of_a_masked_target_is_infinite_and_not_nan(mode, class_weight):
+    logits = torch.tensor([[-torch.inf, 1.0, 0.5]], dtype=torch.float64)
+    loss = lossmith.cross_entropy(
+        logits, torch.tensor([0]), label_smoothing=0.1, smoothing_mode=mode, class_weight=class_weight
+    )
+    assert loss == torch.inf
+    only = torch.tensor([[0.3, -torch.inf, -torch.inf]], dtype=torch.float64)  # nobody to share with
+    assert lossmith.cross_entropy(only, torch.tensor([0]), label_smoothing=0.1, smoothing_mode=mode) == 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_class_of_weight_zero_costs_nothing_where_it_is_masked(smoothing):
+    logits = torch.tensor([[-torch.inf, 1.0, 0.5], [0.0, 1.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    options = {"class_weight": weight, "label_smoothing": smoothing, "reduction": "none"}
+    loss = lossmith.cross_entropy(logits, torch.tensor([0, 1]), **options)
+    log_p = logits.detach().log_softmax(-1)
+    shared = (
+        -smoothing / torch.tensor([2, 3]) * (log_p[:, 1:] * weight[1:]).sum(-1)
+    )  # of the classes there are
+    expected = shared + torch.tensor([0.0, -(1 - smoothing) * log_p[1, 1]])
+    torch.testing.assert_close(loss, expected)
+    assert torch.autograd.grad(loss.sum(), logits)[0].isfinite().all()
 
 
 def test_the_smoothing_conventions_agree_at_the_converted_eps():

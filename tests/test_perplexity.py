@@ -71,6 +71,8 @@ def test_another_ignore_index():
     a.update(logits, moved)
     b.update(logits, moved.masked_fill(moved == 0, IGNORE))
     assert a.compute() == b.compute()
+    one_call = lossmith.perplexity(logits, moved, ignore_index=0).item()
+    assert one_call == pytest.approx(b.compute(), rel=1e-5)
 
 
 def test_it_does_not_keep_the_graph():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import lossmith
@@ -171,6 +171,7 @@ def split(logits: Tensor, targets: Tensor, cuts: list[int]) -> list[tuple[Tensor
     return [(logits[part], targets[part], part) for part in parts]
 
 
+@settings(max_examples=settings().max_examples // 2)  # each is of many micro-batches
 @given(
     cuts=st.lists(st.integers(1, B - 1), max_size=3),
     reduction=st.sampled_from(["mean", "sequence_mean", "sum"]),

@@ -1,5 +1,8 @@
 """``check_term``: every term of the library keeps its promises, and a term that breaks one is told which."""
 
+import importlib
+import inspect
+import pkgutil
 from dataclasses import replace
 
 import pytest
@@ -7,7 +10,8 @@ import torch
 from torch import nn
 
 import lossmith
-from lossmith import Term
+from lossmith import Term, terms
+from lossmith.terms import confidence_weight, cross_entropy as terms_cross_entropy
 from lossmith.testing import check_objective, check_term
 
 PARAMETER = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
@@ -132,6 +136,17 @@ class Altered(lossmith.Objective):
         return self.alter(output)
 
 
+class Around(lossmith.Objective):
+    """An objective that does something else besides: ``around`` (logits, output) -> output."""
+
+    def __init__(self, around):
+        super().__init__([Term("nll", lambda s, b: s.nll, reads=("nll",), scope="token")])
+        self.around = around
+
+    def evaluate(self, logits=None, *args, **inputs):
+        return self.around(logits, super().evaluate(logits, *args, **inputs))
+
+
 class Deaf(torch.autograd.Function):
     """Does not listen to what comes from above."""
 
@@ -175,3 +190,178 @@ def test_a_broken_objective_is_told_how(name):
     alter, message = ALTERED[name]
     with pytest.raises(AssertionError, match=f"Altered: .*{message}"):
         check_objective(Altered(alter))
+
+
+def with_logits(output, logits, where=True):
+    """The output with all the logits in it."""
+    more = 0.1 * logits.mean() if where and logits is not None else torch.zeros_like(output.total)
+    return replace(output, total=output.total + more, parts={**output.parts, "more": more})
+
+
+def shifted(logits, output):
+    if logits is not None:
+        logits.data += 1.0  # softmax does not mind
+    return output
+
+
+AROUND = {
+    "looks where there is no target": (
+        lambda logits, output: with_logits(output, logits),
+        "tokens without a target matter",
+    ),
+    "learns where there is no target": (
+        lambda logits, output: with_logits(output, logits, where=not output.num_tokens),
+        "a batch without a target has a gradient",
+    ),
+    "another loss over a head": (
+        lambda logits, output: scaled(output, 2.0 if logits is None else 1.0),
+        "over a linear head it is another loss",
+    ),
+    "changes the logits": (shifted, "the logits were changed"),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_an_objective_that_does_something_else_besides_is_told_what(name):
+    around, message = AROUND[name]
+    with pytest.raises(AssertionError, match=f"Around: {message}"):
+        check_objective(Around(around), num_classes=5, shape=(3, 4))
+
+
+def test_an_objective_is_held_to_the_promises_of_its_terms():
+    half = Term("half", lambda s, b: s.nll * s.nll.detach(), reads=("nll",))
+    with pytest.raises(AssertionError, match="'half' is not that of finite differences"):
+        check_objective(lossmith.Objective([half]), num_classes=5, shape=(3, 4))
+
+
+# ── nothing is forgotten ──────────────────────────────────────────────────────────────────────────────
+
+B, T, V, E, D = 2, 4, 5, 4, 3
+
+
+class Stacked(lossmith.ComposedLoss):
+    """Takes as one tensor [B, K, ...] what a component wants as K, so that a batch can be split."""
+
+    def evaluate(self, *args, **inputs):
+        for name in ("contrastive_pairs", "additional_logits"):
+            if name in inputs:
+                inputs[name] = inputs[name].unbind(1)
+        return super().evaluate(*args, **inputs)
+
+
+def beside(component, kind=lossmith.ComposedLoss, primary=None):
+    """The component alone, unless it is beside something."""
+    return kind(primary or lossmith.Objective([]), {"part": lossmith.Weighted(component, 0.7)})
+
+
+# every public objective and component -> how it is made, and what of it does not add up
+PROMISES = {
+    # components
+    "ConfidenceCalibration": lambda: beside(
+        lossmith.ConfidenceCalibration(), primary=lossmith.CrossEntropyLoss()
+    ),
+    "ConfidencePenalty": lambda: beside(lossmith.ConfidencePenalty()),
+    "Contrastive": lambda: beside(lossmith.Contrastive(), Stacked),
+    "EarlyEOS": lambda: beside(lossmith.EarlyEOS(2, 3)),
+    "ExpertDiversity": lambda: beside(lossmith.ExpertDiversity()),
+    "Focal": lambda: beside(lossmith.Focal(1.5, 0.5)),
+    "ImmediateRepetition": lambda: beside(lossmith.ImmediateRepetition()),
+    "MTP": lambda: beside(lossmith.MTP(V, num_future_tokens=2), Stacked),
+    "MoEBalance": lambda: beside(lossmith.MoEBalance(E, top_k=2)),
+    "NgramRepetition": lambda: beside(lossmith.NgramRepetition(2, 4)),
+    "RouterZLoss": lambda: beside(lossmith.RouterZLoss()),
+    "ZLoss": lambda: beside(lossmith.ZLoss()),
+    # objectives
+    "AdaptiveCrossEntropyLoss": lambda: lossmith.AdaptiveCrossEntropyLoss(z_loss=0.1, threshold=0.4),
+    "AdaptiveMTPLoss": lambda: lossmith.AdaptiveMTPLoss(V),
+    "AntiRepetitionLoss": lambda: lossmith.AntiRepetitionLoss(V, 2, ngram_size=2),
+    "ComposedLoss": lambda: lossmith.ComposedLoss(lossmith.CrossEntropyLoss(), {"z": lossmith.ZLoss()}),
+    "CrossEntropyLoss": lambda: lossmith.CrossEntropyLoss(class_weight=torch.linspace(0.5, 2, V).double()),
+    "DeepSeekLoss": lambda: lossmith.DeepSeekLoss(V, num_experts=E),
+    "LossModifierPipeline": lambda: modified(lossmith.TargetSmoothingModifier({})),
+    "NVAMPLoss": lambda: lossmith.NVAMPLoss(gamma=0.3, top_k=2),
+    "Objective": lambda: lossmith.Objective([Term("nll", lambda s, b: s.nll, reads=("nll",), scope="token")]),
+    "UnifiedLoss": lambda: lossmith.UnifiedLoss(V, use_focal_loss=True, pad_token_id=1),
+    "WrappedObjective": lambda: lossmith.WrappedObjective(lossmith.CrossEntropyLoss()),
+}
+# means over tokens that are not those of the targets, and statistics of the batch
+OF_THE_BATCH = {"Contrastive", "ExpertDiversity", "MoEBalance", "RouterZLoss", "DeepSeekLoss", "NVAMPLoss"}
+
+
+def given_to(criterion) -> dict:
+    rng = torch.Generator().manual_seed(3)
+    every = {
+        "gate_logits": torch.randn(B, T, E, generator=rng).double(),
+        "expert_outputs": torch.randn(B, T, E, D, generator=rng).double(),
+        "contrastive_pairs": torch.randn(B, 2, D, generator=rng).double(),
+        "additional_logits": torch.randn(B, 2, T, V, generator=rng).double(),
+        "confidence_scores": torch.rand(B, T, generator=rng).double(),
+    }
+    return {name: value for name, value in every.items() if name in criterion.wanted_inputs}
+
+
+@pytest.mark.filterwarnings("ignore:.* is UnifiedLoss:DeprecationWarning")
+@pytest.mark.parametrize("name", PROMISES)
+def test_every_public_objective_and_component_keeps_its_promises(name):
+    criterion = PROMISES[name]()
+    assert any(type(module) is getattr(lossmith, name) for module in criterion.modules())
+    inputs = given_to(criterion)
+    if name == "AdaptiveMTPLoss":
+        del inputs["additional_logits"]  # read where they are given
+    options = {"num_classes": V, "shape": (B, T), "inputs": inputs}
+    check_objective(criterion, adds_up=name not in OF_THE_BATCH, **options)
+    if name in OF_THE_BATCH:
+        with pytest.raises(AssertionError, match="micro-batches do not add up"):
+            check_objective(criterion, **options)
+
+
+def public(*kinds: type) -> set[str]:
+    found = {name: getattr(lossmith, name) for name in lossmith.__all__}
+    return {name for name, value in found.items() if isinstance(value, type) and issubclass(value, kinds)}
+
+
+def test_no_public_objective_nor_component_is_forgotten():
+    assert set(PROMISES) == public(lossmith.Objective, lossmith.Component) - {"Component"}
+
+
+# every loss in lossmith/terms that is made of statistics
+TERMS = {
+    "calibration": Term("t", confidence_weight.calibration, reads=("unscaled.correct",), scope="token"),
+    "confidence": Term(
+        "t",
+        lambda s, b: s.nll,
+        token_weight=lambda s, b: confidence_weight.confidence_weight(confidence_weight.confidence(s, b)),
+        reads=("nll", "unscaled.top_prob"),
+        scope="token",
+    ),
+    "confidence_penalty": lossmith.ConfidencePenalty().term(),
+    "cross_entropy": Term(
+        "t", lambda s, b: terms_cross_entropy.cross_entropy(s), reads=("nll",), scope="token"
+    ),
+    "focal": lossmith.Focal(0.5).term(),
+    "smooth": Term(
+        "t",
+        lambda s, b: terms_cross_entropy.smooth(s.nll, s, b, label_smoothing=0.1, special_tokens=(1,)),
+        reads=("nll", "total_nll", "num_finite"),
+        scope="token",
+    ),
+    "unlikelihood": lossmith.NgramRepetition(1, 3).term(),
+    "z_loss": lossmith.ZLoss().term(),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_every_loss_of_a_token_keeps_its_promises(name):
+    scores = {"confidence_scores": torch.rand(B, T, dtype=torch.float64)}
+    for features in ({}, scores) if name == "confidence" else (scores,):
+        check_term(TERMS[name], num_classes=V, shape=(B, T), features=features)
+
+
+def test_no_loss_of_a_token_is_forgotten():
+    found = set()
+    for info in pkgutil.iter_modules(terms.__path__, "lossmith.terms."):
+        for name, value in vars(importlib.import_module(info.name)).items():
+            is_own = inspect.isfunction(value) and value.__module__ == info.name
+            if is_own and "stats" in inspect.signature(value).parameters:
+                found.add(name)
+    assert found == set(TERMS)

@@ -1,4 +1,4 @@
-"""Routers, what they route, and the balance written down as a loop over tokens and experts."""
+"""Routers and what they route."""
 
 import torch
 
@@ -27,22 +27,6 @@ def part_of(component, gate_logits, attention_mask=None, **inputs) -> torch.Tens
     if attention_mask is not None:  # the routers', while all targets count
         inputs |= {"attention_mask": attention_mask, "mask": torch.ones(B, T).bool()}
     return criterion.evaluate(*rows, gate_logits=gate_logits, **inputs).parts["part"]
-
-
-def naive_balance(z, indices, pi, mask=None) -> torch.Tensor:
-    """sum_e f_e P_e / pi_e of z [N, E] and the experts that each token chose."""
-    tokens = [t for t in range(len(z)) if mask is None or mask.reshape(-1)[t]]
-    k = len(indices[0])
-    loss = torch.zeros((), dtype=torch.float64)
-    for e in range(z.shape[-1]):
-        f = sum(int(c) == e for t in tokens for c in indices[t]) / (len(tokens) * k)
-        p = sum(z[t, e].exp() / sum(z[t, i].exp() for i in range(z.shape[-1])) for t in tokens) / len(tokens)
-        loss = loss + f * p / pi[e]
-    return loss
-
-
-def naive_top(z, k) -> list[list[int]]:
-    return [sorted(range(z.shape[-1]), key=lambda e: -row[e].item())[:k] for row in z]
 
 
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])

@@ -7,6 +7,7 @@ import torch
 
 from lossmith import ComposedLoss, Contrastive, CrossEntropyLoss, Weighted
 from lossmith.components.contrastive import info_nce, token_contrast
+from reference_components import info_nce as naive_info_nce, token_contrast as naive_tokens
 
 B, T, D, V = 3, 4, 5, 7
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [1, 0, 0, 0]])
@@ -23,36 +24,6 @@ def part_of(contrastive=None, **inputs) -> torch.Tensor:
 
 def vectors(rng, *shape, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(*shape, generator=rng, dtype=dtype, requires_grad=True)
-
-
-def cosine(a, b):
-    return (a * b).sum() / (a.norm() * b.norm())
-
-
-def naive_info_nce(a, b, temperature):
-    loss = torch.zeros((), dtype=torch.float64)
-    for first, second in ((a, b), (b, a)):
-        for i in range(len(first)):
-            scores = [(cosine(first[i], second[j]) / temperature).exp() for j in range(len(second))]
-            loss = loss - (scores[i] / sum(scores)).log() / (2 * len(first))
-    return loss
-
-
-def naive_tokens(hidden, margin, mask=None):
-    """mean over rows of mean over ordered pairs i != j of max(0, margin - cos_ii + cos_ij)."""
-    rows = []
-    for b in range(len(hidden)):
-        tokens = [t for t in range(hidden.shape[1]) if mask is None or mask[b, t]]
-        pairs = [(i, j) for i in tokens for j in tokens if i != j]
-        if pairs:
-            costs = [
-                torch.relu(
-                    margin - cosine(hidden[b, i], hidden[b, i]).detach() + cosine(hidden[b, i], hidden[b, j])
-                )
-                for i, j in pairs
-            ]
-            rows.append(sum(costs) / len(pairs))
-    return sum(rows) / len(rows)
 
 
 # ── two views ─────────────────────────────────────────────────────────────────────────────────────

@@ -5,6 +5,7 @@ import torch
 
 from lossmith import ComposedLoss, CrossEntropyLoss, ExpertDiversity, Weighted
 from lossmith.components.diversity import unit_vectors
+from reference_components import diversity as naive
 
 B, T, E, D, V = 2, 3, 4, 5, 7
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -22,21 +23,6 @@ def part_of(expert_outputs, attention_mask=None) -> torch.Tensor:
 
 def outputs_of(rng, *shape, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(*shape, generator=rng, dtype=dtype, requires_grad=True)
-
-
-def naive(outputs, mask=None) -> torch.Tensor:
-    rows = outputs.reshape(-1, *outputs.shape[-2:])
-    tokens = [t for t in range(len(rows)) if mask is None or mask.reshape(-1)[t]]
-    total = torch.zeros((), dtype=torch.float64)
-    for t in tokens:
-        cosines = [
-            (a * b).sum() / (a.norm() * b.norm())
-            for i, a in enumerate(rows[t])
-            for j, b in enumerate(rows[t])
-            if i < j
-        ]
-        total = total + sum(c**2 for c in cosines) / len(cosines) / len(tokens)
-    return total
 
 
 @pytest.mark.parametrize("mask", [None, MASK])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from moe_case import MASK, B, E, T, batch, composed, gates, naive_balance, naive_top, part_of
+from moe_case import MASK, B, E, T, batch, composed, gates, part_of
 
 from lossmith import CrossEntropyLoss, MoEBalance, RouterZLoss
+from reference_components import balance as naive_balance, top_experts as naive_top
 
 # ── the loss ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from moe_case import B, E, T, V, composed, gates, naive_balance, naive_top, part_of
+from moe_case import B, E, T, V, composed, gates, part_of
 
 from lossmith import MoEBalance
 from ranks import on_two_ranks
+from reference_components import balance as naive_balance, top_experts as naive_top
 
 
 def routed(*counts: int) -> torch.Tensor:

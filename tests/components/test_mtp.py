@@ -13,6 +13,7 @@ from lossmith import (
     Weighted,
     token_stats,
 )
+from reference_components import confidence_weight, further_ahead as naive, scale_of
 
 IGNORE = -100
 B, T, D, V, K = 2, 7, 5, 6, 3
@@ -29,21 +30,6 @@ def batch(dtype=torch.float64):
 
 def composed(mtp: MTP, weight: float = 0.4, **options) -> ComposedLoss:
     return ComposedLoss(CrossEntropyLoss(**options), {"mtp": Weighted(mtp.double(), weight)})
-
-
-def naive(head_logits, targets, scale, segments=None, weight=None):
-    """1/K sum_k sum_t scale[t+k] w[t] nll of y[t+k] under head k at t."""
-    total = torch.zeros((), dtype=torch.float64)
-    for k, logits in enumerate(head_logits, start=1):
-        log_p = logits.log_softmax(-1)
-        for b in range(B):
-            for t in range(T - k):
-                y = targets[b, t + k]
-                together = segments is None or segments[b, t] == segments[b, t + k]
-                if y != IGNORE and together:
-                    w = 1.0 if weight is None else weight[b, t]
-                    total = total - w * scale[b, t + k] * log_p[b, t, y]
-    return total / len(head_logits)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -90,6 +76,70 @@ def test_one_unembedding_is_really_shared():
     part.backward()
     assert unembedding.grad.any()
     assert shared.unembedding.weight.grad is None
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_shared_head_is_the_unembedding_of_the_transformed_states(is_given):
+    """hidden + A hidden + b, so that a head that has learned nothing makes the model's own prediction."""
+    logits, hidden, targets = batch()
+    mtp = MTP(V, D, num_future_tokens=K, shared_projection=True)
+    criterion = composed(mtp)
+    unembedding = torch.randn(V, D, dtype=torch.float64) if is_given else mtp.unembedding.weight
+    heads = [(hidden + hidden @ own.weight.t() + own.bias) @ unembedding.t() for own in mtp.heads]
+    given = {"lm_head_weight": unembedding} if is_given else {}
+    part = criterion.evaluate(logits, targets, hidden_states=hidden, **given).parts["mtp"]
+    torch.testing.assert_close(part, 0.4 * naive(heads, targets, scale_of(targets)))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_hidden_states_where_no_head_has_a_target_go_nowhere(shared):
+    """NaN there would be in the gradient of every transform, as 0 * NaN."""
+    logits, hidden, _ = batch()
+    targets = torch.full((B, T), IGNORE)
+    targets[:, 3:5] = 1  # the heads look at these from positions 0 to 3
+    mtp = MTP(V, D, num_future_tokens=K, shared_projection=shared)
+    criterion = composed(mtp)
+    padded = hidden.detach().clone()
+    padded[:, 4:] = torch.nan
+    padded.requires_grad_()
+    found, expected = (
+        criterion.evaluate(logits, targets, hidden_states=states).parts["mtp"] for states in (padded, hidden)
+    )
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad(found, [padded, *mtp.parameters()])
+    wanted = torch.autograd.grad(expected, [hidden, *mtp.parameters()])
+    torch.testing.assert_close(gradients, wanted)
+    assert not gradients[0][:, 4:].any()
+
+
+def test_confidence_scores_are_constants_to_the_heads():
+    """Else a confidence head would lower the loss by lowering itself."""
+    logits, hidden, targets = batch()
+    scores = torch.rand(B, T, dtype=torch.float64, requires_grad=True)
+    criterion = composed(MTP(V, D, num_future_tokens=2, adaptive=True))
+    part = criterion.evaluate(logits, targets, hidden_states=hidden, confidence_scores=scores).parts["mtp"]
+    assert torch.autograd.grad(part, scores, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_confidence_is_that_of_the_untempered_prediction(temperature):
+    logits, hidden, targets = batch()
+    targets[0, 2], targets[1, 5:] = 1, 2
+    mtp = MTP(V, D, num_future_tokens=1, adaptive=True)
+    part = composed(mtp, temperature=temperature).evaluate(logits, targets, hidden_states=hidden).parts["mtp"]
+    weight = confidence_weight(logits.softmax(-1).amax(-1).detach())
+    heads = [hidden @ mtp.heads[0].weight.t()]
+    torch.testing.assert_close(part, 0.4 * naive(heads, targets, scale_of(targets), weight=weight))
+
+
+def test_each_target_counts_at_its_own_scale():
+    logits, hidden, targets = batch()
+    token_weight = torch.rand(B, T, dtype=torch.float64)
+    mtp = MTP(V, D, num_future_tokens=2)
+    criterion = composed(mtp)
+    part = criterion.evaluate(logits, targets, hidden_states=hidden, token_weight=token_weight).parts["mtp"]
+    heads = [hidden @ head.weight.t() for head in mtp.heads]
+    torch.testing.assert_close(part, 0.4 * naive(heads, targets, scale_of(targets) * token_weight))
 
 
 def test_the_models_own_heads():

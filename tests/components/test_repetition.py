@@ -165,6 +165,16 @@ def test_bad_options(make, message):
         make()
 
 
+def test_the_defaults_are_those_of_the_documentation():
+    ngram = NgramRepetition()
+    assert (ngram.ngram_size, ngram.window_size) == (4, 50)
+    assert ImmediateRepetition().threshold == 2
+    assert EarlyEOS(0).min_length == 20
+    assert Weighted(ngram).weight == 1.0
+    assert ComposedLoss(CrossEntropyLoss(), {"bare": ngram}).components["bare"].weight == 1.0
+    assert NgramRepetition(3, 3).window_size == 3  # room for one, which cannot come again in it
+
+
 def test_an_end_of_sequence_that_is_no_class():
     logits, targets, _ = batch()
     with pytest.raises(ValueError, match="9"):

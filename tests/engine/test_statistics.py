@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import lossmith
@@ -94,6 +94,7 @@ def test_all_statistics_mixed_in_one_scalar(reading, dtype, rng):
     case(DIFFERENTIABLE, *random_batch(rng, (36,), 23, dtype), **READINGS[reading]).check(atol=32)
 
 
+@settings(max_examples=settings().max_examples // 2)  # with either arithmetic
 @given(data=st.data())
 def test_any_few_statistics_mixed_on_any_shape(data):
     shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3), label="shape"))
@@ -213,3 +214,17 @@ def test_no_candidates_at_all_are_fine(rng):
     assert stats.candidate_log1m_prob.shape == (2, 3, 0)
     (stats.candidate_log1m_prob.sum() + stats.nll.sum()).backward()
     assert logits.grad.isfinite().all()
+
+
+def test_another_ignore_index_of_logits_and_of_a_head(rng):
+    hidden, weight = torch.randn(4, 3, generator=rng), torch.randn(5, 3, generator=rng)
+    targets = torch.tensor([1, 2, 0, 2])
+    for ignored in (2, -1):
+        moved = targets.masked_fill(targets == 2, ignored)
+        expected = lossmith.token_stats(hidden @ weight.t(), targets.masked_fill(targets == 2, -100)).nll
+        assert torch.equal(expected == 0, targets == 2)
+        for stats in (
+            lossmith.token_stats(hidden @ weight.t(), moved, ignore_index=ignored),
+            lossmith.linear_token_stats(hidden, weight, moved, ignore_index=ignored),
+        ):
+            torch.testing.assert_close(stats.nll, expected)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import lossmith
 import reference_modifiers as ref
@@ -40,6 +40,7 @@ def expected_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:(Entropy|MaskRatioWeight)Modifier (has no|weighs all)")
+@settings(max_examples=settings().max_examples // 2)  # each makes a pipeline of all modifiers
 @given(
     st.integers(1, 3),
     st.integers(1, 4),

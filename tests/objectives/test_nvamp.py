@@ -92,8 +92,8 @@ def test_micro_batches_with_the_count_of_all(alias):
     count = (targets != IGNORE).sum()
     parts = [criterion(logits[b : b + 1], targets[b : b + 1], **{alias: count}) for b in range(3)]
     shares = [(targets[b] != IGNORE).sum() / count for b in range(3)]
-    expected = CrossEntropyLoss()(logits, targets) + sum(
-        0.3 * share * criterion.evaluate(logits[b : b + 1], targets[b : b + 1]).parts["max"] / 0.3
+    expected = naive(logits, targets, alpha=0.0, beta=1.0, gamma=0.0) + sum(
+        share * naive(logits[b : b + 1], targets[b : b + 1], alpha=0.0, beta=0.0, gamma=0.3)
         for b, share in enumerate(shares)
     )
     torch.testing.assert_close(sum(parts), expected)
@@ -155,14 +155,15 @@ def test_bad_options(options, message):
         NVAMPLoss(**options)
 
 
-def share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def share(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits, targets = batch(ignored=0.1)
     rows = slice(0, 1) if rank == 0 else slice(1, 3)
     criterion = NVAMPLoss(gamma=0.5, top_k=3, stats_scope="global")
     count = (targets != IGNORE).sum()
     loss = criterion(logits[rows], targets[rows], denominator=count)
     loss.backward()
-    return loss.detach(), logits.grad
+    alone = criterion.evaluate(logits[rows], targets[rows]).parts["max"]
+    return loss.detach(), logits.grad, alone.detach()
 
 
 def test_global_statistics_are_those_of_the_whole_batch(tmp_path):
@@ -171,3 +172,6 @@ def test_global_statistics_are_those_of_the_whole_batch(tmp_path):
     expected = naive(logits, targets, gamma=0.5, top_k=3)
     torch.testing.assert_close(found[0][0] + found[1][0], expected.detach())
     torch.testing.assert_close(found[0][1] + found[1][1], torch.autograd.grad(expected, logits)[0])
+    # without a denominator each rank's loss is a mean, and those are averaged
+    largest = naive(logits, targets, alpha=0.0, beta=0.0, gamma=0.5, top_k=3)
+    torch.testing.assert_close((found[0][2] + found[1][2]) / 2, largest.detach())

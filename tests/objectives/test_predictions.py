@@ -48,6 +48,17 @@ def test_a_head_is_taken_like_its_tensors_by_name(kind):
         torch.testing.assert_close(gradients, torch.autograd.grad(expected.total, leaves, retain_graph=True))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25, torch.tensor(3.0)])
+def test_a_head_with_a_scale_has_its_bias_scaled_too(scale):
+    hidden, weight, bias = torch.randn(N, D), torch.randn(V, D), torch.randn(V, requires_grad=True)
+    targets = torch.randint(V, (N,))
+    expected = torch.nn.functional.cross_entropy(scale * (hidden @ weight.t() + bias), targets)
+    head = {"hidden_states": hidden, "lm_head_weight": weight, "lm_head_bias": bias, "lm_head_scale": scale}
+    found = lossmith.CrossEntropyLoss()(targets=targets, **head)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, bias), torch.autograd.grad(expected, bias))
+
+
 def test_a_head_is_not_named_twice():
     head = LinearHead(torch.randn(N, D), torch.randn(V, D))
     with pytest.raises(TypeError, match="pass either logits or hidden_states"):

@@ -6,9 +6,10 @@ import inspect
 
 import pytest
 import torch
-from unified_case import IGNORE, B, D, E, T, V, inputs
+from unified_case import IGNORE, B, D, E, T, V, inputs, naive_parts
 
 import lossmith
+import reference_components as naive
 from lossmith import (
     MTP,
     ComposedLoss,
@@ -141,6 +142,9 @@ def test_everything_on_is_the_composition_written_out(count_ops):
             "auxiliary": Weighted(ConfidencePenalty(), 0.1),
         },
     )
+    flags = {key: value for flags, *_ in PARTS.values() for key, value in flags.items()}
+    expected = naive_parts(loss_fn, given, label_smoothing=0.1, z_loss=1e-3, **flags)
+    torch.testing.assert_close({k: v for k, v in parts.items() if k != "total_loss"}, expected)
     given.pop("logits"), given.pop("targets")
     again = inputs()
     torch.testing.assert_close(composed(again["logits"], again["targets"], **given), parts["total_loss"])
@@ -291,7 +295,11 @@ def test_split_batches_and_modifiers():
     off.load_state_dict(loss_fn.state_dict(), strict=False)
     sums = sum(off(**{k: given[k][b : b + 1] for k in per_row}, denominator=count) for b in range(B))
     torch.testing.assert_close(sums, parts["total_loss"] - parts["moe_balance_loss"])
-    assert len(rows) == B
+    # but for each row's share of its own
+    counts = (given["targets"] != IGNORE).sum(-1)
+    balances = [naive.balance(z, naive.top_experts(z, 1), [1 / E] * E) for z in given["gate_logits"]]
+    expected = sums + 0.1 * sum(c / count * one for c, one in zip(counts, balances, strict=True))
+    torch.testing.assert_close(sum(rows), expected)
     pipeline = LossModifierPipeline([MaskRatioWeightModifier({})], base=loss_fn)
     logits, targets = given.pop("logits"), given.pop("targets")
     output = pipeline.evaluate(logits, targets, **given)

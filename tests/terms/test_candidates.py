@@ -1,37 +1,17 @@
 """Candidates against a search by hand, token by token."""
 
+from dataclasses import dataclass
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from lossmith.equation.batch import align
+from lossmith.equation.batch import TokenBatch, align
 from lossmith.terms.candidates import early_eos_candidates, immediate_candidates, ngram_candidates
+from reference_components import contexts, repeated, repeating, too_early, without_targets
 
 IGNORE = -100
-
-
-def contexts(row: list[int], inputs: list[int] | None) -> list[int]:
-    """x[0..T-1]: what is read at each position; None where unknown."""
-    if inputs is not None:
-        return list(inputs)
-    return [None, *[None if y == IGNORE else y for y in row[:-1]]]
-
-
-def by_hand(x, segments, targets, n, w):
-    """The sets of the formula, one a position."""
-    found = []
-    for t in range(len(x)):
-        m = t + 1
-        here = set()
-        for j in range(max(0, m - w), m - n + 1):
-            block = range(j, j + n)
-            tail = range(m - n + 1, m)
-            known = all(x[i] is not None for i in (*block, *tail))
-            together = all(segments[i] == segments[t] for i in (*block, *tail))
-            if known and together and all(x[j + i] == x[m - n + 1 + i] for i in range(n - 1)):
-                here.add(x[j + n - 1])
-        found.append(set() if targets[t] == IGNORE else here - {targets[t]})
-    return found
 
 
 def as_sets(candidates: torch.Tensor, shape) -> list[list[set[int]]]:
@@ -43,66 +23,91 @@ def as_sets(candidates: torch.Tensor, shape) -> list[list[set[int]]]:
     return [[{c for c in ids if c != -1} for ids in row] for row in rows]
 
 
-batches = st.tuples(
-    st.integers(1, 2),  # B
-    st.integers(1, 14),  # T
-    st.integers(1, 4),  # n
-    st.integers(0, 8),  # w - n
-    st.integers(2, 4),  # V
-    st.booleans(),  # input ids
-    st.booleans(),  # segments
-    st.integers(0, 2**31),
-)
+@dataclass
+class Case:
+    """A random batch, and its rows as lists: aligned targets, what was read, documents."""
+
+    batch: TokenBatch
+    targets: list[list[int]]
+    read: list[list[int | None]]
+    segments: list[list[int]]
+
+    def by_hand(self, find) -> list[list[set[int]]]:
+        """What ``find`` (what was read, documents) gives for each row, without targets."""
+        return [
+            without_targets(find(x, segments), row)
+            for x, segments, row in zip(self.read, self.segments, self.targets, strict=True)
+        ]
 
 
-def make(case):
-    num_rows, length, n, more, vocab, has_inputs, has_segments, seed = case
-    rng = torch.Generator().manual_seed(seed)
-    targets = torch.randint(vocab, (num_rows, length), generator=rng)
-    targets[torch.rand(num_rows, length, generator=rng) < 0.15] = IGNORE
+@st.composite
+def cases(draw, shortest: int = 1) -> Case:
+    num_rows, length, vocab = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(shortest, 16)),
+        draw(st.integers(2, 4)),
+    )
+    has_inputs, has_segments, shift = draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 2))
+    # the classes decide how many tokens one number can hold: from all of them to one
+    num_classes = draw(st.sampled_from([None, vocab, 50, 2**20, 2**31, 2**40]))
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    given = torch.randint(vocab, (num_rows, length), generator=rng)
+    given[torch.rand(num_rows, length, generator=rng) < 0.15] = IGNORE
     inputs = torch.randint(vocab, (num_rows, length), generator=rng) if has_inputs else None
     segments = (torch.rand(num_rows, length, generator=rng) < 0.2).cumsum(-1) if has_segments else None
-    batch = align(targets, input_ids=inputs, segment_ids=segments)
-    flat = torch.zeros_like(targets) if segments is None else segments
-    return batch, targets.tolist(), None if inputs is None else inputs.tolist(), flat.tolist(), n, n + more
+    batch = align(given, input_ids=inputs, segment_ids=segments, shift=shift, num_classes=num_classes)
+    targets = [[*row[shift:], *[IGNORE] * min(shift, length)] for row in given.tolist()]
+    rows = [None] * num_rows if inputs is None else inputs.tolist()
+    return Case(
+        batch,
+        targets,
+        [contexts(row, x, max(shift, 1)) for row, x in zip(targets, rows, strict=True)],
+        (torch.zeros_like(given) if segments is None else segments).tolist(),
+    )
 
 
-@given(batches)
-def test_ngrams_are_those_of_a_search_by_hand(case):
-    batch, targets, inputs, segments, n, w = make(case)
-    found = as_sets(ngram_candidates(batch, ngram_size=n, window=w), batch.shape)
-    for b, row in enumerate(targets):
-        x = contexts(row, None if inputs is None else inputs[b])
-        assert found[b] == by_hand(x, segments[b], row, n, w)
+@given(cases(shortest=4), st.integers(1, 6), st.integers(0, 8))
+def test_ngrams_are_those_of_a_search_by_hand(case, n, more):
+    expected = case.by_hand(lambda x, segments: repeating(x, segments, n, n + more))
+    found = ngram_candidates(case.batch, ngram_size=n, window=n + more)
+    assert as_sets(found, case.batch.shape) == expected
+    # listed where everything has one shape, as an accelerator does
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        found = ngram_candidates(case.batch, ngram_size=n, window=n + more)
+    assert as_sets(found, case.batch.shape) == expected
 
 
-@given(batches, st.integers(1, 4))
+@given(cases(), st.integers(1, 4))
 def test_immediate_repetition_is_a_run_that_ends_here(case, threshold):
-    batch, targets, inputs, segments, _, _ = make(case)
-    found = as_sets(immediate_candidates(batch, threshold=threshold), batch.shape)
-    for b, row in enumerate(targets):
-        x = contexts(row, None if inputs is None else inputs[b])
-        for t in range(len(row)):
-            run = range(t - threshold + 1, t + 1)
-            is_run = run[0] >= 0 and all(
-                x[i] is not None and x[i] == x[t] and segments[b][i] == segments[b][t] for i in run
-            )
-            expected = {x[t]} - {row[t]} if is_run and row[t] != IGNORE else set()
-            assert found[b][t] == expected
+    found = as_sets(immediate_candidates(case.batch, threshold=threshold), case.batch.shape)
+    assert found == case.by_hand(lambda x, segments: repeated(x, segments, threshold))
 
 
-@given(batches, st.integers(0, 6))
+@given(cases(), st.integers(0, 6))
 def test_an_end_is_early_before_so_many_supervised_tokens(case, min_length):
-    batch, targets, _, segments, _, _ = make(case)
-    found = as_sets(early_eos_candidates(batch, eos_token_id=1, min_length=min_length), batch.shape)
-    for b, row in enumerate(targets):
-        for t in range(len(row)):
-            start = t
-            while start > 0 and segments[b][start - 1] == segments[b][t]:
-                start -= 1
-            seen = sum(y != IGNORE for y in row[start:t])
-            expected = {1} - {row[t]} if seen < min_length and row[t] != IGNORE else set()
-            assert found[b][t] == expected
+    found = early_eos_candidates(case.batch, eos_token_id=1, min_length=min_length)
+    expected = [
+        without_targets(too_early(row, segments, 1, min_length), row)
+        for row, segments in zip(case.targets, case.segments, strict=True)
+    ]
+    assert as_sets(found, case.batch.shape) == expected
+
+
+@pytest.mark.parametrize("num_classes", [4, 100, 2**40])
+def test_the_same_tokens_in_another_order_are_another_ngram(num_classes):
+    """After "a b x b a" there is no x, and after "a b x a b" there is one."""
+    for read, expected in (([0, 1, 3, 1, 0], set()), ([0, 1, 3, 0, 1], {3})):
+        batch = align(torch.full((1, 5), 2), input_ids=torch.tensor([read]), num_classes=num_classes)
+        found = ngram_candidates(batch, ngram_size=3, window=50)
+        assert as_sets(found, (1, 5))[0][-1] == expected
+
+
+def test_long_ngrams_differ_by_their_first_token():
+    """A number that held them all would overflow, and forget the first."""
+    for first, expected in ((1, {5}), (2, set())):
+        read = [1, 0, 0, 0, 0, 0, 0, 5, first, 0, 0, 0, 0, 0, 0]
+        batch = align(torch.full((1, 15), 4), input_ids=torch.tensor([read]), num_classes=2**16)
+        assert as_sets(ngram_candidates(batch, ngram_size=8, window=50), (1, 15))[0][-1] == expected
 
 
 def test_the_documented_examples():
