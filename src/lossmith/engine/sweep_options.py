@@ -67,8 +67,7 @@ class SweepOptions:
 
     def _temperature_tensor(self, predictions: Predictions) -> Tensor | None:
         if isinstance(self.temperature, Tensor):
-            # a copy: one that adapts moves in place, and the way back reads what was read here
-            return self.temperature.detach().to(predictions.device, predictions.dtype, copy=True).reshape(())
+            return self.temperature.detach().to(predictions.device, predictions.dtype).reshape(())
         if self.temperature == 1:
             return None
         return torch.full((), self.temperature, dtype=predictions.dtype, device=predictions.device)

@@ -97,7 +97,7 @@ def evaluate(
     metrics = Metrics(_metrics(total, parts, seen, batch))
     if weight is not None:
         batch = replace(batch, scale=scaled(batch.scale, weight.detach()))
-    return LossOutput(total, parts, batch.num_tokens, seen, batch, shares, metrics, stats)
+    return LossOutput(total, parts, batch.valid, seen, batch, shares, metrics, stats)
 
 
 def whole_batch_reason(
@@ -169,7 +169,8 @@ def _parts(
     shares = _shares(of_terms, stats, batch)
     weighed = shares if weight is None else scaled(shares, weight.detach())
     values = weighed.reshape(-1, *batch.shape) if per_token else weighed.sum(-1)
-    return values.sum(0), dict(zip(_names(of_terms), values.unbind(), strict=True)), shares.detach(), weight
+    total = values.squeeze(0) if len(of_terms) == 1 else values.sum(0)
+    return total, dict(zip(_names(of_terms), values.unbind(), strict=True)), shares.detach(), weight
 
 
 def _names(of_terms: Sequence[OfTerm]) -> list[str]:
@@ -183,9 +184,12 @@ def _in_one_sweep(
     together with the statistics, which come last; None where that cannot be."""
     if not of_terms:
         return None
-    shares = batch.scale.new_zeros(len(of_terms), len(batch.scale))
+    shares: Tensor | None = None
 
     def loss_of(some: TokenStats, rows: slice | Tensor) -> Tensor:
+        nonlocal shares
+        if shares is None:  # tokens that are not swept add nothing
+            shares = batch.scale.new_zeros(len(of_terms), len(batch.scale))
         tokens = batch.select(rows)
         own = _shares(of_terms, _supervised(some, tokens), tokens)
         shares[:, rows] = own.detach()
@@ -201,6 +205,7 @@ def _in_one_sweep(
         ) from None
     if swept is None:
         return None
+    assert shares is not None
     values = shares.sum(-1)
     parts = {
         of_term[0].name: swept.part(

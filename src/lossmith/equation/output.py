@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -15,14 +15,14 @@ from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LossOutput:
     """What an objective made of a batch.
 
     Attributes:
         total: the loss; the sum of ``parts``. [..., T] per token where the reduction is ``none``.
         parts: each term's contribution, weights and denominator included, by name.
-        num_tokens: how many tokens were supervised (0-dimensional tensor).
+        valid: [N] bool, which tokens (or scores) were supervised.
         stats: the statistics of every token, in the shape of the targets; asking for one that no term used
             costs another pass over the logits. None where there are no tokens but scores.
         batch: the tokens as they were aligned, masked, scaled and weighed, flat [N] (``stats.flat()`` goes
@@ -36,12 +36,21 @@ class LossOutput:
 
     total: Tensor
     parts: dict[str, Tensor]
-    num_tokens: Tensor
+    valid: Tensor
     stats: TokenStats | None
-    batch: TokenBatch | None = field(repr=False)
-    shares: Tensor = field(repr=False)
-    metrics: Metrics = field(repr=False)
-    all_stats: TokenStats | None = field(default=None, repr=False)
+    batch: TokenBatch | None
+    shares: Tensor
+    metrics: Metrics
+    all_stats: TokenStats | None = None
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in ("total", "parts", "num_tokens", "stats")}
+        return f"LossOutput({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """How many tokens were supervised (0-dimensional)."""
+        return self.valid.sum()
 
     @property
     def contributions(self) -> Tensor:

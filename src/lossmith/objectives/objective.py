@@ -244,7 +244,7 @@ class Objective(nn.Module):
         """How the logits are read."""
         now = self.temperature
         if isinstance(now, AdaptiveTemperature):
-            now = now.value
+            now = now.value.clone()  # it moves in place, and the way back reads what was read here
         return SweepOptions(now, self.softcap, self.class_weight)
 
     def on_optimizer_step(self) -> None:

@@ -98,7 +98,7 @@ class ScoreObjective:
         def output(name: str, loss: Tensor) -> LossOutput:
             total = reduce(operator.mul, factors, loss).to(loss.dtype)
             nothing, metrics = loss.new_zeros(0, 0), Metrics({"loss": total.sum})
-            return LossOutput(total, {name: total}, valid.sum(), None, None, nothing, metrics)
+            return LossOutput(total, {name: total}, valid, None, None, nothing, metrics)
 
         replaced: dict[int, Tensor] = {}  # by the custom modifier at this position
 
