@@ -19,7 +19,7 @@ def check_whole(name: str, ids: Tensor, what: str = "class ids", hint: str = "")
         name: what the user calls them.
         ids: what came.
         what: what they are.
-        hint: what to do about numbers that are none.
+        hint: what to do if they are no integers.
 
     Raises:
         TypeError: they are no tensor of integers.
@@ -39,7 +39,7 @@ def check_targets(targets: Tensor) -> None:
 def refuse_transforms(**inputs: Tensor | None) -> None:
     """
     Raises:
-        RuntimeError: a forward-mode derivative is asked for, or an input is inside a transform of torch.func.
+        RuntimeError: forward-mode differentiation is on, or an input is inside a transform of torch.func.
     """
     if torch.compiler.is_compiling():
         return
@@ -164,7 +164,7 @@ def check_targets_of_hidden(hidden: Tensor, targets: Tensor) -> None:
 
 
 def whole_candidates(candidates: Tensor, targets: Tensor, of: str = "") -> Tensor:
-    """Candidate ids [..., K] of the targets [...], -1 where there is none, as int64.
+    """Candidate ids [..., K] of the targets [...], -1 as padding, as int64.
 
     Args:
         of: whose they are, in words, if they are not the caller's own.

@@ -1,4 +1,4 @@
-"""Gradients that cannot be differentiated again: whoever tries is told."""
+"""Gradients that cannot be differentiated again: trying raises an error that says so."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Raw statistics as tensors with gradients, in eager mode; ``torch.compile``, and whoever else looks at
-operators, sees those in ``rows/operators.py`` and ``head/two_sweeps.py`` in their place."""
+"""Raw statistics as tensors with gradients, in eager mode. ``torch.compile`` and dispatch modes see the
+operators in ``rows/operators.py`` and ``head/two_sweeps.py`` in their place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Tensors = Sequence["Tensor | None"]
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
-    """Whether nobody traces what is computed, and the tensors are plain ones."""
+    """Whether nothing traces the computation, and the tensors are plain ones."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
@@ -47,7 +47,7 @@ def stats_with_gradients(
     Args:
         ways: how they are computed.
         tensors: what the predictions are made of.
-        sweep: what is asked of them.
+        sweep: which statistics to compute.
         known: the statistics, where they are known already and only their gradients are missing.
     """
     return _Stats.apply(ways, sweep, known, *tensors)

@@ -84,7 +84,7 @@ class Predictions(ABC):
         elsewhere.
 
         Args:
-            sweep: what is asked.
+            sweep: which statistics to compute.
             loss_of: the loss of some tokens.
             unless: what forbids it, in words, if anything does.
 

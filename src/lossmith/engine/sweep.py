@@ -1,4 +1,4 @@
-"""``Sweep``: what is asked of a batch of logits, and how they are read."""
+"""``Sweep``: which statistics of a batch of logits to compute, and how the logits are read."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ SAVED = ("reference", "wrong_log_sum", "wrong_entropy", "top_wrong_id", "rest_lo
 # Hashed by identity: torch.compile of PyTorch 2.11 hashes what it calls.
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """What is asked of logits [N, V], read as z <- softcap tanh(z / softcap), then over the temperature.
+    """Which statistics of logits [N, V] to compute.
+
+    The logits are read as z <- softcap tanh(z / softcap), then over the temperature.
 
     The operators take its fields one by one, in this order.
 
     Attributes:
         targets: [N] int64 ids. A row of ``ignore_index`` is not read: its statistics are those of a token
             that the model gets right with certainty (all 0, ``wrong_log_sum`` -inf), its gradient exactly 0.
-        candidates: [N, K] int64 ids to read the logits of, -1 where there is none; or None.
+        candidates: [N, K] int64 ids to read the logits of, -1 as padding; or None.
         class_weight: [V], or None.
         temperature: 0-dimensional, or None for 1.
         softcap: c, or None.

@@ -10,7 +10,7 @@ class Unchanged:
     """The tensors that statistics are computed from.
 
     Args:
-        read: the tensors by name, None where there is none.
+        read: the tensors by name; None for absent ones.
     """
 
     def __init__(self, **read: Tensor | None) -> None:

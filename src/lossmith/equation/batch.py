@@ -47,8 +47,8 @@ class TokenBatch:
         num_classes: V, where it was given.
         pad_token_id: the id of padding, or None.
         shift: how many positions at the end of a row have no target by construction.
-        also_read: [N] bool, positions whose distribution is looked at although nothing is learned there, or
-            None; by a loss of tokens further ahead, for example.
+        also_read: [N] bool, positions without a target whose statistics a loss still reads, such as one of
+            tokens further ahead; or None.
     """
 
     targets: Tensor

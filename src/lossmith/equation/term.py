@@ -48,7 +48,7 @@ class Term:
     Args:
         name: what the term is called in ``LossOutput.parts``.
         loss: (stats, batch) -> [N], differentiable, never reduced.
-        coefficient: lambda; a term whose coefficient is the number 0 is as good as absent.
+        coefficient: lambda; a term whose coefficient is the number 0 is left out.
         token_weight: (stats, batch) -> [N] or a scalar; sees detached statistics, since a weight
             that could be lowered by gradient descent would be lowered instead of the loss.
         reads: names of the statistics that ``loss`` and ``token_weight`` read, ``unscaled.nll`` for one at

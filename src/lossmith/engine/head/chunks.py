@@ -79,7 +79,7 @@ class Chunks:
             yield rows if self.packed is None else self.packed[rows]
 
     def inputs(self, rows: Rows) -> Tensor:
-        """[n, D] the hidden states of a chunk; 0 where there is no target, whatever stands there."""
+        """[n, D] the hidden states of a chunk; 0 where there is no target, even if NaN is there."""
         x = self.hidden[rows].to(self.dtype)
         if self.is_packed:
             return x
@@ -120,7 +120,7 @@ class HeadGradient:
     """The gradients of hidden states, weight and bias, summed over chunks; at least fp32 while they are.
 
     Args:
-        chunks: whose gradients.
+        chunks: the chunks that the gradients are of.
         needed: which of the three are wanted.
     """
 

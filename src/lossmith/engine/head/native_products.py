@@ -70,7 +70,7 @@ def product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool) -> None:
     if a.shape[1] != b.shape[0] or into.shape != (a.shape[0], b.shape[1]):
         raise ValueError(f"cannot put {list(a.shape)} @ {list(b.shape)} into {list(into.shape)}")
     compiled: Any = library()
-    a, b = a.resolve_neg(), b.resolve_neg()  # whose sign is not in their memory
+    a, b = a.resolve_neg(), b.resolve_neg()  # a lazy negation is not in memory
     given = _Product(
         a=_factor(a),
         b=_factor(b.t()),

@@ -33,7 +33,7 @@ class SweptOnce:
     """What one sweep leaves: the gradient of one loss, and the statistics.
 
     Attributes:
-        known: the raw statistics, with gradients (by a second sweep, if one is asked for).
+        known: the raw statistics, with gradients (by a second sweep, if they are needed).
         of_parts: the same statistics in a graph of their own, which ``part`` may go through again and again.
     """
 
@@ -47,8 +47,8 @@ class SweptOnce:
         return _KnownGradient.apply(value.detach(), self.gradients, *self.factors.tensors)
 
     def part(self, value: Tensor, again: Callable[[TokenStats], Tensor]) -> Tensor:
-        """``value``, a part of the loss that ``again`` computes from the statistics; its gradient, of which
-        nothing is known, takes a second sweep if anybody asks for it."""
+        """``value``, a part of the loss that ``again`` computes from the statistics; its own gradient takes a
+        second sweep, if it is ever needed."""
         return _LazyGradient.apply(value.detach(), lambda: again(self.of_parts), *self.factors.tensors)
 
 
@@ -120,7 +120,7 @@ def _depends_on_more(loss: Tensor, leaves: list[Tensor]) -> bool:
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A number whose gradients are there already, to be multiplied by what comes from above."""
+    """A number with known gradients, to be multiplied by the upstream gradient."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
@@ -166,7 +166,7 @@ def _times(gradient: Tensor, factor: Tensor, into: Tensor) -> Tensor:
 
 
 class _LazyGradient(torch.autograd.Function):
-    """A number whose gradients are computed if they are asked for."""
+    """A number whose gradients are computed only if they are needed."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, again: Callable[[], Tensor], *inputs: Tensor | None) -> Tensor:

@@ -61,7 +61,7 @@ def stats_of_head(factors: Factors, sweep: Sweep, known: list[Tensor] | None = N
     back.
 
     Args:
-        factors, sweep: what the logits are made of, and what is asked of them.
+        factors, sweep: what the logits are made of, and which statistics to compute.
         known: the statistics, where they are known already and only their gradients are missing.
     """
     options = (factors.compute_dtype, factors.memory_budget)

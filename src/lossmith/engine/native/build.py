@@ -1,7 +1,7 @@
 """What is compiled: the C++ sources of this folder, built into one library on this machine when first used.
 
-Builds are kept in the user's cache, and loaded from there only if nobody else can have written them and they
-are byte for byte what the compiler made. ``LOSSMITH_NATIVE=0`` turns it all off, and PyTorch's operations
+Builds are kept in the user's cache, and loaded from there only if no other user can have written them and
+they are byte for byte what the compiler made. ``LOSSMITH_NATIVE=0`` turns it all off, and PyTorch's operations
 take over; ``LOSSMITH_CXXFLAGS`` are further flags for compiling and linking.
 """
 
@@ -145,7 +145,7 @@ class _Folders:
 
     @functools.cached_property
     def cache(self) -> Path | None:
-        """The user's cache; None where there is none that this user alone can write to."""
+        """The user's cache; None where other users can write to it."""
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         folder = Path(home) / "lossmith"
         if not folder.is_absolute():
@@ -172,7 +172,7 @@ class _Folders:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file or folder, no link, is of this user, and nobody else can write to it."""
+    """Whether a file or folder, no link, belongs to this user, and no other user can write to it."""
     found = path.lstat()
     is_plain = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
     return is_plain and found.st_uid == os.geteuid() and not found.st_mode & 0o022

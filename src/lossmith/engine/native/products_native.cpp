@@ -151,7 +151,7 @@ void full_tile(int64_t depth, const float* a, const float* b, float* c, int64_t 
         multiply_panels<PAIRS>(least(SUMMED, depth - k), a + k * MR, b + k * NR, c, stride, is_sum);
 }
 
-// A tile of which m rows and n columns are left.
+// A tile with m rows and n columns left.
 template <bool PAIRS>
 void tile(int64_t m, int64_t n, int64_t depth, const float* a, const float* b, float* c, int64_t stride, bool is_sum) {
     if (m >= MR && n >= NR) return full_tile<PAIRS>(depth, a, b, c, stride, is_sum);

@@ -31,7 +31,7 @@ inline double log_add(double a, double b) {
 
 extern "C" {
 
-// One view of the logits: what is asked of them over one temperature. Pointers may be null.
+// One view of the logits: their statistics over one temperature. Pointers may be null.
 struct View {
     const float* temperature;
     int64_t needs;
@@ -331,7 +331,7 @@ void run(const Batch& b, std::atomic<int64_t>& next, int64_t step, Problem& prob
 
 }  // namespace
 
-// 0, or which of the ids is none, or that there is no memory.
+// 0, or which ids hold one out of range, or that there is no memory.
 extern "C" int64_t lossmith_sweep(Batch* batch) {
     if (batch->num_rows < 1 || batch->num_classes < 1) return 0;
     const int64_t worth = 1 + (batch->num_rows * batch->num_classes >> 16);

@@ -47,12 +47,12 @@ def stats_of_rows(logits: Tensor, sweep: Sweep) -> list[Tensor]:
 def gradient_of_rows(
     logits: Tensor, sweep: Sweep, raw: Maybe, grads: Maybe, *, in_place: bool = False
 ) -> Tensor:
-    """The gradient [N, V] of ``logits`` [..., V]; exactly 0 in rows that are ignored, or that nobody has a
-    gradient for.
+    """The gradient [N, V] of ``logits`` [..., V]; exactly 0 in rows that are ignored or have no
+    gradient.
 
     Args:
         raw, grads: the raw statistics, and their gradients, in the operators' order.
-        in_place: ``logits`` [N, V] are nobody else's, and become the gradient.
+        in_place: ``logits`` [N, V] belong to the caller alone, and become the gradient.
     """
     views = sweep.views(raw, grads)
     return _backend(logits, sweep).gradient(logits, sweep, views, in_place=in_place)

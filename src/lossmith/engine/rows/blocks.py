@@ -94,7 +94,7 @@ class Blocks:
             result.index_copy_(0, block, values.to(result.dtype))
 
     def clear(self, values: Tensor, fill: float | int) -> None:
-        """What ignored rows that were computed all the same have: NaN in them must not stay."""
+        """Overwrite ignored rows that were computed with the others: NaN in them must not stay."""
         if self.ignored is not None:
             values[self.ignored] = fill
 
@@ -136,7 +136,7 @@ def gradient(logits: Tensor, sweep: Sweep, views: Sequence[View], *, in_place: b
     memory of the logits.
 
     Raises:
-        RuntimeError: somebody has written over the ids.
+        RuntimeError: the ids have been written over.
     """
     sweep = _with_a_gradient(sweep, views)
     num_classes, softcap = logits.shape[-1], sweep.softcap
@@ -177,7 +177,7 @@ def gradient(logits: Tensor, sweep: Sweep, views: Sequence[View], *, in_place: b
 
 
 def _with_a_gradient(sweep: Sweep, views: Sequence[View]) -> Sweep:
-    """The sweep without the rows that nobody has a gradient for."""
+    """The sweep without the rows whose statistics have no gradient."""
     given = [value != 0 for view in views for value in view.grads.values()]
     wanted = [rows if rows.dim() == 1 else rows.any(-1) for rows in given]
     targets = sweep.targets.masked_fill(~torch.stack(wanted).any(0), sweep.ignore_index)

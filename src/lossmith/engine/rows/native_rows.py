@@ -104,14 +104,13 @@ def run(logits: Tensor, sweep: Sweep, views: Sequence[View], gradient: Tensor | 
 
     Args:
         logits: [..., V], fp32 or bf16; each row contiguous, the rows anywhere.
-        sweep: what is asked of them; class weights fp32. Rows without a target are not read, their statistics
-            not touched and their gradient 0.
-        views: what is asked of the rows; all fp32, ids int64.
+        sweep: which statistics to compute; class weights fp32. Rows without a target are not read, their
+            statistics not touched and their gradient 0.
+        views: the statistics of each temperature; all fp32, ids int64.
 
     Raises:
         ValueError: a tensor of another dtype or size, or one that is missing.
-        RuntimeError: an id is none; those that were given have been looked at before, so that somebody has
-            written over them since.
+        RuntimeError: an id is out of range. All were checked before, so this one has been written over since.
     """
     compiled = library()
     assert compiled is not None

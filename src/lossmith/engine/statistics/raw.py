@@ -68,7 +68,7 @@ def ignored_fill(name: str) -> float | int:
 
 @dataclass
 class View:
-    """What is asked of the logits over one temperature (None: of the logits as they are).
+    """The statistics to compute of the logits over one temperature (None: of the logits themselves).
 
     Going forward ``raw`` is filled in; going back, ``grads`` are the gradients of some of it.
     """

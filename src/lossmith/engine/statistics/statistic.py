@@ -50,7 +50,7 @@ class Statistic:
 
 
 def derived(function: Callable[[Any], Tensor]) -> Statistic:
-    """A statistic that others are made of, and nobody else sees."""
+    """A private statistic, from which the public ones are computed."""
     return Statistic(function)
 
 

@@ -374,7 +374,7 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def unknown_statistic(name: str) -> str:
-    """What to say of a name that is none."""
+    """The message for an unknown name."""
     return f"TokenStats has no statistic {name!r}; it has {sorted(STATISTICS)}"
 
 
