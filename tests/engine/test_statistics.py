@@ -9,7 +9,9 @@ from torch import Tensor
 
 import lossmith
 import reference
+from lossmith.engine.predictions import Logits
 from lossmith.engine.statistics.stats import STATISTIC_NAMES
+from lossmith.engine.sweep_options import SweepOptions
 from reference import COUNTED, DIFFERENTIABLE, IGNORE, Case
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
@@ -107,6 +109,37 @@ def test_any_few_statistics_mixed_on_any_shape(data):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reading", READINGS)
+def test_sums_counts_and_entropies_beside_candidates(reading, dtype, rng):
+    """Where there are candidates the top wrong answer is taken out of all sums, and added at the end."""
+    logits, targets, candidates = random_batch(rng, (36,), 19, dtype)
+    weight, counts = torch.rand(19, generator=rng), ("num_wrong", "num_finite")
+    sums = ("total_nll", "wrong_entropy", "entropy", "candidate_log1m_prob")
+    weighed = SweepOptions(**READINGS[reading], class_weight=weight)
+
+    def stats_of(z: Tensor) -> lossmith.TokenStats:
+        stats = weighed.stats(Logits(z), targets, ignore_index=IGNORE, candidates=candidates)
+        return stats.compute(*sums, *counts)
+
+    def truth(z: Tensor) -> dict[str, Tensor]:
+        given = READINGS[reading] | {"class_weight": weight.to(z.dtype)}
+        return reference.statistics(z, targets, candidates=candidates, **given)
+
+    def ours(z: Tensor) -> Tensor:
+        stats = stats_of(z)
+        return side_by_side([getattr(stats, name) for name in sums], targets)
+
+    def theirs(z: Tensor) -> Tensor:
+        stats = truth(z)
+        return side_by_side([stats[name] for name in sums], targets)
+
+    Case(ours, theirs, logits, torch.randn(36, 8, generator=rng)).check(atol=32)
+    for name in counts:
+        expected = truth(logits.to(torch.promote_types(dtype, torch.float32)))[name]
+        assert torch.equal(getattr(stats_of(logits), name), expected), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reading", READINGS)
 def test_counts_and_ids(reading, dtype, rng):
     logits, targets, _ = random_batch(rng, (60,), 17, dtype)
     stats = lossmith.token_stats(logits, targets, **READINGS[reading])
@@ -131,6 +164,19 @@ def test_a_single_wrong_answer_has_no_normalized_entropy():
     assert torch.equal(value, torch.zeros(2))
     value.sum().backward()
     assert torch.equal(logits.grad, torch.zeros(2, 3))
+
+
+def test_a_normalized_entropy_is_at_most_one():
+    """That of answers too small to be counted is more than their share."""
+    logits = torch.full((1, 50_000), -18.6)
+    logits[0, :3] = 0.0
+    logits.requires_grad_()
+    stats = lossmith.token_stats(logits, torch.tensor([0]))
+    assert stats.num_wrong.item() == 2
+    assert stats.wrong_entropy > torch.tensor(2.0).log()
+    assert stats.normalized_wrong_entropy.item() == 1
+    (gradient,) = torch.autograd.grad(stats.normalized_wrong_entropy.sum(), logits)
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 300])
@@ -205,6 +251,26 @@ def test_detached_statistics_have_the_same_values_and_no_gradient(rng):
         assert getattr(stats, name).requires_grad, name
         assert not getattr(stats.detach(), name).requires_grad, name
         assert torch.equal(getattr(stats, name), getattr(stats.detach(), name))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_restricted_statistics_are_those_of_fewer_targets(temperature, rng):
+    """Values and gradients are those of a batch in which the others had been ignored from the first."""
+    logits, targets, candidates = random_batch(rng, (12,), 9, torch.float64)
+    fewer = targets.masked_fill(torch.rand(12, generator=rng) < 0.4, IGNORE)
+    options = {"candidates": candidates, "temperature": temperature}
+    found = []
+    for is_restricted in (True, False):
+        z = logits.clone().requires_grad_()
+        stats = lossmith.token_stats(z, targets if is_restricted else fewer, **options)
+        stats = stats.restrict(fewer, IGNORE) if is_restricted else stats
+        columns = [getattr(v, name) for v in (stats, stats.unscaled) for name in DIFFERENTIABLE]
+        values = side_by_side(columns, fewer)
+        total = torch.where(values.isfinite(), values, 0.0).sum()
+        counts = [getattr(stats, name) for name in COUNTED]
+        found.append([values.detach(), *torch.autograd.grad(total, z), *counts])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_no_candidates_at_all_are_fine(rng):
