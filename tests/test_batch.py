@@ -142,6 +142,35 @@ def test_what_belongs_to_the_targets_has_their_shape(name):
         align(labels(), **{name: torch.ones(2, 3, dtype=torch.long)})
 
 
+@pytest.mark.parametrize("name", ["mask", "input_ids", "segment_ids"])
+def test_what_is_no_tensor_is_named_with_the_shape_that_is_wanted(name):
+    with pytest.raises(TypeError, match=rf"^{name} must be a tensor of shape \[2, 4\]; got list$"):
+        align(labels(), **{name: labels().tolist()})
+
+
+def test_features_are_looked_at_by_their_own_names():
+    with pytest.raises(TypeError, match=r"^scores must be a tensor of shape \[2, 4\]; got float$"):
+        align(labels(), features={"scores": 1.0})
+    with pytest.raises(ValueError, match=r"^scores must have the targets' shape \[2, 4\]; got \[8\]$"):
+        align(labels(), features={"scores": torch.ones(8)})
+
+
+def test_a_mask_of_weights_is_told_where_they_go():
+    mask = torch.ones(2, 4)
+    mask[1, 2] = 0.25
+    with pytest.raises(ValueError, match=r"got 0\.25 at position \(1, 2\)\. Pass weights as token_weight"):
+        align(labels(), mask=mask)
+    with pytest.raises(TypeError, match=r"token_weight must be .*torch\.bool\. What is 0 or 1 is a mask"):
+        align(labels(), token_weight=mask.bool())
+
+
+def test_a_share_of_nothing_is_zero_and_never_a_broken_number():
+    nothing = torch.full_like(labels(), IGNORE)
+    for denominator in (0, torch.tensor(0), 24):
+        for reduction in ("mean", "sequence_mean"):
+            assert align(nothing, denominator=denominator, reduction=reduction).share == 0
+
+
 def random_batch() -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
     targets = torch.randint(V, (B, T), generator=rng)
