@@ -128,6 +128,17 @@ def test_gradients_belong_to_their_leaves_alone(strategy):
     assert len(storages) == len(expected)
 
 
+def test_a_gradient_that_is_written_over_leaves_the_next_alone(strategy):
+    head, targets = case()
+    loss = loss_of(head, targets, strategy)
+    expected = torch.autograd.grad(loss_of(head, targets, strategy), head.leaves)
+    for _ in range(3):
+        found = torch.autograd.grad(loss, head.leaves, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+        for gradient in found:
+            gradient.fill_(float("nan"))
+
+
 def test_gradients_accumulate(strategy):
     head, targets = case()
     expected = torch.autograd.grad(loss_of(head, targets, strategy), head.leaves)
