@@ -1,6 +1,7 @@
 """TokenBatch: which token predicts what, settled once."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,23 @@ def test_rows_folds_leading_dimensions():
     assert batch.rows(batch.targets).shape == (6, 4)
     assert align(torch.tensor(1)).rows(torch.tensor([1])).shape == (1, 1)
     assert align(torch.tensor([1, 2])).rows(torch.tensor([1, 2])).shape == (1, 2)
+
+
+def test_what_a_batch_says_of_its_samples():
+    batch = align(labels(), shift=2)
+    assert batch.row_counts.tolist() == [1, 2]
+    assert batch.spread(torch.tensor([7.0, 8.0])).tolist() == [7.0] * 4 + [8.0] * 4
+    for shift, num_positions in ((False, 4), (True, 3), (2, 2), (4, 0), (9, 0)):
+        assert align(labels(), shift=shift).num_positions == num_positions
+    assert align(labels(), pad_token_id=0).pad_token_id == 0
+    assert align(labels(), pad_token_id=0, eos_token_id=0).pad_token_id is None  # an end like another
+
+
+def test_where_a_position_is_only_looked_at_any_class_is_read():
+    also_read = torch.tensor([True, True, False, True, False, False, True, True])
+    batch = replace(align(labels()), also_read=also_read)
+    assert batch.read_targets.tolist() == [5, 1, 2, 0, IGNORE, 3, 4, 0]
+    assert torch.equal(align(labels()).read_targets, labels().reshape(-1))
 
 
 def test_the_inputs_are_not_modified():

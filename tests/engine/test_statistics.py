@@ -208,12 +208,18 @@ def test_ignored_positions_are_right_with_certainty(rng):
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
-def test_the_unscaled_view_has_temperature_one(softcap, rng):
-    logits, targets, candidates = random_batch(rng, (4, 5), 13, torch.float64)
+@pytest.mark.parametrize(  # announced, both views have one pass, and one gradient that is rounded once
+    ("dtype", "is_announced"),
+    [(torch.float64, False), *((dtype, True) for dtype in (torch.float64, torch.float32, torch.bfloat16))],
+)
+def test_the_unscaled_view_has_temperature_one(dtype, is_announced, softcap, rng):
+    logits, targets, candidates = random_batch(rng, (4, 5), 13, dtype)
     both = ("nll", "entropy", "logsumexp", "candidate_log1m_prob")
 
     def ours(z: Tensor) -> Tensor:
         stats = lossmith.token_stats(z, targets, candidates=candidates, temperature=2.5, softcap=softcap)
+        if is_announced:
+            stats.compute(*both, *(f"unscaled.{name}" for name in both))
         views = [getattr(view, name) for name in both for view in (stats, stats.unscaled)]
         return side_by_side(views, targets)
 
