@@ -351,6 +351,17 @@ def test_a_broken_logit_is_not_hidden(poison, place):
         assert not getattr(stats, name).isfinite().any(), name
 
 
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_broken_row_is_never_right(poison, place):
+    """Also where the target is above all that can be compared: accuracy would hide what the loss shows."""
+    z = torch.tensor([[3.0, 1.0, 0.5, 0.0]])
+    z[0, place] = poison
+    stats = lossmith.token_stats(z, torch.tensor([0]))
+    assert not stats.nll.isfinite()
+    assert not stats.correct
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_one_class_costs_nothing(dtype):
     z = torch.tensor([[3.0], [-7.0]], dtype=dtype, requires_grad=True)
