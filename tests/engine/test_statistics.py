@@ -166,6 +166,24 @@ def test_a_single_wrong_answer_has_no_normalized_entropy():
     assert torch.equal(logits.grad, torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("mask", [-torch.inf, -1e30, torch.finfo(torch.float32).min])
+def test_a_masked_target_is_in_no_sum(mask, dtype):
+    z = torch.tensor([[1.0, mask, 0.5, -2.0], [0.0, mask, 2.0, 3.0]], dtype=dtype).requires_grad_()
+    stats = lossmith.token_stats(z, torch.tensor([1, 1]))
+    others = z[:, [0, 2, 3]]
+    assert stats.num_finite.tolist() == [3, 3]
+    for ours, naive in (
+        (stats.mean_logit, others.mean(-1)),
+        (stats.total_nll, -others.log_softmax(-1).sum(-1)),
+    ):
+        torch.testing.assert_close(ours, naive)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours.sum(), z, retain_graph=True),
+            torch.autograd.grad(naive.sum(), z, retain_graph=True),
+        )
+
+
 def test_a_normalized_entropy_is_at_most_one():
     """That of answers too small to be counted is more than their share."""
     logits = torch.full((1, 50_000), -18.6)
