@@ -277,6 +277,18 @@ def test_detached_statistics_have_the_same_values_and_no_gradient(rng):
         assert torch.equal(getattr(stats, name), getattr(stats.detach(), name))
 
 
+def test_a_statistic_that_was_looked_at_without_gradients_has_one_all_the_same(rng):
+    """As where it is logged before the loss is made of it."""
+    logits, targets, candidates = random_batch(rng, (6,), 9)
+    stats = lossmith.token_stats(logits.requires_grad_(), targets, candidates=candidates)
+    stats.compute(*DIFFERENTIABLE)
+    for name in DIFFERENTIABLE:
+        with torch.no_grad():
+            looked_at = getattr(stats, name)
+        assert getattr(stats, name).requires_grad, name
+        assert torch.equal(getattr(stats, name), looked_at), name
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_restricted_statistics_are_those_of_fewer_targets(temperature, rng):
     """Values and gradients are those of a batch in which the others had been ignored from the first."""
