@@ -101,6 +101,22 @@ def test_a_batch_without_tokens(enter, shape):
         enter(torch.zeros(shape), torch.zeros(shape[:-1], dtype=torch.long))
 
 
+def test_logits_and_targets_on_two_devices(enter):
+    with pytest.raises(ValueError, match="logits are on cpu but targets on meta; move one of them"):
+        enter(LOGITS, TARGETS.to("meta"))
+    with pytest.raises(ValueError, match="logits are on meta but targets on cpu; move one of them"):
+        enter(LOGITS.to("meta"), TARGETS)
+
+
+def test_candidates_on_another_device():
+    candidates = TARGETS.unsqueeze(-1).to("meta")
+    with pytest.raises(ValueError, match="candidates are on meta but targets on cpu; move one of them"):
+        lossmith.token_stats(LOGITS, TARGETS, candidates=candidates)
+    term = Term("t", lambda s, b: s.candidate_logits.sum(-1), candidates=lambda b: candidates.reshape(6, 1))
+    with pytest.raises(ValueError, match="candidates of the term 't' are on meta but targets on cpu"):
+        Objective([term])(LOGITS, TARGETS)
+
+
 def test_a_vocabulary_without_classes(enter):
     with pytest.raises(ValueError, match=r"V >= 1; got \[2, 0\]"):
         enter(torch.zeros(2, 0), torch.zeros(2, dtype=torch.long))

@@ -1,6 +1,7 @@
 """TokenBatch: which token predicts what, settled once."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,23 @@ def test_rows_folds_leading_dimensions():
     assert align(torch.tensor([1, 2])).rows(torch.tensor([1, 2])).shape == (1, 2)
 
 
+def test_what_a_batch_says_of_its_samples():
+    batch = align(labels(), shift=2)
+    assert batch.row_counts.tolist() == [1, 2]
+    assert batch.spread(torch.tensor([7.0, 8.0])).tolist() == [7.0] * 4 + [8.0] * 4
+    for shift, num_positions in ((False, 4), (True, 3), (2, 2), (4, 0), (9, 0)):
+        assert align(labels(), shift=shift).num_positions == num_positions
+    assert align(labels(), pad_token_id=0).pad_token_id == 0
+    assert align(labels(), pad_token_id=0, eos_token_id=0).pad_token_id is None  # an end like another
+
+
+def test_where_a_position_is_only_looked_at_any_class_is_read():
+    also_read = torch.tensor([True, True, False, True, False, False, True, True])
+    batch = replace(align(labels()), also_read=also_read)
+    assert batch.read_targets.tolist() == [5, 1, 2, 0, IGNORE, 3, 4, 0]
+    assert torch.equal(align(labels()).read_targets, labels().reshape(-1))
+
+
 def test_the_inputs_are_not_modified():
     ids, mask, weight = labels(), torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4)
     align(ids, shift=True, mask=mask, token_weight=weight, pad_token_id=5)
@@ -140,6 +158,35 @@ def test_the_inputs_are_not_modified():
 def test_what_belongs_to_the_targets_has_their_shape(name):
     with pytest.raises(ValueError, match=rf"{name} must have the targets' shape \[2, 4\]; got \[2, 3\]"):
         align(labels(), **{name: torch.ones(2, 3, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("name", ["mask", "input_ids", "segment_ids"])
+def test_what_is_no_tensor_is_named_with_the_shape_that_is_wanted(name):
+    with pytest.raises(TypeError, match=rf"^{name} must be a tensor of shape \[2, 4\]; got list$"):
+        align(labels(), **{name: labels().tolist()})
+
+
+def test_features_are_looked_at_by_their_own_names():
+    with pytest.raises(TypeError, match=r"^scores must be a tensor of shape \[2, 4\]; got float$"):
+        align(labels(), features={"scores": 1.0})
+    with pytest.raises(ValueError, match=r"^scores must have the targets' shape \[2, 4\]; got \[8\]$"):
+        align(labels(), features={"scores": torch.ones(8)})
+
+
+def test_a_mask_of_weights_is_told_where_they_go():
+    mask = torch.ones(2, 4)
+    mask[1, 2] = 0.25
+    with pytest.raises(ValueError, match=r"got 0\.25 at position \(1, 2\)\. Pass weights as token_weight"):
+        align(labels(), mask=mask)
+    with pytest.raises(TypeError, match=r"token_weight must be .*torch\.bool\. What is 0 or 1 is a mask"):
+        align(labels(), token_weight=mask.bool())
+
+
+def test_a_share_of_nothing_is_zero_and_never_a_broken_number():
+    nothing = torch.full_like(labels(), IGNORE)
+    for denominator in (0, torch.tensor(0), 24):
+        for reduction in ("mean", "sequence_mean"):
+            assert align(nothing, denominator=denominator, reduction=reduction).share == 0
 
 
 def random_batch() -> tuple[Tensor, Tensor]:

@@ -41,6 +41,11 @@ OPTIONS: dict[str, dict] = {
     "ignore_index": {"ignore_index": 3},
     "empty_nan": {"empty": "nan"},
 }
+# Terms of the logits over the temperature and of those as they are have one gradient.
+AT_TWO_TEMPERATURES: dict[str, dict] = {
+    "both": {"temperature": 0.6, "z_loss": 0.3},
+    "both and sums": {"temperature": 1.7, "z_loss": 0.3, "label_smoothing": 0.2, "confidence_penalty": 0.2},
+}
 
 
 def loss_of(head: Head, targets: Tensor, rows: int | None, strategy: str, **options) -> Tensor:
@@ -133,10 +138,10 @@ def test_evaluation_gives_the_same_numbers(name, strategy):
 @pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*OPTIONS, *AT_TWO_TEMPERATURES])
 def test_against_the_formulas(name, strategy, dtype):
-    options, targets = OPTIONS[name], targets_for(OPTIONS[name])
-    given = linear_case.head(dtype=dtype)
+    options = (OPTIONS | AT_TWO_TEMPERATURES)[name]
+    targets, given = targets_for(options), linear_case.head(dtype=dtype)
     found = []
     for of, precision in ((given, dtype), (given, torch.float64), (given, torch.float32)):
         head = of.to(precision)

@@ -11,6 +11,7 @@ from torch.nn import functional
 import linear_case
 import lossmith
 from linear_case import IGNORE, STRATEGIES, B, D, Head, T, V
+from lossmith.engine.head import one_sweep
 
 pytestmark = [
     pytest.mark.parametrize("strategy", STRATEGIES),
@@ -57,6 +58,19 @@ def test_a_factor_is_not_rounded_to_half_precision(factor, strategy):
         one, other = one.double(), other.double()
         # (each gradient is rounded by itself, so that a sum of few of them is off a little)
         assert ((one * other).sum() / (one * one).sum()).item() == pytest.approx(factor, rel=1.5e-3)
+
+
+def test_a_factor_reaches_every_element_piece_by_piece(strategy, monkeypatch):
+    """A narrow gradient is scaled some elements at a time; each is rounded once."""
+    monkeypatch.setattr(one_sweep, "PIECE", 5)
+    head, targets = case(torch.bfloat16)
+    plain = torch.autograd.grad(loss_of(head, targets, strategy), head.leaves)
+    scaled = torch.autograd.grad(loss_of(head, targets, strategy) * 3.0, head.leaves)
+    for one, other in zip(plain, scaled, strict=True):
+        largest = float(one.abs().max())
+        torch.testing.assert_close(other.float(), 3.0 * one.float(), rtol=0.0, atol=largest / 32)
+        if strategy == "auto":  # two sweeps have the factor in every gradient from the first
+            assert torch.equal(other, (3.0 * one.float()).bfloat16())
 
 
 def test_one_loss_used_twice(strategy):
@@ -112,6 +126,17 @@ def test_gradients_belong_to_their_leaves_alone(strategy):
             leaf.grad = None
     storages = {gradient.untyped_storage().data_ptr() for gradient in expected}
     assert len(storages) == len(expected)
+
+
+def test_a_gradient_that_is_written_over_leaves_the_next_alone(strategy):
+    head, targets = case()
+    loss = loss_of(head, targets, strategy)
+    expected = torch.autograd.grad(loss_of(head, targets, strategy), head.leaves)
+    for _ in range(3):
+        found = torch.autograd.grad(loss, head.leaves, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+        for gradient in found:
+            gradient.fill_(float("nan"))
 
 
 def test_gradients_accumulate(strategy):

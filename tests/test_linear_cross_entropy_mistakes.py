@@ -54,6 +54,12 @@ MISTAKES = {
     ),
     "another dtype of the bias": ({"bias": HEAD.bias.half()}, TypeError, "but bias is torch.float16"),
     "another device": ({"weight": HEAD.weight.to(META)}, ValueError, "on cpu but weight on meta; move one"),
+    "another device of the bias": ({"bias": HEAD.bias.to(META)}, ValueError, "on cpu but bias on meta; move"),
+    "another device of the targets": (
+        {"targets": linear_case.targets().to(META)},
+        ValueError,
+        "hidden is on cpu but targets on meta; move one of them",
+    ),
     "a bias of another size": (
         {"bias": torch.zeros(V + 1)},
         ValueError,

@@ -20,6 +20,7 @@ from lossmith import (
     Term,
     UnifiedLoss,
 )
+from lossmith.engine.head import chunks
 from lossmith.testing import check_term
 
 PLAIN = Term("plain", lambda s, b: s.nll, reads=("nll",), scope="token")
@@ -91,6 +92,33 @@ def test_a_parameter_that_only_some_tokens_meet():
         fused(targets=targets, **head.inputs(2, "one_sweep"))
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("learned_from", [{0, 1}, {2, 3}, {5, 6}, set()], ids=str)
+def test_tokens_whose_terms_have_no_gradient_add_nothing_to_any(learned_from, ignored, monkeypatch):
+    """In chunks of their own, whatever stands in the memory of the gradients before."""
+
+    def filled(shape, *, dtype, device, zero):
+        return torch.full(shape, 0.0 if zero else torch.nan, dtype=dtype, device=device)
+
+    monkeypatch.setattr(chunks, "fresh", filled)
+
+    def loss(stats, batch):
+        learns = torch.isin(batch.targets, torch.tensor(sorted(learned_from), dtype=torch.long))
+        return stats.nll * learns if learns.any() else stats.nll.detach() * learns
+
+    head, targets = linear_case.head(8), torch.arange(8) % V
+    if ignored:  # in between, which are packed away
+        head, targets = linear_case.head(16), targets.repeat_interleave(2)
+        targets[::2] = IGNORE
+    criterion = Objective([Term("some", loss, scope="token")])
+    found = criterion(targets=targets, **head.inputs(2, "one_sweep"))
+    expected = criterion(head.logits(), targets) + 0 * head.logits().sum()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, head.leaves), torch.autograd.grad(expected, head.leaves)
+    )
+
+
 def test_a_coefficient_without_a_gradient_does_not_matter():
     frozen = learned().requires_grad_(False)
     criterion = Objective([PLAIN, Term("z", lambda s, b: s.logsumexp**2, frozen, scope="token")])
@@ -145,12 +173,13 @@ LOOKING_AROUND = {
 }
 
 
+@pytest.mark.parametrize("rows", [2, None])  # None: all of them at once, without those that are ignored
 @pytest.mark.parametrize("name", LOOKING_AROUND)
-def test_a_term_may_look_around_unless_it_promises_not_to(name):
+def test_a_term_may_look_around_unless_it_promises_not_to(name, rows):
     term = LOOKING_AROUND[name]
     head, targets = batch()
     expected = Objective([PLAIN, term])(head.logits(), targets)
-    loss = Objective([PLAIN, term])(targets=targets, **head.inputs(2))
+    loss = Objective([PLAIN, term])(targets=targets, **head.inputs(rows))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(
         torch.autograd.grad(loss, head.leaves),

@@ -77,6 +77,18 @@ def test_metrics_are_copied_as_numbers(how):
     assert dict(found) == metrics.to_dict()
 
 
+def test_metrics_are_read_together_to_every_digit():
+    odd = 2**24 + 1  # no number of fp32
+    sources = {
+        "wide": torch.tensor(odd),
+        "row": torch.tensor([0.5]),
+        "plain": odd,
+        "late": lambda: torch.ones(1),
+    }
+    metrics = lossmith.Metrics(sources)
+    assert metrics.to_dict() == dict(metrics) == {"wide": odd, "row": 0.5, "plain": odd, "late": 1.0}
+
+
 def test_statistics_show_what_they_have():
     logits, targets = case()
     stats = lossmith.token_stats(logits, targets, temperature=2.0)

@@ -205,6 +205,41 @@ def test_micro_batches_add_up_to_the_batch(cuts, reduction, options, as_tensor):
     torch.testing.assert_close(total, whole)
 
 
+@pytest.mark.parametrize(
+    ("denominator", "error", "came"),
+    [
+        (-1, ValueError, "-1"),
+        (float("nan"), ValueError, "nan"),
+        (float("inf"), ValueError, "inf"),
+        (torch.tensor(-2.0), ValueError, r"a tensor \[\] of -2\.0"),
+        (torch.ones(2), ValueError, r"a tensor \[2\] with numbers from 1\.0 to 1\.0"),
+        (True, TypeError, r"True \(bool\)"),
+        (torch.tensor(True), TypeError, r"a tensor \[\] of torch\.bool"),
+        ("3", TypeError, r"'3' \(str\)"),
+    ],
+)
+def test_what_cannot_be_divided_by(denominator, error, came):
+    message = rf"denominator must be .* >= 0; got {came}\. Leave it out to divide by this batch's own number$"
+    with pytest.raises(error, match=message):
+        align(batch()[1], denominator=denominator)
+
+
+@pytest.mark.parametrize("former", ["batch", "batchmean"])
+def test_former_reductions_are_told_what_is_written_now(former):
+    with pytest.raises(
+        ValueError, match=rf"got '{former}'; write reduction='sequence_mean' for the mean over"
+    ):
+        align(batch()[1], reduction=former)
+
+
+def test_unknown_reductions_are_told_the_known():
+    known = "'mean', 'token_mean', 'sequence_mean', 'sum', 'none'"
+    with pytest.raises(ValueError, match=rf"^reduction must be one of {known}; got 'average'$"):
+        align(batch()[1], reduction="average")
+    with pytest.raises(ValueError, match=r"^empty must be one of 'zero', 'nan'; got 'skip'$"):
+        align(batch()[1], empty="skip")
+
+
 def test_a_denominator_is_divided_by_once():
     logits, targets = batch(torch.float64)
     total = lossmith.cross_entropy(logits, targets, reduction="sum")

@@ -81,6 +81,30 @@ def test_the_bias_of_experts_too():
     assert balance.expert_bias.tolist() == [-1, 1]
 
 
+def test_every_batch_since_the_last_step_counts():
+    """The step of whom the first of them trained is no less this loss's than that of the last."""
+    for which in range(2):
+        criterion, nets = adaptive(), [model(), model()]
+        for net in nets:
+            backward(criterion, net)
+        optimizer_of(nets[which]).step()
+        assert steps_of(criterion) == 1
+
+
+def test_an_optimizer_that_has_dtensors_in_their_place_counts():
+    """As FSDP2 makes them: they are not the tensors that the loss was computed from."""
+
+    class Sharded(torch.Tensor):
+        def full_tensor(self):
+            return self
+
+    criterion, net = adaptive(), model()
+    backward(criterion, net)
+    part = torch.zeros(3).as_subclass(Sharded).requires_grad_()
+    torch.optim.SGD([part], lr=0.0).step()
+    assert steps_of(criterion) == 1
+
+
 def test_several_optimizers_of_one_model_are_one_step():
     criterion, net = adaptive(), model()
     parts = optimizer_of(net[0]), optimizer_of(net[2], torch.optim.AdamW)

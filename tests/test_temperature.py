@@ -55,6 +55,15 @@ def test_the_window_fills_as_it_goes():
     assert fed([1.0, 3.0]).value == pytest.approx(1.01)
 
 
+def test_the_oldest_step_leaves_the_window():
+    losses = [1.0, 5.0, 2.0, 8.0, 3.0, 3.1, 3.2, 3.1, 3.0, 9.0]
+    for num_steps in range(1, len(losses) + 1):
+        given = losses[:num_steps]
+        temperature = fed(given, window=3)
+        assert sorted(temperature.history.tolist()) == pytest.approx(sorted([0.0, 0.0, *given][-3:]))
+        assert temperature.value.item() == pytest.approx(by_hand(given, window=3), rel=1e-5)
+
+
 def test_it_stays_within_its_bounds():
     assert fed([2.0] * 60, window=5, bounds=(0.9, 1.1)).value == pytest.approx(0.9)
     assert fed([1.0, 3.0] * 30, window=5, bounds=(0.9, 1.1)).value == pytest.approx(1.1)

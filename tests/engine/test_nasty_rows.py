@@ -234,6 +234,42 @@ def test_masked_classes_get_no_gradient():
     assert torch.equal(z.grad[z.detach() == -INF], torch.zeros(int((z == -INF).sum())))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"class_weight": torch.linspace(0.5, 2.0, 5)}], ids=["", "weighed"])
+def test_a_class_at_the_lowest_number_is_masked_like_one_at_minus_infinity(options, dtype):
+    """Many models mask with finfo.min."""
+    z, targets, _ = masked_batch(dtype)
+    found = []
+    for mask in (-INF, torch.finfo(dtype).min, -1e30):
+        logits = z.masked_fill(z == -INF, mask).requires_grad_()
+        loss = lossmith.cross_entropy(
+            logits, targets, label_smoothing=0.1, z_loss=0.1, confidence_penalty=0.1, **options
+        )
+        found.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+    for loss, gradient in found:
+        assert torch.equal(loss, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+        assert not gradient[z == -INF].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("mask", [-INF, -1e30])
+def test_no_gradient_is_nan_where_little_is_left(mask, num_classes, dtype):
+    """A masked target or nothing but the target, and candidates that are either, the top answer or none."""
+    z = torch.zeros(3, num_classes, dtype=dtype)
+    z[0, 0], z[1, 1:] = mask, mask
+    z.requires_grad_()
+    candidates = torch.arange(-1, num_classes).expand(3, -1)
+    stats = lossmith.token_stats(z, torch.zeros(3, dtype=torch.long), candidates=candidates)
+    stats.compute(*DIFFERENTIABLE)
+    for name in DIFFERENTIABLE:
+        value = getattr(stats, name)
+        (gradient,) = torch.autograd.grad(value.clamp(-99, 99).sum(), z, retain_graph=True)
+        assert not value.isnan().any(), name
+        assert gradient.isfinite().all(), name
+
+
 def test_softcap_lifts_masked_classes_to_minus_the_cap():
     z, targets, _ = masked_batch(torch.float64)
     z = z[[0, 1, 3]]
@@ -313,6 +349,17 @@ def test_a_broken_logit_is_not_hidden(poison, place):
     stats = lossmith.token_stats(z, torch.tensor([1]))
     for name in ("nll", "logsumexp", "entropy"):
         assert not getattr(stats, name).isfinite().any(), name
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_broken_row_is_never_right(poison, place):
+    """Also where the target is above all that can be compared: accuracy would hide what the loss shows."""
+    z = torch.tensor([[3.0, 1.0, 0.5, 0.0]])
+    z[0, place] = poison
+    stats = lossmith.token_stats(z, torch.tensor([0]))
+    assert not stats.nll.isfinite()
+    assert not stats.correct
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -217,3 +217,28 @@ def test_flags_of_the_users_own_make_another_build(cache, monkeypatch, fresh_lib
     assert compilations
     assert all("-DANYTHING=1 2" in command for command in compilations)
     assert len(list(cache.iterdir())) == 2
+
+
+@needs_compiler
+def test_a_build_is_found_again_where_all_is_as_it_was_alone(monkeypatch, tmp_path):
+    """A cache in a home that several machines share has builds for processors that this one is not."""
+    compiler = next(filter(None, map(shutil.which, build._COMPILERS)))
+
+    def name(flags: str = "-O0", own: str = "-DX") -> str:
+        return build._Build([compiler], [flags], [own]).name
+
+    names = [name(), name(flags="-O1"), name(own="-DY")]
+    assert name() == names[0]
+    changed = tmp_path / build._HEADERS[0].name
+    changed.write_text(build._HEADERS[0].read_text() + "\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_HEADERS", [changed])
+        names.append(name())
+    for machine, lines in (("x86_64", "flags : avx2"), ("x86_64", "flags : avx512f"), ("aarch64", "")):
+        with monkeypatch.context() as patch:
+            patch.setattr(build.platform, "machine", lambda machine=machine: machine)
+            patch.setattr(build.Path, "read_text", lambda self, lines=lines: f"cpu MHz : 1\n{lines}\n")
+            names.append(name())
+            patch.setattr(build.Path, "read_text", lambda self, lines=lines: f"cpu MHz : 2\n{lines}\n")
+            assert name() == names[-1]
+    assert len(set(names)) == len(names)

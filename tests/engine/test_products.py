@@ -1,5 +1,6 @@
 """Products of a head's factors, compiled and by PyTorch, against fp64."""
 
+import functools
 import itertools
 
 import pytest
@@ -11,6 +12,8 @@ import lossmith
 from lossmith.engine.head import native_products, products
 from lossmith.engine.head.products import wide_product
 
+HALF = torch.bfloat16
+
 
 @pytest.fixture(params=["compiled", "pytorch"], autouse=True)
 def way(request, monkeypatch) -> str:
@@ -19,8 +22,8 @@ def way(request, monkeypatch) -> str:
         monkeypatch.setattr(native_products, "is_for", lambda **_: False)
         monkeypatch.setattr(products, "PIECE_ELEMENTS", 1)
         monkeypatch.setattr(products, "SHORTEST_PIECE", 7)
-    elif not native_products.is_for(both_are_bf16=False):
-        pytest.skip("needs AVX-512, a C++ compiler and a processor that is not Intel's")
+    elif not native_products.is_for(both_are_bf16=True):
+        pytest.skip("needs a C++ compiler and AVX-512, on Intel's processors that of bf16")
     monkeypatch.setattr(native_products, "WORTH_IT", 0)
     monkeypatch.setattr(native_products, "THIN", 0)
     return request.param
@@ -30,6 +33,11 @@ def way(request, monkeypatch) -> str:
 def compiled(way) -> None:
     if way == "pytorch":
         pytest.skip("PyTorch promises no such thing")
+
+
+def needs_products_of(dtype: torch.dtype) -> None:
+    if not native_products.is_for(both_are_bf16=dtype == HALF):
+        pytest.skip("MKL has the products of fp32 on Intel's processors")
 
 
 def in_memory_of(kind: str, x: Tensor) -> Tensor:
@@ -64,7 +72,6 @@ def test_wide_product_is_the_product_rounded_once(n, k, m, of_a, of_b, of_into, 
     assert ((into.double() - expected).abs() <= 4 * torch.finfo(wide).eps * size).all()
 
 
-HALF = torch.bfloat16
 SHAPES = [(1, 1, 1), (13, 600, 33), (25, 513, 545), (300, 2, 1100), (12, 512, 512), (37, 2049, 1057)]
 
 
@@ -101,11 +108,14 @@ def test_a_factor_that_is_expanded(dtype):
     torch.testing.assert_close(into, row.float().sum().expand(30, 40))
 
 
-def test_shapes_that_do_not_match(compiled):
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_shapes_that_do_not_match(dtype, compiled):
+    needs_products_of(dtype)
+    ones = functools.partial(torch.ones, dtype=dtype)
     with pytest.raises(ValueError, match=r"\[30, 40\] @ \[40, 50\] into \[29, 50\]"):
-        wide_product(torch.ones(30, 40), torch.ones(40, 50), into=torch.empty(29, 50))
+        wide_product(ones(30, 40), ones(40, 50), into=torch.empty(29, 50))
     with pytest.raises(ValueError, match="cannot put"):
-        wide_product(torch.ones(30, 41), torch.ones(40, 50), into=torch.empty(30, 50))
+        wide_product(ones(30, 41), ones(40, 50), into=torch.empty(30, 50))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,6 +148,7 @@ def test_the_sum_of_two_products_is_fp32(way):
 @pytest.mark.parametrize("threads", [2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_threads_change_nothing(threads, dtype, rng, compiled):
+    needs_products_of(dtype)
     a, b = torch.randn(100, 700, generator=rng).to(dtype), torch.randn(700, 1300, generator=rng).to(dtype)
     before, found = torch.get_num_threads(), []
     try:
@@ -151,19 +162,25 @@ def test_threads_change_nothing(threads, dtype, rng, compiled):
 
 
 def test_what_is_left_to_pytorch(compiled, monkeypatch):
-    a, b, into = torch.randn(3, 4), torch.randn(4, 5), torch.empty(3, 5)
-    assert native_products.takes(a, b, into)
-    assert native_products.takes(a.bfloat16(), b, into)
-    assert not native_products.takes(a.double(), b.double(), into.double())
-    assert not native_products.takes(a.half(), b.half(), into)
-    assert not native_products.takes(torch.randn(6, 8)[::2, ::2], b, into)
-    assert not native_products.takes(a, torch.randn(8, 10)[::2, ::2], into)
-    assert not native_products.takes(a, b, torch.empty(5, 3).t())
-    monkeypatch.setattr(native_products, "WORTH_IT", 3 * 4 * 5 + 1)
-    assert not native_products.takes(a, b, into)
-    monkeypatch.setattr(native_products, "WORTH_IT", 0)
-    monkeypatch.setattr(native_products, "THIN", 4)
-    assert not native_products.takes(a, b, into)
+    takes, into = native_products.takes, torch.empty(3, 5)
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    takes_fp32 = native_products.is_for(both_are_bf16=False)
+    assert takes(a.bfloat16(), b.bfloat16(), into)
+    assert takes(a, b, into) == takes(a.bfloat16(), b, into) == takes_fp32
+    assert not takes(a.double(), b.double(), into.double())
+    assert not takes(a.half(), b.half(), into)
+    for dtype in (torch.float32, HALF):
+        a, b, wide_a, wide_b = (torch.randn(shape).to(dtype) for shape in ((3, 4), (4, 5), (6, 8), (8, 10)))
+        monkeypatch.setattr(native_products, "WORTH_IT", 0)
+        monkeypatch.setattr(native_products, "THIN", 0)
+        assert not takes(wide_a[::2, ::2], b, into)
+        assert not takes(a, wide_b[::2, ::2], into)
+        assert not takes(a, b, torch.empty(5, 3).t())
+        monkeypatch.setattr(native_products, "WORTH_IT", 3 * 4 * 5 + 1)
+        assert not takes(a, b, into)
+        monkeypatch.setattr(native_products, "WORTH_IT", 0)
+        monkeypatch.setattr(native_products, "THIN", 4)
+        assert not takes(a, b, into)
 
 
 def test_no_memory(compiled, monkeypatch):

@@ -39,7 +39,9 @@ def test_divisors_that_take_logits_out_of_fp32(name, value, enter):
 
 @pytest.mark.parametrize("enter", ENTRANCES.values(), ids=ENTRANCES)
 @pytest.mark.parametrize("value", [0.0, -1.0, NAN, INF, 1e-38])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)  # in the last of them the lowest that is allowed is 0
 def test_temperatures_in_a_tensor_are_numbers_like_others(value, dtype, enter):
     with pytest.raises(ValueError, match="temperature must be"):
         enter(temperature=torch.tensor(value, dtype=dtype))

@@ -9,7 +9,9 @@ from torch import Tensor
 
 import lossmith
 import reference
+from lossmith.engine.predictions import Logits
 from lossmith.engine.statistics.stats import STATISTIC_NAMES
+from lossmith.engine.sweep_options import SweepOptions
 from reference import COUNTED, DIFFERENTIABLE, IGNORE, Case
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
@@ -108,6 +110,37 @@ def test_any_few_statistics_mixed_on_any_shape(data):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reading", READINGS)
+def test_sums_counts_and_entropies_beside_candidates(reading, dtype, rng):
+    """Where there are candidates the top wrong answer is taken out of all sums, and added at the end."""
+    logits, targets, candidates = random_batch(rng, (36,), 19, dtype)
+    weight, counts = torch.rand(19, generator=rng), ("num_wrong", "num_finite")
+    sums = ("total_nll", "wrong_entropy", "entropy", "candidate_log1m_prob")
+    weighed = SweepOptions(**READINGS[reading], class_weight=weight)
+
+    def stats_of(z: Tensor) -> lossmith.TokenStats:
+        stats = weighed.stats(Logits(z), targets, ignore_index=IGNORE, candidates=candidates)
+        return stats.compute(*sums, *counts)
+
+    def truth(z: Tensor) -> dict[str, Tensor]:
+        given = READINGS[reading] | {"class_weight": weight.to(z.dtype)}
+        return reference.statistics(z, targets, candidates=candidates, **given)
+
+    def ours(z: Tensor) -> Tensor:
+        stats = stats_of(z)
+        return side_by_side([getattr(stats, name) for name in sums], targets)
+
+    def theirs(z: Tensor) -> Tensor:
+        stats = truth(z)
+        return side_by_side([stats[name] for name in sums], targets)
+
+    Case(ours, theirs, logits, torch.randn(36, 8, generator=rng)).check(atol=32)
+    for name in counts:
+        expected = truth(logits.to(torch.promote_types(dtype, torch.float32)))[name]
+        assert torch.equal(getattr(stats_of(logits), name), expected), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reading", READINGS)
 def test_counts_and_ids(reading, dtype, rng):
     logits, targets, _ = random_batch(rng, (60,), 17, dtype)
     stats = lossmith.token_stats(logits, targets, **READINGS[reading])
@@ -132,6 +165,37 @@ def test_a_single_wrong_answer_has_no_normalized_entropy():
     assert torch.equal(value, torch.zeros(2))
     value.sum().backward()
     assert torch.equal(logits.grad, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("mask", [-torch.inf, -1e30, torch.finfo(torch.float32).min])
+def test_a_masked_target_is_in_no_sum(mask, dtype):
+    z = torch.tensor([[1.0, mask, 0.5, -2.0], [0.0, mask, 2.0, 3.0]], dtype=dtype).requires_grad_()
+    stats = lossmith.token_stats(z, torch.tensor([1, 1]))
+    others = z[:, [0, 2, 3]]
+    assert stats.num_finite.tolist() == [3, 3]
+    for ours, naive in (
+        (stats.mean_logit, others.mean(-1)),
+        (stats.total_nll, -others.log_softmax(-1).sum(-1)),
+    ):
+        torch.testing.assert_close(ours, naive)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours.sum(), z, retain_graph=True),
+            torch.autograd.grad(naive.sum(), z, retain_graph=True),
+        )
+
+
+def test_a_normalized_entropy_is_at_most_one():
+    """That of answers too small to be counted is more than their share."""
+    logits = torch.full((1, 50_000), -18.6)
+    logits[0, :3] = 0.0
+    logits.requires_grad_()
+    stats = lossmith.token_stats(logits, torch.tensor([0]))
+    assert stats.num_wrong.item() == 2
+    assert stats.wrong_entropy > torch.tensor(2.0).log()
+    assert stats.normalized_wrong_entropy.item() == 1
+    (gradient,) = torch.autograd.grad(stats.normalized_wrong_entropy.sum(), logits)
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 300])
@@ -163,12 +227,18 @@ def test_ignored_positions_are_right_with_certainty(rng):
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
-def test_the_unscaled_view_has_temperature_one(softcap, rng):
-    logits, targets, candidates = random_batch(rng, (4, 5), 13, torch.float64)
+@pytest.mark.parametrize(  # announced, both views have one pass, and one gradient that is rounded once
+    ("dtype", "is_announced"),
+    [(torch.float64, False), *((dtype, True) for dtype in (torch.float64, torch.float32, torch.bfloat16))],
+)
+def test_the_unscaled_view_has_temperature_one(dtype, is_announced, softcap, rng):
+    logits, targets, candidates = random_batch(rng, (4, 5), 13, dtype)
     both = ("nll", "entropy", "logsumexp", "candidate_log1m_prob")
 
     def ours(z: Tensor) -> Tensor:
         stats = lossmith.token_stats(z, targets, candidates=candidates, temperature=2.5, softcap=softcap)
+        if is_announced:
+            stats.compute(*both, *(f"unscaled.{name}" for name in both))
         views = [getattr(view, name) for name in both for view in (stats, stats.unscaled)]
         return side_by_side(views, targets)
 
@@ -206,6 +276,38 @@ def test_detached_statistics_have_the_same_values_and_no_gradient(rng):
         assert getattr(stats, name).requires_grad, name
         assert not getattr(stats.detach(), name).requires_grad, name
         assert torch.equal(getattr(stats, name), getattr(stats.detach(), name))
+
+
+def test_a_statistic_that_was_looked_at_without_gradients_has_one_all_the_same(rng):
+    """As where it is logged before the loss is made of it."""
+    logits, targets, candidates = random_batch(rng, (6,), 9)
+    stats = lossmith.token_stats(logits.requires_grad_(), targets, candidates=candidates)
+    stats.compute(*DIFFERENTIABLE)
+    for name in DIFFERENTIABLE:
+        with torch.no_grad():
+            looked_at = getattr(stats, name)
+        assert getattr(stats, name).requires_grad, name
+        assert torch.equal(getattr(stats, name), looked_at), name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_restricted_statistics_are_those_of_fewer_targets(temperature, rng):
+    """Values and gradients are those of a batch in which the others had been ignored from the first."""
+    logits, targets, candidates = random_batch(rng, (12,), 9, torch.float64)
+    fewer = targets.masked_fill(torch.rand(12, generator=rng) < 0.4, IGNORE)
+    options = {"candidates": candidates, "temperature": temperature}
+    found = []
+    for is_restricted in (True, False):
+        z = logits.clone().requires_grad_()
+        stats = lossmith.token_stats(z, targets if is_restricted else fewer, **options)
+        stats = stats.restrict(fewer, IGNORE) if is_restricted else stats
+        columns = [getattr(v, name) for v in (stats, stats.unscaled) for name in DIFFERENTIABLE]
+        values = side_by_side(columns, fewer)
+        total = torch.where(values.isfinite(), values, 0.0).sum()
+        counts = [getattr(stats, name) for name in COUNTED]
+        found.append([values.detach(), *torch.autograd.grad(total, z), *counts])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_no_candidates_at_all_are_fine(rng):

@@ -317,8 +317,8 @@ class TokenStats:
 
     @derived
     def _target_wins(self) -> Tensor:
-        no_wrong = self._constant("wrong_log_sum") == float("-inf")
-        return (self._gap.detach() >= 0) | no_wrong
+        wrong = self._constant("wrong_log_sum")  # NaN if a wrong logit is: then nothing wins
+        return ((self._gap.detach() >= 0) & ~wrong.isnan()) | (wrong == float("-inf"))
 
     @statistic(Needs.CORE)
     def correct(self) -> Tensor:
