@@ -1,8 +1,8 @@
 """What is compiled: the C++ sources of this folder, built into one library on this machine when first used.
 
 Builds are kept in the user's cache, and loaded from there only if no other user can have written them and
-they are byte for byte what the compiler made. ``LOSSMITH_NATIVE=0`` turns it all off, and PyTorch's operations
-take over; ``LOSSMITH_CXXFLAGS`` are further flags for compiling and linking.
+they are byte for byte what the compiler made. ``LOSSMITH_NATIVE=0`` turns it all off, and PyTorch's
+operations take over; ``LOSSMITH_CXXFLAGS`` are further flags for compiling and linking.
 """
 
 from __future__ import annotations
