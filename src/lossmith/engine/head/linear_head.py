@@ -168,7 +168,7 @@ class LinearHead(Predictions):
         Args:
             unless: what forbids one sweep, in words, if anything does.
         """
-        Sweep(targets, ignore_index=ignore_index).check_ids(self.num_classes, targets.shape)
+        Sweep(targets, ignore_index=ignore_index).check_ids(self.num_classes, self.hidden.shape[:-1])
         reason = self._why_not_once(unless)
         packed = pack(targets.reshape(-1), ignore_index)
         num_tokens = targets.numel() if packed is None else packed.numel()
