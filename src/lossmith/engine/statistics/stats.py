@@ -188,8 +188,8 @@ class TokenStats:
 
     def _read(self, name: str) -> Tensor:
         value = self._raw.read(self._view, name)
-        value = value.reshape((*self._shape, *value.shape[1:]))
-        return value.detach() if self._detached else value
+        value = value.detach() if self._detached else value
+        return value if len(self._shape) == 1 else value.reshape((*self._shape, *value.shape[1:]))
 
     def _constant(self, name: str) -> Tensor:
         return self._read(name).detach()
