@@ -124,6 +124,59 @@ def _log_sums(top, second, total, moment, rest_log_sum, LANES: tl.constexpr):
 
 
 @triton.jit
+def _first_of(
+    largest, top, at, has_wrong, start, shift, offsets, target, num_classes, softcap, temperature,
+    CAPPED: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Where the largest wrong logit is, first: the first tile in which a lane met it is looked at once more."""
+    first = tl.where(has_wrong, tl.min(tl.where(top == largest, at, 2147483647), axis=0), 0) * SIZE
+    columns = first - shift + offsets
+    limit = tl.where(has_wrong, num_classes, 0)
+    given = (columns >= 0) & (columns < limit) & (columns != target)
+    z = tl.load(start + first + offsets, mask=given, other=float("-inf")).to(tl.float32)
+    if CAPPED:
+        z = tl.where(given, capped(z, softcap), float("-inf"))
+    z = scaled(z, temperature)
+    best = tl.max(tl.max(z, axis=1), axis=0)
+    found = tl.min(tl.min(tl.where(z == best, columns, num_classes), axis=1), axis=0)
+    return tl.where(has_wrong, found, -1)
+
+
+@triton.jit
+def _number_beyond(
+    cut, origin, tiles, start, shift, offsets, target, num_classes, softcap, temperature,
+    CAPPED: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """How many wrong answers have an e above ``cut``: a second pass, from the end, which the cache still has."""
+    passed = tl.zeros([LANES], tl.int32)
+    for k in range(0, tiles):
+        first = (tiles - 1 - k) * SIZE
+        column = first - shift
+        z = _tile(start + first, column, column + offsets, offsets, target, num_classes, softcap, CAPPED, SIZE)
+        z = no_less(scaled(z, temperature), MASKED)
+        passed += tl.sum((tl.exp(z - origin) > cut).to(tl.int32), axis=1)
+    return tl.sum(passed, axis=0)
+
+
+@triton.jit
+def _read_candidates(
+    row, begin, limit, candidates, num_candidates, candidate_logits, softcap, temperature,
+    CAPPED: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Write the logits of candidates, whose ids are below ``limit``; -inf where there is none."""
+    for k in range(0, num_candidates, CANDIDATES):
+        some = k + tl.arange(0, CANDIDATES)
+        there = row * num_candidates + some
+        ids = tl.load(candidates + there, mask=some < num_candidates, other=-1)
+        known = (ids >= 0) & (ids < limit)
+        z = tl.load(begin + ids, mask=known, other=0.0).to(tl.float32)
+        if CAPPED:
+            z = capped(z, softcap)
+        z = tl.where(known, scaled(z, temperature), float("-inf"))
+        tl.store(candidate_logits + there, z, mask=some < num_candidates)
+
+
+@triton.jit
 def _finish(
     row, start, target, is_ignored, num_classes, softcap, class_weight, candidates, num_candidates, shift, tiles,
     offsets, temperature, reference, target_logit, wrong_log_sum, wrong_entropy, centered_sum, sum_weight,
@@ -132,18 +185,16 @@ def _finish(
     CAPPED: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Write a view's statistics of the row."""
-    SIZE: tl.constexpr = LANES * WIDTH
     largest, log_sum, mean, rest = _log_sums(top, second, total, moment, rest_log_sum, LANES)
-    is_broken = log_sum != log_sum
+    is_broken = log_sum != log_sum  # a NaN in the row, which a maximum does not see
     origin = tl.where(is_broken, float("nan"), _origin(largest))
-    has_wrong = (largest > MASKED) & (is_broken == 0)
-    tl.store(reference + row, origin)
-    tl.store(wrong_log_sum + row, log_sum)
-    own = tl.load(start + shift + target, mask=(is_ignored == 0) & (target >= 0) & (target < num_classes), other=0.0)
-    own = own.to(tl.float32)
+    limit = tl.where(is_ignored, 0, num_classes)
+    own = tl.load(start + shift + target, mask=(target >= 0) & (target < limit), other=0.0).to(tl.float32)
     if CAPPED:
         own = capped(own, softcap)
     own = scaled(own, temperature)
+    tl.store(reference + row, origin)
+    tl.store(wrong_log_sum + row, log_sum)
     tl.store(target_logit + row, tl.where(is_ignored, 0.0, own))
     if wrong_entropy is not None:
         tl.store(wrong_entropy + row, tl.where(log_sum == float("-inf"), 0.0, log_sum - mean))
@@ -151,50 +202,31 @@ def _finish(
         is_finite = (own > MASKED) & (is_ignored == 0)
         weight = 1.0
         if class_weight is not None:
-            weight = tl.load(class_weight + target, mask=is_finite, other=0.0)
-        sums = centered + (_origin(top) - origin) * heaviness
-        tl.store(centered_sum + row, tl.sum(sums, axis=0))
+            weight = tl.load(class_weight + target, mask=(target >= 0) & (target < limit), other=0.0)
+        tl.store(centered_sum + row, tl.sum(centered + (_origin(top) - origin) * heaviness, axis=0))
         tl.store(sum_weight + row, tl.sum(heaviness, axis=0))
         tl.store(target_weight + row, tl.where(is_finite, weight, 0.0))
         tl.store(num_finite + row, (tl.sum(count, axis=0) + is_finite.to(tl.int32)).to(tl.float32))
     if top_wrong_id is not None:
-        # The first tile in which a lane met it, looked at once more.
-        first = tl.where(has_wrong, tl.min(tl.where(top == largest, at, 2147483647), axis=0), 0) * SIZE
-        columns = first - shift + offsets
-        limit = tl.where(has_wrong, num_classes, 0)
-        given = (columns >= 0) & (columns < limit) & (columns != target)
-        z = tl.load(start + first + offsets, mask=given, other=float("-inf")).to(tl.float32)
-        if CAPPED:
-            z = tl.where(given, capped(z, softcap), float("-inf"))
-        z = scaled(z, temperature)
-        best = tl.max(tl.max(z, axis=1), axis=0)
-        found = tl.min(tl.min(tl.where(z == best, columns, num_classes), axis=1), axis=0)
-        tl.store(top_wrong_id + row, tl.where(has_wrong, found, -1).to(tl.int64))
+        has_wrong = (largest > MASKED) & (is_broken == 0)
+        found = _first_of(
+            largest, top, at, has_wrong, start, shift, offsets, target, num_classes, softcap, temperature, CAPPED,
+            LANES * WIDTH,
+        )  # fmt: skip
+        tl.store(top_wrong_id + row, found.to(tl.int64))
         missing = tl.where(is_broken, float("nan"), float("-inf"))
         tl.store(top_wrong_logit + row, tl.where(is_ignored, 0.0, tl.where(has_wrong, largest, missing)))
     if num_wrong is not None:
-        cut = WRONG_EPS * tl.exp(log_sum)
-        passed = tl.zeros([LANES], tl.int32)
-        for k in range(0, tiles):
-            # from the end, which is the part that the cache still has
-            first = (tiles - 1 - k) * SIZE
-            z = _tile(
-                start + first, first - shift, first - shift + offsets, offsets, target, num_classes, softcap, CAPPED, SIZE
-            )
-            z = no_less(scaled(z, temperature), MASKED)
-            passed += tl.sum((tl.exp(z - origin) > cut).to(tl.int32), axis=1)
-        tl.store(num_wrong + row, tl.sum(passed, axis=0).to(tl.float32))
+        number = _number_beyond(
+            WRONG_EPS * tl.exp(log_sum), origin, tiles, start, shift, offsets, target, num_classes, softcap,
+            temperature, CAPPED, LANES, LANES * WIDTH,
+        )  # fmt: skip
+        tl.store(num_wrong + row, number.to(tl.float32))
     if candidate_logits is not None:
-        for k in range(0, num_candidates, CANDIDATES):
-            some = k + tl.arange(0, CANDIDATES)
-            there = row * num_candidates + some
-            ids = tl.load(candidates + there, mask=some < num_candidates, other=-1)
-            known = (ids >= 0) & (ids < tl.where(is_ignored, 0, num_classes))
-            z = tl.load(start + shift + ids, mask=known, other=0.0).to(tl.float32)
-            if CAPPED:
-                z = capped(z, softcap)
-            z = tl.where(known, scaled(z, temperature), float("-inf"))
-            tl.store(candidate_logits + there, z, mask=some < num_candidates)
+        _read_candidates(
+            row, start + shift, limit, candidates, num_candidates, candidate_logits, softcap, temperature, CAPPED,
+            CANDIDATES,
+        )  # fmt: skip
         tl.store(rest_log_sum + row, rest)
 
 
