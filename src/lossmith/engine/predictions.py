@@ -139,7 +139,8 @@ class Logits(Predictions):
         check_logits(self.values, targets)
 
     def fetch(self, sweep: Sweep) -> Sequence[Tensor]:
-        return row_stats_op(self.values, *sweep.arguments)
+        *arguments, backend = sweep.arguments
+        return row_stats_op(self.values, *arguments, backend=backend)
 
     def sample(self, softcap: float | None) -> Tensor:
         return sample_ids(self.values, softcap=softcap)

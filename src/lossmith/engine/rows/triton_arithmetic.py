@@ -16,9 +16,9 @@ VECTOR_BYTES = tl.constexpr(16)
 def beyond_a_vector(row):
     """How many elements past a 16-byte boundary a row begins.
 
-    A row of 50257 halves begins anywhere, and a mask ``columns < V`` over tiles that begin with it makes the
-    compiler load two bytes at a time. Tiles that begin at the boundary before the row are loaded sixteen bytes
-    at a time; only the first and the last, which are not of this row alone, need a mask.
+    A row of 50257 halves begins anywhere, and tiles that begin with it, under a mask ``columns < V``, are
+    loaded two bytes at a time. Tiles that begin at the boundary before it are loaded sixteen bytes at a
+    time; only those that hold other rows' elements, the first and the last, need a mask.
     """
     itemsize: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
     return ((row.to(tl.int64) % VECTOR_BYTES) // itemsize).to(tl.int32)

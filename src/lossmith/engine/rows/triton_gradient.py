@@ -1,9 +1,10 @@
 # pyright: reportMissingImports=false
 """The Triton kernels from the gradients of raw statistics to that of the logits: the formula of ``row_grad``.
 
-``gradient_of_tile`` reads a tile of a row and writes its gradient, which may lie in the same memory. Candidates,
-of which any number may name any column, are apart: their columns' gradients are computed first, each from all that
-name it, and put into place last. Nothing is added to memory by two programs, so that every run has the same bits.
+``gradient_of_tile`` reads a tile of a row and writes its gradient, which may lie in the same memory.
+Candidates, of which any number may name any column, are apart: their columns' gradients are computed first,
+each from all that name it, and put into place last. No two programs add to one number: every run has the
+same bits.
 """
 
 import triton
@@ -51,14 +52,15 @@ def _coefficients(
     row, temperature, reference, wrong_log_sum, wrong_entropy, top_wrong_id, rest_log_sum,
     g_target, g_log_sum, g_entropy, g_centered, g_top, g_rest,
 ):  # fmt: skip
-    """What the gradient of a row is made of: with d = z - ``origin``, exp(d - ``base``) (``slope`` d + ``level``)
-    in general, ``at_target``, ``at_top`` and ``on_top`` of the top wrong answer, ``uniform`` per class weight."""
+    """What a row's gradient is made of: with d = z - ``origin``, exp(d - ``base``) (``slope`` d + ``level``)
+    in general, ``at_target``, ``at_top`` and ``on_top`` at the top wrong answer, ``uniform`` by class
+    weight."""
     origin = tl.load(reference + row)
     log_sum = tl.load(wrong_log_sum + row)
     zero = tl.zeros_like(log_sum)
     alpha, beta, at_target, uniform, on_top = zero, zero, zero, zero, zero
     base, share, offset, at_top = zero, zero, zero, zero
-    top_id = tl.zeros_like(row) - 1
+    top_id = tl.full([], -1, tl.int32)
     inverse = tl.where(log_sum > float("-inf"), tl.exp(-log_sum), 0.0)
     if g_log_sum is not None:
         alpha = _given(g_log_sum, row, temperature)
@@ -72,7 +74,7 @@ def _coefficients(
     if g_top is not None:
         on_top = _given(g_top, row, temperature)
     if top_wrong_id is not None:
-        top_id = tl.load(top_wrong_id + row)
+        top_id = tl.load(top_wrong_id + row).to(tl.int32)
     share = inverse
     if g_rest is not None:
         # From the rest's sum: exp(z_i - W2) does not overflow where the top answer dominates.
@@ -157,15 +159,15 @@ _ALL = [*_POINTERS, *_NUMBERS, *_VIEW, *(f"{name}_2" for name in _VIEW)]
 @triton.jit(do_not_specialize=_ALL)
 def gradient_of_tile(
     logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, num_classes: tl.int32,
-    out, out_stride: tl.int64, targets, ignore_index: tl.int64, class_weight, temperature, softcap: tl.float32,
-    reference, wrong_log_sum, wrong_entropy, top_wrong_id, rest_log_sum,
+    out, out_stride: tl.int64, targets, ignore_index: tl.int64, class_weight, temperature, softcap:
+    tl.float32, reference, wrong_log_sum, wrong_entropy, top_wrong_id, rest_log_sum,
     g_target, g_log_sum, g_entropy, g_centered, g_top, g_rest,
     reference_2, wrong_log_sum_2, wrong_entropy_2, top_wrong_id_2, rest_log_sum_2,
     g_target_2, g_log_sum_2, g_entropy_2, g_centered_2, g_top_2, g_rest_2,
     CAPPED: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of a row's gradient, at out + i out_stride; but for candidates. Rows that are ignored, or that
-    have no gradient, are written 0 and not read.
+    """Write a tile of a row's gradient, at out + i out_stride; but for candidates. Rows that are ignored, or
+    that have no gradient, are written 0 and not read.
 
     Where ``ALIGNED``, a row of ``out`` begins as far past a 16-byte boundary as the row of the logits.
     """
@@ -175,8 +177,11 @@ def gradient_of_tile(
     target = tl.load(targets + row)
     is_wanted = _is_wanted(row, g_target, g_log_sum, g_entropy, g_centered, g_top, g_rest)
     if reference_2 is not None:
-        is_wanted = is_wanted | _is_wanted(row, g_target_2, g_log_sum_2, g_entropy_2, g_centered_2, g_top_2, g_rest_2)
+        is_wanted = is_wanted | _is_wanted(
+            row, g_target_2, g_log_sum_2, g_entropy_2, g_centered_2, g_top_2, g_rest_2
+        )
     is_wanted = is_wanted & (target != ignore_index)
+    target = target.to(tl.int32)
 
     begin = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
     shift = beyond_a_vector(begin)

@@ -1,7 +1,8 @@
 """The arithmetic on rows on a GPU: launches the Triton kernels beside this file.
 
 Two kernels do what PyTorch's operations do in dozens: the statistics read the logits once, the gradient reads
-them and writes itself. Triton is imported with the first launch. With ``TRITON_INTERPRET=1`` in the environment
+them and writes itself. Triton is imported with the first launch. With ``TRITON_INTERPRET=1`` in the
+environment
 the kernels run on CPU tensors, slowly, where ``backend="triton"`` asks for them.
 """
 
@@ -62,8 +63,8 @@ class Sizes:
     warps: int
 
 
-# By how the kernels run, and by the bytes of an element. Enough loads in flight to hide the memory behind them;
-# as many registers as leave room for two programs beside each other.
+# By how the kernels run, and by the bytes of an element. Enough loads in flight to hide the memory behind
+# them; as many registers as leave room for two programs beside each other.
 SIZES = {
     ("cuda", 2): Sizes(512, 4096, 32, 8),
     ("cuda", 4): Sizes(512, 2048, 32, 8),
@@ -75,7 +76,8 @@ SIZES = {
 
 
 def takes(logits: Tensor, softcap: float | None, is_asked_for: bool = False) -> bool:
-    """Whether the rows of these logits [..., V] are computed here; on a CPU, interpreted, only if asked for."""
+    """Whether the rows of these logits [..., V] are computed here; on a CPU, interpreted, only if asked
+    for."""
     if not HAS_TRITON or logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
@@ -102,7 +104,11 @@ def fill_stats(logits: Tensor, sweep: Sweep, views: Sequence[View]) -> None:
         for name in OUTPUTS:
             arguments[name + suffix] = None if view is None else view.raw.get(name)
     sizes = sizes_for(logits)
-    constants = {"LANES": sizes.lanes, "WIDTH": VECTOR_BYTES // logits.itemsize, "CANDIDATES": sizes.candidates}
+    constants = {
+        "LANES": sizes.lanes,
+        "WIDTH": VECTOR_BYTES // logits.itemsize,
+        "CANDIDATES": sizes.candidates,
+    }
     launch(statistics_of_row, rows.num, logits, {**arguments, **constants})
 
 
@@ -149,7 +155,8 @@ def gradient(logits: Tensor, sweep: Sweep, views: Sequence[View], *, in_place: b
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of logits [..., V] lie: row i at (i // inner) outer_stride + (i % inner) inner_stride."""
+    """Where the rows of logits [..., V] lie: row i at (i // inner) outer_stride + (i % inner)
+    inner_stride."""
 
     logits: Tensor
     num: int
@@ -159,7 +166,8 @@ class Rows:
 
     @classmethod
     def of(cls, logits: Tensor) -> Rows:
-        """Of logits [..., V]; as they lie in memory, where their leading dimensions are two strides or fewer."""
+        """Of logits [..., V]; as they lie in memory, where their leading dimensions are two strides or
+        fewer."""
         logits = logits.resolve_neg()
         lead = _collapsed(logits)
         if len(lead) > 2:

@@ -1,9 +1,10 @@
 # pyright: reportMissingImports=false
 """The Triton kernel from a row of logits to its raw statistics.
 
-One program has a row, which it reads once (twice for ``num_wrong``, whose cut is a share of the final sum). Each
-lane keeps sums of its own, measured from the largest wrong logit that it has met so far; the lanes meet once, at the
-row's end. The target's column is not loaded: everything is measured from the wrong answers, as in ``torch_rows``.
+One program has a row, which it reads once (twice for ``num_wrong``, whose cut is a share of the final sum).
+Each lane keeps sums of its own, measured from the largest wrong logit that it has met so far; the lanes meet
+once, at the row's end. The target's column is not loaded: everything is measured from the wrong answers, as
+in ``torch_rows``.
 """
 
 import triton
@@ -21,7 +22,9 @@ from lossmith.engine.rows.triton_arithmetic import (
 
 
 @triton.jit
-def _tile(start, first, columns, offsets, target, num_classes, softcap, CAPPED: tl.constexpr, SIZE: tl.constexpr):
+def _tile(
+    start, first, columns, offsets, target, num_classes, softcap, CAPPED: tl.constexpr, SIZE: tl.constexpr
+):
     """A tile of logits in fp32, capped; -inf at the target and where there is no class."""
     given = (columns >= 0) & (columns < num_classes) & (columns != target)
     is_whole = (first >= 0) & (first + SIZE <= num_classes)
@@ -43,8 +46,8 @@ def _origin(top):
 
 @triton.jit
 def _start(LANES: tl.constexpr):
-    """The state of the lanes before the first tile: the largest wrong logit and the tile of its first place, the
-    second largest; sums of e and e d from one or the other, of u d, of u, and of finite logits."""
+    """The state of the lanes before the first tile: the largest wrong logit and the tile of its first place,
+    the second largest; sums of e and e d from one or the other, of u d, of u, and of finite logits."""
     nothing = tl.full([LANES], MASKED, tl.float32)
     zero = tl.zeros([LANES], tl.float32)
     none = tl.zeros([LANES], tl.int32)
@@ -60,7 +63,8 @@ def _take_in(
     z = no_less(scaled(z, temperature), MASKED)
     if rest_log_sum is not None:
         # Everything but the top answer is summed, from the largest of the rest: next to a top answer that
-        # dominates, the rest's sum would underflow. Of this tile's top and the lane's, the smaller joins the rest.
+        # dominates, the rest's sum would underflow. Of this tile's top and the lane's, the smaller joins the
+        # rest.
         best, place = tl.max(z, axis=1, return_indices=True)
         loser = tl.minimum(best, top)
         rest = tl.where(tl.arange(0, WIDTH)[None, :] == place[:, None], MASKED, z)
@@ -128,7 +132,8 @@ def _first_of(
     largest, top, at, has_wrong, start, shift, offsets, target, num_classes, softcap, temperature,
     CAPPED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Where the largest wrong logit is, first: the first tile in which a lane met it is looked at once more."""
+    """Where the largest wrong logit is, first: the first tile in which a lane met it is looked at once
+    more."""
     first = tl.where(has_wrong, tl.min(tl.where(top == largest, at, 2147483647), axis=0), 0) * SIZE
     columns = first - shift + offsets
     limit = tl.where(has_wrong, num_classes, 0)
@@ -147,12 +152,15 @@ def _number_beyond(
     cut, origin, tiles, start, shift, offsets, target, num_classes, softcap, temperature,
     CAPPED: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """How many wrong answers have an e above ``cut``: a second pass, from the end, which the cache still has."""
+    """How many wrong answers have an e above ``cut``: a second pass, from the end, which the cache still
+    has."""
     passed = tl.zeros([LANES], tl.int32)
     for k in range(0, tiles):
         first = (tiles - 1 - k) * SIZE
         column = first - shift
-        z = _tile(start + first, column, column + offsets, offsets, target, num_classes, softcap, CAPPED, SIZE)
+        z = _tile(
+            start + first, column, column + offsets, offsets, target, num_classes, softcap, CAPPED, SIZE
+        )
         z = no_less(scaled(z, temperature), MASKED)
         passed += tl.sum((tl.exp(z - origin) > cut).to(tl.int32), axis=1)
     return tl.sum(passed, axis=0)
@@ -178,10 +186,10 @@ def _read_candidates(
 
 @triton.jit
 def _finish(
-    row, start, target, is_ignored, num_classes, softcap, class_weight, candidates, num_candidates, shift, tiles,
-    offsets, temperature, reference, target_logit, wrong_log_sum, wrong_entropy, centered_sum, sum_weight,
-    target_weight, num_finite, top_wrong_logit, top_wrong_id, num_wrong, candidate_logits, rest_log_sum,
-    top, at, second, total, moment, centered, heaviness, count,
+    row, start, target, is_ignored, num_classes, softcap, class_weight, candidates, num_candidates, shift,
+    tiles, offsets, temperature, reference, target_logit, wrong_log_sum, wrong_entropy, centered_sum,
+    sum_weight, target_weight, num_finite, top_wrong_logit, top_wrong_id, num_wrong, candidate_logits,
+    rest_log_sum, top, at, second, total, moment, centered, heaviness, count,
     CAPPED: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Write a view's statistics of the row."""
@@ -210,8 +218,8 @@ def _finish(
     if top_wrong_id is not None:
         has_wrong = (largest > MASKED) & (is_broken == 0)
         found = _first_of(
-            largest, top, at, has_wrong, start, shift, offsets, target, num_classes, softcap, temperature, CAPPED,
-            LANES * WIDTH,
+            largest, top, at, has_wrong, start, shift, offsets, target, num_classes, softcap, temperature,
+            CAPPED, LANES * WIDTH,
         )  # fmt: skip
         tl.store(top_wrong_id + row, found.to(tl.int64))
         missing = tl.where(is_broken, float("nan"), float("-inf"))
@@ -224,16 +232,25 @@ def _finish(
         tl.store(num_wrong + row, number.to(tl.float32))
     if candidate_logits is not None:
         _read_candidates(
-            row, start + shift, limit, candidates, num_candidates, candidate_logits, softcap, temperature, CAPPED,
-            CANDIDATES,
+            row, start + shift, limit, candidates, num_candidates, candidate_logits, softcap, temperature,
+            CAPPED, CANDIDATES,
         )  # fmt: skip
         tl.store(rest_log_sum + row, rest)
 
 
-_NUMBERS = ["inner", "outer_stride", "inner_stride", "num_classes", "ignore_index", "num_candidates", "softcap"]
+_NUMBERS = [
+    "inner",
+    "outer_stride",
+    "inner_stride",
+    "num_classes",
+    "ignore_index",
+    "num_candidates",
+    "softcap",
+]
 _VIEW = [
-    "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight", "target_weight",
-    "num_finite", "top_wrong_logit", "top_wrong_id", "num_wrong", "candidate_logits", "rest_log_sum",
+    "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight",
+    "target_weight", "num_finite", "top_wrong_logit", "top_wrong_id", "num_wrong", "candidate_logits",
+    "rest_log_sum",
 ]  # fmt: skip
 _POINTERS = ["logits", "targets", "candidates", "class_weight", "temperature"]
 
@@ -242,12 +259,12 @@ _POINTERS = ["logits", "targets", "candidates", "class_weight", "temperature"]
 @triton.jit(do_not_specialize=[*_POINTERS, *_NUMBERS, *_VIEW, *(f"{name}_2" for name in _VIEW)])
 def statistics_of_row(
     logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, num_classes: tl.int32,
-    targets, ignore_index: tl.int64, candidates, num_candidates: tl.int32, class_weight, temperature, softcap: tl.float32,
-    reference, target_logit, wrong_log_sum, wrong_entropy, centered_sum, sum_weight, target_weight, num_finite,
-    top_wrong_logit, top_wrong_id, num_wrong, candidate_logits, rest_log_sum,
-    reference_2, target_logit_2, wrong_log_sum_2, wrong_entropy_2, centered_sum_2, sum_weight_2, target_weight_2,
-    num_finite_2, top_wrong_logit_2, top_wrong_id_2, num_wrong_2, candidate_logits_2, rest_log_sum_2,
-    CAPPED: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CANDIDATES: tl.constexpr,
+    targets, ignore_index: tl.int64, candidates, num_candidates: tl.int32, class_weight, temperature,
+    softcap: tl.float32, reference, target_logit, wrong_log_sum, wrong_entropy, centered_sum, sum_weight,
+    target_weight, num_finite, top_wrong_logit, top_wrong_id, num_wrong, candidate_logits, rest_log_sum,
+    reference_2, target_logit_2, wrong_log_sum_2, wrong_entropy_2, centered_sum_2, sum_weight_2,
+    target_weight_2, num_finite_2, top_wrong_logit_2, top_wrong_id_2, num_wrong_2, candidate_logits_2,
+    rest_log_sum_2, CAPPED: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Raw statistics of row ``i``, at logits + (i // inner) outer_stride + (i % inner) inner_stride.
 
@@ -284,15 +301,16 @@ def statistics_of_row(
                 top_2, at_2, second_2, total_2, moment_2, centered_2, heaviness_2, count_2, WIDTH,
             )  # fmt: skip
     _finish(
-        row, start, target, is_ignored, num_classes, softcap, class_weight, candidates, num_candidates, shift, tiles,
-        offsets, temperature, reference, target_logit, wrong_log_sum, wrong_entropy, centered_sum, sum_weight,
-        target_weight, num_finite, top_wrong_logit, top_wrong_id, num_wrong, candidate_logits, rest_log_sum,
-        top, at, second, total, moment, centered, heaviness, count, CAPPED, LANES, WIDTH, CANDIDATES,
+        row, start, target, is_ignored, num_classes, softcap, class_weight, candidates, num_candidates,
+        shift, tiles, offsets, temperature, reference, target_logit, wrong_log_sum, wrong_entropy,
+        centered_sum, sum_weight, target_weight, num_finite, top_wrong_logit, top_wrong_id, num_wrong,
+        candidate_logits, rest_log_sum, top, at, second, total, moment, centered, heaviness, count, CAPPED,
+        LANES, WIDTH, CANDIDATES,
     )  # fmt: skip
     if reference_2 is not None:
         _finish(
-            row, start, target, is_ignored, num_classes, softcap, class_weight, candidates, num_candidates, shift,
-            tiles, offsets, None, reference_2, target_logit_2, wrong_log_sum_2, wrong_entropy_2,
+            row, start, target, is_ignored, num_classes, softcap, class_weight, candidates, num_candidates,
+            shift, tiles, offsets, None, reference_2, target_logit_2, wrong_log_sum_2, wrong_entropy_2,
             centered_sum_2, sum_weight_2, target_weight_2, num_finite_2, top_wrong_logit_2, top_wrong_id_2,
             num_wrong_2, candidate_logits_2, rest_log_sum_2,
             top_2, at_2, second_2, total_2, moment_2, centered_2, heaviness_2, count_2,
