@@ -33,6 +33,7 @@ EVERYTHING = int(Needs.ENTROPY | Needs.SUM | Needs.TOP | Needs.COUNT | Needs.CAN
 # Of these nobody takes a gradient.
 CONSTANTS = {"reference", "sum_weight", "target_weight", "num_finite", "top_wrong_id", "num_wrong"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [1, 2, 3, 17, 507]
 READINGS = {
     "plain": {},
     "plain, all sums": {"needs": EVERYTHING & ~int(Needs.CANDIDATES), "weighted": True},
@@ -166,7 +167,10 @@ def check(z, sweep):
     plain = gradient(blocks, z.float(), sweep, naive, grads)
     found = gradient(triton_rows, z, sweep, ours, grads)
     assert found.dtype == z.dtype
-    rounding = 0.0 if z.dtype == torch.float32 else torch.finfo(z.dtype).eps / 2
+    # the interpreter cuts off what bf16 cannot hold, where a GPU rounds
+    rounding = {torch.float32: 0.0, torch.float16: 0.5, torch.bfloat16: 1.0}[z.dtype] * torch.finfo(
+        z.dtype
+    ).eps
     # of the largest in the row: exp() of what is far below is 0 in fp32
     near = 2 * (plain - exact).abs().max() + 8 * torch.finfo(torch.float32).eps * exact.abs().amax(
         -1, keepdim=True
@@ -182,10 +186,10 @@ def check(z, sweep):
 # ── against the truth ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_classes", [1, 2, 3, 17, 507])
+@pytest.mark.parametrize("num_classes", SIZES)
 @pytest.mark.parametrize("reading", READINGS)
-def test_statistics_and_gradient(reading, num_classes, dtype):
+def test_statistics_and_gradient(reading, num_classes):
+    dtype = DTYPES[(SIZES.index(num_classes) + list(READINGS).index(reading)) % 3]
     check(*batch(num_classes, dtype, **READINGS[reading]))
 
 
@@ -198,7 +202,7 @@ def test_rows_of_many_tiles(reading, dtype):
     check(*batch(4097, dtype, **READINGS[reading]))
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 2**20),
     num_classes=st.integers(1, 40),
@@ -219,8 +223,7 @@ def test_any_rows(
     check(*batch(num_classes, dtype, seed=seed, spread=spread, **reading))
 
 
-@pytest.mark.parametrize("gap", [20.0, 87.0, 200.0])
-@pytest.mark.parametrize("place", [0, 700, 1029])
+@pytest.mark.parametrize(("gap", "place"), [(20.0, 700), (87.0, 0), (200.0, 1029)])
 def test_a_wrong_answer_that_dominates(gap, place):
     z, sweep = batch(1030, torch.float32, needs=EVERYTHING, num_candidates=3)
     z[0, place], sweep.targets[0] = gap, 5
@@ -237,7 +240,7 @@ def test_a_common_offset(offset, temperature):
 @pytest.mark.parametrize("cap", [0.5, 5.0, 30.0])
 def test_a_cap_keeps_its_digits(cap):
     """From where it is the identity to where it is flat."""
-    z = torch.cat([torch.logspace(-6, 2, 200), -torch.logspace(-6, 2, 200)]).unsqueeze(1).repeat(1, 2)
+    z = torch.cat([torch.logspace(-6, 2, 40), -torch.logspace(-6, 2, 40)]).unsqueeze(1).repeat(1, 2)
     z[:, 1] = 0.25
     sweep = Sweep(torch.zeros(len(z), dtype=torch.long), softcap=cap)
     raw = statistics(triton_rows, z, sweep)
@@ -260,15 +263,19 @@ def test_the_first_of_equal_answers_is_the_top_one():
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("needs", [0, EVERYTHING])
 @pytest.mark.parametrize("place", [3, 900])
-def test_a_broken_logit_is_not_hidden(poison, needs, place):
+def test_a_broken_logit_is_not_hidden(poison, place):
     z = torch.randn(2, 1200)
     z[0, place] = poison
     for target in (place, 7):
-        stats = lossmith.token_stats(z, torch.tensor([target, target]), backend="triton")
-        for name in ("nll", "logsumexp", "entropy"):
-            assert getattr(stats, name).isfinite().tolist() == [False, True]
+        ids = torch.tensor([target, target])
+        for candidates in (None, ids.unsqueeze(1)):
+            stats = lossmith.token_stats(z, ids, candidates=candidates, backend="triton")
+            stats.compute(
+                "nll", "logsumexp", "entropy", *(["candidate_logits"] if candidates is not None else [])
+            )
+            for name in ("nll", "logsumexp", "entropy"):
+                assert getattr(stats, name).isfinite().tolist() == [False, True]
 
 
 def test_nobody_reads_what_is_ignored():
@@ -298,10 +305,9 @@ def layouts(dtype):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", layouts(torch.float32))
-def test_rows_are_read_where_they_are(name, dtype):
-    z = layouts(dtype)[name]
+def test_rows_are_read_where_they_are(name):
+    z = layouts(torch.bfloat16)[name]
     assert triton_rows.takes(z, None, True)
     sweep = Sweep(torch.randint(z.shape[-1], (z.shape[:-1].numel(),)), needs=int(Needs.SUM | Needs.TOP))
     copy = z.clone(memory_format=torch.contiguous_format).resolve_neg()
@@ -341,7 +347,7 @@ def test_gradients_of_any_stride():
 # ── as a backend ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_loss(dtype, rng):
     options = {"label_smoothing": 0.1, "z_loss": 0.01, "confidence_penalty": 0.1, "temperature": 0.8}
     logits = 3 * torch.randn(2, 3, 300, generator=rng).to(dtype)
