@@ -30,6 +30,8 @@ OUTSIDE_THE_CORE = {"integrations", "training"}
 # Of one's own room, inside a method: a modifier that is called alone is applied by a pipeline of it.
 CALLED_ALONE = ("lossmith.modifiers.configured_modifier", "lossmith.modifiers.pipeline")
 FILES = sorted(SOURCE.rglob("*.py"))
+# What a GPU needs besides torch, and only once rows are computed there.
+KERNELS = {f"triton_{name}" for name in ("arithmetic", "statistics", "gradient")}
 # Upwards, and only when it is asked for: a judge that is a checkpoint is loaded by the integration.
 ASKED_FOR = {("modifiers", "lossmith.integrations.judge")}
 
@@ -87,8 +89,20 @@ def test_the_core_depends_on_torch_alone(path):
     if room_of(path) in OUTSIDE_THE_CORE:
         return
     top = {name.split(".")[0] for name in imports_of(path)}
+    if path.stem in KERNELS:
+        top -= {"triton"}
     # torch itself depends on typing_extensions
     assert top <= set(sys.stdlib_module_names) | {"torch", "lossmith", "typing_extensions"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_kernels_are_imported_when_they_run(path):
+    if path.stem in KERNELS:
+        return
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            names = {node.module or "", *(alias.name for alias in node.names)}
+            assert not {name.split(".")[-1] for name in names} & KERNELS
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))

@@ -20,6 +20,7 @@ from lossmith.equation.reduction import Denominator, scaled, token_scale
 from lossmith.objectives.cross_entropy import CrossEntropyLoss, CrossEntropyOptions
 from lossmith.options import option, strict_options
 from lossmith.options.shared import (
+    Backend,
     Candidates,
     IgnoreIndex,
     Mask,
@@ -58,6 +59,7 @@ def token_stats(
     temperature: Temperature = 1.0,
     softcap: Softcap = None,
     ignore_index: IgnoreIndex = -100,
+    backend: Backend = None,
 ) -> TokenStats:
     """What each token's distribution says about its target: the building blocks of your own loss.
 
@@ -73,6 +75,7 @@ def token_stats(
             ``stats.unscaled`` has those of the logits as they are. Not differentiated.
         softcap: c >= 1e-6 for z <- c tanh(z / c), before the temperature.
         ignore_index: the target id of tokens without one.
+        backend: see :class:`lossmith.Objective`.
 
     Returns:
         :class:`lossmith.TokenStats`, each statistic [...] in fp32 (fp64 for fp64 logits).
@@ -89,7 +92,8 @@ def token_stats(
         >>> round(stats.normalized_wrong_entropy.item(), 3), stats.correct.item()
         (0.825, True)
     """
-    return _stats(Logits(logits), targets, candidates, SweepOptions(temperature, softcap), ignore_index)
+    options = SweepOptions(temperature, softcap, backend=backend)
+    return _stats(Logits(logits), targets, candidates, options, ignore_index)
 
 
 @strict_options
@@ -104,6 +108,7 @@ def linear_token_stats(
     softcap: Softcap = None,
     ignore_index: IgnoreIndex = -100,
     memory_budget: MemoryBudget = None,
+    backend: Backend = None,
 ) -> TokenStats:
     """:func:`lossmith.token_stats` of the logits hidden @ weight.T + bias, which are never there all at once.
 
@@ -116,7 +121,7 @@ def linear_token_stats(
         weight: [V, D], of the same dtype, or of any under ``torch.autocast``.
         targets: [...] ids, or ``ignore_index``; tokens that have none take no part in any product.
         bias: [V].
-        candidates, temperature, softcap, ignore_index: see :func:`lossmith.token_stats`.
+        candidates, temperature, softcap, ignore_index, backend: see :func:`lossmith.token_stats`.
         memory_budget: bytes of logits held at a time; default 52 MiB on a CPU, 512 MiB elsewhere.
 
     Returns:
@@ -133,7 +138,7 @@ def linear_token_stats(
         >>> loss.backward()
     """
     head = LinearHead(hidden, weight, bias, memory_budget=memory_budget)
-    options = SweepOptions(temperature, softcap)
+    options = SweepOptions(temperature, softcap, backend=backend)
     return _stats(head, targets, candidates, options, ignore_index)
 
 
@@ -208,6 +213,8 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they take th
         shift: True: targets are labels as Hugging Face has them, logits[t] predict targets[t + 1]; a number:
             targets[t + shift].
         empty: a batch without a supervised token gives ``zero`` (with zero gradients) or ``nan``.
+        backend: which arithmetic computes the rows, ``native``, ``triton`` or ``torch``, an error where it
+            does not take the logits; None for the first that does.
         return_stats: also return the statistics, in the targets' shape.
 
     Returns:
@@ -277,7 +284,7 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (as cr
         bias: [V].
         reduction, denominator, ignore_index, mask, label_smoothing, smoothing_mode, special_tokens,
             class_weight, token_weight, temperature, softcap, z_loss, focal_gamma, confidence_penalty, shift,
-            empty, return_stats: see :func:`lossmith.cross_entropy`.
+            empty, backend, return_stats: see :func:`lossmith.cross_entropy`.
         strategy: ``one_sweep``: as above, where every token's gradient depends on that token alone; asked for
             where that is not so, it is an error. ``two_sweep``: the logits are made again on the way back,
             four products. ``auto``: one sweep where it can be; :func:`linear_cross_entropy.explain` says

@@ -26,7 +26,7 @@ class Sweep:
 
     The logits are read as z <- softcap tanh(z / softcap), then over the temperature.
 
-    The operators take its fields one by one, in this order.
+    The operators take its fields one by one, in this order, ``backend`` by name.
 
     Attributes:
         targets: [N] int64 ids. A row of ``ignore_index`` is not read: its statistics are those of a token
@@ -38,6 +38,7 @@ class Sweep:
         ignore_index: see ``targets``.
         needs: groups of statistics (:class:`Needs`) of the logits over the temperature.
         needs_unscaled: those of the logits as they are; -1 for none.
+        backend: the name of the arithmetic, which is no other; None for the first that takes the logits.
     """
 
     targets: Tensor
@@ -48,6 +49,7 @@ class Sweep:
     ignore_index: int = -100
     needs: int = 0
     needs_unscaled: int = -1
+    backend: str | None = None
 
     def asking(self, needs: Needs | None, needs_unscaled: Needs | None) -> Sweep:
         """The same for these groups of statistics; None for no more than has to be, and for none."""
@@ -87,15 +89,17 @@ class Sweep:
         first = len(raw_names(self.needs))
         return dict(zip(names[:first], values[:first])), dict(zip(names[first:], values[first:]))  # noqa: B905
 
-    def blank(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        """The raw statistics [N] of ignored rows, to be filled in."""
+    def blank(self, dtype: torch.dtype, device: torch.device, *, is_filled: bool = True) -> list[Tensor]:
+        """The raw statistics [N] of ignored rows, to be filled in; or, unless ``is_filled``, memory for
+        them."""
         outputs = []
         for name in self.names:
             shape = [self.targets.numel()]
             if name == "candidate_logits":
                 assert self.candidates is not None
                 shape.append(self.candidates.shape[-1])
-            outputs.append(torch.full(shape, ignored_fill(name), dtype=raw_dtype(name, dtype), device=device))
+            output = torch.empty(shape, dtype=raw_dtype(name, dtype), device=device)
+            outputs.append(output.fill_(ignored_fill(name)) if is_filled else output)
         return outputs
 
     def views(self, raw: Maybe, grads: Maybe | None = None) -> list[View]:

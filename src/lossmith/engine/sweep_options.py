@@ -13,17 +13,18 @@ from lossmith.engine.statistics.raw import Needs
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep import Sweep
 from lossmith.options import strict_options
-from lossmith.options.shared import ClassWeight, Softcap, Temperature
+from lossmith.options.shared import Backend, ClassWeight, Softcap, Temperature
 
 
 @strict_options(name="")  # an objective's, whose attributes may have been set since it was made
 @dataclass(frozen=True)
 class SweepOptions:
-    """How the logits are read: z <- softcap tanh(z / softcap), then over the temperature."""
+    """How the logits are read: z <- softcap tanh(z / softcap), then over the temperature; and by whom."""
 
     temperature: Temperature = 1.0
     softcap: Softcap = None
     class_weight: ClassWeight = None
+    backend: Backend = None
 
     def sweep(
         self,
@@ -50,6 +51,7 @@ class SweepOptions:
             self._temperature_tensor(predictions),
             predictions.capped(self.softcap),
             ignore_index,
+            backend=self.backend,
         )
 
     def stats(

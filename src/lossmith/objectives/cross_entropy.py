@@ -13,6 +13,7 @@ from lossmith.objectives.objective import Objective
 from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.options import strict_options
 from lossmith.options.shared import (
+    Backend,
     ClassWeight,
     ConfidencePenaltyCoefficient,
     FocalGamma,
@@ -46,6 +47,7 @@ class CrossEntropyOptions(TypedDict, total=False):
     confidence_penalty: ConfidencePenaltyCoefficient
     shift: Shift | None
     empty: Empty
+    backend: Backend
 
 
 class CrossEntropyLoss(Objective):
@@ -59,7 +61,7 @@ class CrossEntropyLoss(Objective):
     Args:
         label_smoothing, smoothing_mode, special_tokens, class_weight, temperature, softcap, z_loss,
             focal_gamma, confidence_penalty: see :func:`lossmith.cross_entropy`.
-        reduction, ignore_index, shift, empty: see :class:`lossmith.Objective`.
+        reduction, ignore_index, shift, empty, backend: see :class:`lossmith.Objective`.
 
     Raises:
         TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
@@ -90,6 +92,7 @@ class CrossEntropyLoss(Objective):
         confidence_penalty: ConfidencePenaltyCoefficient = 0.0,
         shift: Shift | None = None,
         empty: Empty = "zero",
+        backend: Backend = None,
     ) -> None:
         super().__init__(
             reduction=reduction,
@@ -99,6 +102,7 @@ class CrossEntropyLoss(Objective):
             temperature=temperature,
             softcap=softcap,
             class_weight=class_weight,
+            backend=backend,
         )
         self.label_smoothing = label_smoothing
         self.smoothing_mode: SmoothingMode = smoothing_mode

@@ -18,7 +18,7 @@ from lossmith.objectives.inputs import either
 from lossmith.objectives.objective import Objective
 from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.options import option, strict_options
-from lossmith.options.shared import ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
+from lossmith.options.shared import Backend, ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
 
 
 class NVAMPLoss(Objective):
@@ -41,7 +41,7 @@ class NVAMPLoss(Objective):
             gradients that this formula has. As there, the targets are unshifted ``labels``, ignored positions
             count as tokens whose loss is 0, and the largest loss is added in full to each micro-batch.
         shift: whether targets are unshifted labels; default: what ``legacy`` is.
-        reduction, empty, temperature, softcap, class_weight: see :class:`lossmith.Objective`.
+        reduction, empty, temperature, softcap, class_weight, backend: see :class:`lossmith.Objective`.
         stats_scope: mean, variance and largest losses of this rank's batch (``local``) or of all ranks'
             (``global``).
 
@@ -77,6 +77,7 @@ class NVAMPLoss(Objective):
         temperature: Temperature | AdaptiveTemperature = 1.0,
         softcap: Softcap = None,
         class_weight: ClassWeight = None,
+        backend: Backend = None,
     ) -> None:
         super().__init__(
             reduction=reduction,
@@ -86,6 +87,7 @@ class NVAMPLoss(Objective):
             temperature=temperature,
             softcap=softcap,
             class_weight=class_weight,
+            backend=backend,
         )
         self.alpha, self.beta, self.gamma, self.eps = alpha, beta, gamma, eps
         self.top_k = top_k

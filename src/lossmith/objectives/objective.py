@@ -30,7 +30,7 @@ from lossmith.objectives.inputs import (
 )
 from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.options import option, strict_options, unknown_option
-from lossmith.options.shared import ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
+from lossmith.options.shared import Backend, ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
 from lossmith.terms.cross_entropy import cross_entropy
 
 
@@ -46,6 +46,8 @@ class Objective(nn.Module):
             :mod:`lossmith.integrations.huggingface` knows it.
         empty: what a batch without a supervised token gives: ``zero`` (with zero gradients) or ``nan``.
         temperature, softcap: how the logits are read; see :func:`lossmith.token_stats`.
+        backend: which arithmetic computes the rows of logits, ``native``, ``triton`` or ``torch``, an error
+            where it does not take them; None for the first that does.
 
     Raises:
         TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
@@ -81,6 +83,7 @@ class Objective(nn.Module):
         temperature: Temperature | AdaptiveTemperature = 1.0,
         softcap: Softcap = None,
         class_weight: ClassWeight = None,
+        backend: Backend = None,
     ) -> None:
         super().__init__()
         self.reduction: Reduction = reduction
@@ -90,6 +93,7 @@ class Objective(nn.Module):
         self.pad_token_id = self.eos_token_id = None
         self.temperature = temperature
         self.softcap = softcap
+        self.backend: Backend = backend
         self.register_buffer("class_weight", class_weight)
         self._terms = tuple(terms)
         self._shift_was_checked = False
@@ -245,7 +249,7 @@ class Objective(nn.Module):
         now = self.temperature
         if isinstance(now, AdaptiveTemperature):
             now = now.value.clone()  # it moves in place, and the way back reads what was read here
-        return SweepOptions(now, self.softcap, self.class_weight)
+        return SweepOptions(now, self.softcap, self.class_weight, self.backend)
 
     def on_optimizer_step(self) -> None:
         """Let state that moves once per optimizer step move. After the ``step()`` of PyTorch's optimizers it

@@ -29,6 +29,7 @@ from lossmith.objectives.unified_parts import (
 )
 from lossmith.options import options_of, strict_options
 from lossmith.options.shared import (
+    Backend,
     BalanceMode,
     ConfidenceThreshold,
     CosineMargin,
@@ -87,7 +88,7 @@ class UnifiedLoss(ComposedLoss):
         hidden_size: D, for heads of multi-token prediction.
         primary_loss_type: ``standard`` cross-entropy; ``deepseek``: with a temperature, adaptive or not;
             ``adaptive_mtp``: weighted by the confidence of the prediction.
-        label_smoothing, ignore_index, reduction, shift, empty: see :func:`lossmith.cross_entropy`.
+        label_smoothing, ignore_index, reduction, shift, empty, backend: see :func:`lossmith.cross_entropy`.
         initial_temperature, adaptive_temperature, temperature_bounds: of the ``deepseek`` primary; see
             :class:`lossmith.AdaptiveTemperature`.
         use_mtp, num_future_tokens, mtp_weight, mtp_type, shared_projection: multi-token prediction; see
@@ -193,6 +194,7 @@ class UnifiedLoss(ComposedLoss):
         reduction: Reduction = "mean",
         shift: Shift | None = None,
         empty: Empty = "zero",
+        backend: Backend = None,
         track_statistics: flags.TrackStatistics = True,
     ) -> None:
         self._make(SimpleNamespace(**{name: v for name, v in locals().items() if name != "self"}))

@@ -57,6 +57,7 @@ def make_primary(o: Any) -> CrossEntropyLoss:
         "reduction": o.reduction,
         "shift": o.shift,
         "empty": o.empty,
+        "backend": o.backend,
     }
     primary: CrossEntropyLoss
     if o.primary_loss_type == "adaptive_mtp":

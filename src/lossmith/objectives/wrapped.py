@@ -25,6 +25,7 @@ OF_THE_BASE = (
     "temperature",
     "softcap",
     "class_weight",
+    "backend",
     "pad_token_id",
     "eos_token_id",
 )

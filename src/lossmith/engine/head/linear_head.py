@@ -123,8 +123,9 @@ class LinearHead(Predictions):
     def fetch(self, sweep: Sweep) -> Sequence[Tensor]:
         factors = self.factors
         if torch.compiler.is_compiling():
+            *arguments, backend = sweep.arguments
             options = (factors.compute_dtype, factors.memory_budget)
-            return head_stats_op(*factors.tensors, *sweep.arguments, *options)
+            return head_stats_op(*factors.tensors, *arguments, *options, backend=backend)
         sweep.check_ids(self.num_classes, self.hidden.shape[:-1])
         return stats_of_head(factors, sweep)
 

@@ -94,8 +94,10 @@ def head_stats_op(
     needs_unscaled: int,
     compute_dtype: torch.dtype,
     memory_budget: int | None,
+    *,
+    backend: str | None = None,
 ) -> typing.List[Tensor]:  # noqa: UP006, as in lossmith.engine.rows.operators
-    rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled)
+    rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled, backend)
     sweep = Sweep(targets, candidates, *rest)
     sweep.check_ids(weight.shape[0], targets.shape)
     return forward_sweep(Factors(hidden, weight, bias, compute_dtype, memory_budget), sweep)[0]
@@ -119,9 +121,11 @@ def head_grad_op(
     raw: typing.Sequence[Tensor | None],
     grads: typing.Sequence[Tensor | None],
     needed: typing.Sequence[bool],
+    *,
+    backend: str | None = None,
 ) -> typing.List[Tensor]:  # noqa: UP006
     """Gradients of hidden states, weight and bias; empty where they are not needed."""
-    rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled)
+    rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled, backend)
     sweep = Sweep(targets, candidates, *rest)
     factors = Factors(hidden, weight, bias, compute_dtype, memory_budget)
     found = backward_sweep(factors, sweep, raw, grads, (needed[0], needed[1], needed[2]))
@@ -129,13 +133,13 @@ def head_grad_op(
 
 
 @head_stats_op.register_fake
-def _(hidden, weight, bias, *rest):
+def _(hidden, weight, bias, *rest, backend=None):
     *arguments, compute_dtype, _budget = rest
     return Sweep(*arguments).blank(accumulation_dtype(compute_dtype), hidden.device)
 
 
 @head_grad_op.register_fake
-def _(hidden, weight, bias, *rest):
+def _(hidden, weight, bias, *rest, backend=None):
     needed = rest[-1]
     return [
         torch.empty(of.shape, dtype=of.dtype, device=of.device) if wanted else hidden.new_empty(0)
@@ -143,8 +147,10 @@ def _(hidden, weight, bias, *rest):
     ]
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    ctx.options, ctx.is_saved = inputs[7:], Sweep(*inputs[3:11]).is_saved
+def _save_for_backward(
+    ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: list[Tensor]
+) -> None:
+    ctx.options, ctx.is_saved, ctx.named = inputs[7:], Sweep(*inputs[3:11]).is_saved, keyword_only_inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:7], *saved(output, ctx.is_saved))
 
@@ -156,7 +162,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     if any(needed) and any(g is not None for g in grads):
         everything = ctx.saved_tensors
         inputs, stats = everything[:7], everything[7:]
-        made = head_grad_op(*inputs, *ctx.options, unsaved(stats, ctx.is_saved), grads, needed)
+        raw = unsaved(stats, ctx.is_saved)
+        made = head_grad_op(*inputs, *ctx.options, raw, grads, needed, **ctx.named)
         found = [gradient if wanted else None for gradient, wanted in zip(made, needed, strict=True)]
         found = once(found, (*inputs[:3], *grads))
     return (*found, *[None] * 10)

@@ -14,6 +14,9 @@ from lossmith.engine.rows.torch_rows import Scratch, row_grad, row_stats
 from lossmith.engine.statistics.raw import View, ignored_fill
 from lossmith.engine.sweep import Sweep
 
+TAKES = "any logits"
+WRITES_EVERY_ROW = False
+
 Block = slice | Tensor
 
 # Elements in a block: on a CPU two fp32 buffers of it stay in the last-level cache; elsewhere
@@ -107,7 +110,7 @@ class Blocks:
         return torch.empty((self.block_rows, self.num_classes), dtype=self.compute_dtype, device=self.device)
 
 
-def takes(logits: Tensor, softcap: float | None) -> bool:
+def takes(logits: Tensor, softcap: float | None, is_asked_for: bool = False) -> bool:
     """Everything."""
     return True
 

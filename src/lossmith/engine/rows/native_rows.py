@@ -19,6 +19,9 @@ from lossmith.engine.native.build import library
 from lossmith.engine.statistics.raw import View, closed, raw_dtype, raw_names
 from lossmith.engine.sweep import Sweep
 
+TAKES = "fp32 and bf16 logits on a CPU, without a softcap, where a C++ compiler is found"
+WRITES_EVERY_ROW = False
+
 _OUTPUTS = (
     "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight",
     "target_weight", "num_finite", "top_wrong_logit", "top_wrong_id", "num_wrong", "candidate_logits",
@@ -72,7 +75,7 @@ _READ_BACK_FOR = {
 }
 
 
-def takes(logits: Tensor, softcap: float | None) -> bool:
+def takes(logits: Tensor, softcap: float | None, is_asked_for: bool = False) -> bool:
     """Whether the rows of these logits [..., V] are computed here."""
     return (
         logits.device.type == "cpu"

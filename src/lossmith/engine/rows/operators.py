@@ -21,7 +21,8 @@ from lossmith.engine.sweep import Maybe, Sweep, saved, unsaved
 def stats_of_logits(logits: Tensor, sweep: Sweep) -> Sequence[Tensor]:
     """The raw statistics [N] of logits [..., V], differentiable, in the operators' order."""
     if not is_eager(logits, *sweep.tensors.values()):
-        return row_stats_op(logits, *sweep.arguments)
+        *arguments, backend = sweep.arguments
+        return row_stats_op(logits, *arguments, backend=backend)
     sweep.check_ids(logits.shape[-1], logits.shape[:-1])
     return stats_with_gradients(_WAYS, (logits,), sweep)
 
@@ -52,8 +53,10 @@ def row_stats_op(
     ignore_index: int,
     needs: int,
     needs_unscaled: int,
+    *,
+    backend: str | None = None,
 ) -> typing.List[Tensor]:  # noqa: UP006, the one that PyTorch 2.6 reads in an operator's signature
-    rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled)
+    rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled, backend)
     sweep = _flat(targets, candidates, *rest)
     sweep.check_ids(logits.shape[-1], logits.shape[:-1])
     return stats_of_rows(logits, sweep)
@@ -72,9 +75,11 @@ def row_grad_op(
     needs_unscaled: int,
     raw: typing.Sequence[Tensor | None],
     grads: typing.Sequence[Tensor | None],
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Gradient of the logits from those of the raw statistics, listed as ``row_stats`` returns them."""
-    rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled)
+    rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled, backend)
     sweep = _flat(targets, candidates, *rest)
     return gradient_of_rows(logits, sweep, raw, grads).view(logits.shape)
 
@@ -87,17 +92,19 @@ def _flat(targets: Tensor, candidates: Tensor | None, *rest: Any) -> Sweep:
 
 
 @row_stats_op.register_fake
-def _(logits, *arguments):
+def _(logits, *arguments, backend=None):
     return Sweep(*arguments).blank(accumulation_dtype(logits.dtype), logits.device)
 
 
 @row_grad_op.register_fake
-def _(logits, *_unused):
+def _(logits, *_unused, backend=None):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    ctx.options, ctx.is_saved = inputs[5:], Sweep(*inputs[1:]).is_saved
+def _save_for_backward(
+    ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: list[Tensor]
+) -> None:
+    ctx.options, ctx.is_saved, ctx.named = inputs[5:], Sweep(*inputs[1:]).is_saved, keyword_only_inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], *saved(output, ctx.is_saved))
 
@@ -108,7 +115,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     inputs, stats = everything[:5], everything[5:]
     gradient = None
     if ctx.needs_input_grad[0] and any(g is not None for g in grads):
-        made = row_grad_op(*inputs, *ctx.options, unsaved(stats, ctx.is_saved), grads)
+        made = row_grad_op(*inputs, *ctx.options, unsaved(stats, ctx.is_saved), grads, **ctx.named)
         (gradient,) = once([made], (inputs[0], *grads))
     return (gradient, *[None] * 8)
 
