@@ -23,7 +23,7 @@ from lossmith.training.tasks.models import EXPERTS, SIZES
 T = TypeVar("T")
 KEPT = 2
 MODEL_FILES = "model*.safetensors"  # large models have several
-# Without these two the Trainer would resume all the same, with an optimizer that remembers nothing.
+# Without these two the Trainer would still resume, but with a fresh optimizer.
 FILES_OF_THE_OPTIMIZER = ("optimizer.pt", "scheduler.pt")
 
 
