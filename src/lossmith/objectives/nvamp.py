@@ -24,11 +24,11 @@ from lossmith.options.shared import ClassWeight, IgnoreIndex, Shift, Softcap, Te
 class NVAMPLoss(Objective):
     """Cross-entropy whose unusual tokens count more, plus plain cross-entropy and the largest loss.
 
-        L = alpha sum_t omega_t ell_t / M + beta sum_t ell_t / M + gamma mean of the top_k largest ell
+        L = (alpha sum_t omega_t ell_t + beta sum_t ell_t) / denominator + gamma mean of the top_k largest ell
         omega_t = (1 + d_t) / (1 + mean d),   d_t = |ell_t - mean ell| / sqrt(var ell + eps)       detached
 
-    M is the denominator; mean and (population) variance are over the supervised tokens of the batch.
-    omega has mean 1, and is 1 where all losses are equal.
+    Mean and (population) variance are over the supervised tokens of the batch. omega has mean 1, and is 1
+    where all losses are equal.
 
     Args:
         alpha: weight of the variance-aware part.
