@@ -30,7 +30,7 @@ FILES_OF_THE_OPTIMIZER = ("optimizer.pt", "scheduler.pt")
 class KeepCheckpoints(TrainerCallback):
     """Claims a checkpoint before it is written, and deletes the run's older ones.
 
-    The Trainer's own rotation would delete any folder called `checkpoint-N`, whoever made it.
+    The Trainer's own rotation would delete any folder called `checkpoint-N`, even a foreign one.
     """
 
     def __init__(self, folder: RunFolder):

@@ -119,7 +119,7 @@ class RunFolder:
         """Delete the listed files of a checkpoint, and its folder if nothing else is in it."""
         files = {name for name in self.written if name.startswith(f"{checkpoint.name}/")}
         last = f"{checkpoint.name}/{LAST_FILE_OF_A_CHECKPOINT}"
-        for name in sorted(files, key=lambda name: name != last):  # first, so that the rest is no checkpoint
+        for name in sorted(files, key=lambda name: name != last):  # first: the rest is not a checkpoint
             with contextlib.suppress(OSError):
                 (self.path / name).unlink(missing_ok=True)
                 self.written.discard(name)
