@@ -66,8 +66,7 @@ class ConfidencePenalty(Component):
 
 
 class ConfidenceCalibration(Component):
-    """Binary cross-entropy of ``confidence_scores`` [..., T] against "the top-1 prediction was right"; 0
-    without scores."""
+    """Binary cross-entropy of ``confidence_scores`` [..., T] against "top-1 was right"; 0 without scores."""
 
     optional = (SCORES,)
     per_position = (SCORES,)

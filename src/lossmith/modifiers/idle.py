@@ -30,8 +30,7 @@ class Seen:
         self._low = self._high = torch.zeros(())
 
     def only_singles(self, num_samples: int) -> bool:
-        """Whether every batch, including this one of ``num_samples``, was a single sample; False while that
-        may be chance."""
+        """Whether every batch, with this one, was a single sample; False while that may be chance."""
         self._num_batches += 1
         self._had_several |= num_samples != 1
         return not self._had_several and self._num_batches >= PATIENCE

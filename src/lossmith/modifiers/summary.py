@@ -10,8 +10,7 @@ from lossmith.core.metrics import Source
 
 
 class Spread:
-    """Mean, extremes and population standard deviation of ``values`` where ``where`` (bool, same shape) is
-    True; 0 if that is nowhere."""
+    """Mean, extremes and population std of ``values`` where ``where`` (bool, same shape); 0 if nowhere."""
 
     def __init__(self, values: Tensor, where: Tensor) -> None:
         self._values = values

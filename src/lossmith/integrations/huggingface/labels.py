@@ -69,8 +69,7 @@ def compute_loss_func(loss: Objective) -> Callable[..., Tensor]:
 def evaluate(
     loss: Objective, predictions: Tensor | LinearHead, labels: Tensor, num_items: Any, **inputs: Any
 ) -> LossOutput:
-    """The loss at Hugging Face's labels, divided by ``num_items`` tokens unless the inputs have another
-    denominator."""
+    """The loss at Hugging Face's labels, divided by the inputs' denominator or by ``num_items`` tokens."""
     if num_items is not None and inputs.get("denominator") is None:
         check_num_items(loss)  # for every batch: modifiers may be switched on later
         inputs["denominator"] = num_items

@@ -1,5 +1,4 @@
-"""``LossTrainer``: Hugging Face's Trainer with an objective; ``ObjectiveTrainer``: what it shares with other
-Trainers whose models compute an objective."""
+"""``LossTrainer``: Hugging Face's Trainer with an objective; ``ObjectiveTrainer``: its base."""
 
 from __future__ import annotations
 
@@ -272,8 +271,7 @@ class LossTrainer(ObjectiveTrainer):
 
 
 class _TellTheLoss(TrainerCallback):
-    """Tells the loss of each optimizer step, which it cannot see if the optimizer holds something else in
-    place of the parameters, as DeepSpeed's does."""
+    """Tells the loss of each optimizer step, since it cannot see those of optimizers such as DeepSpeed's."""
 
     def __init__(self, trainer: ObjectiveTrainer) -> None:
         self.trainer = trainer
@@ -302,10 +300,10 @@ def _load_whole(loss: Objective, state: dict[str, Any]) -> None:
 
 
 def load_renamed(model: Any, folder: str | Path) -> bool:
-    """Load a checkpoint whose weights are not under the model's names, and return whether it was one. Others,
-    and models that are wrapped or have adapters, are left to the Trainer.
+    """Load a checkpoint whose weights are not under the model's names; return whether it was one.
 
-    Transformers saves mixtures of experts under their published names, with Mixtral's experts one by one.
+    Other checkpoints, and models that are wrapped or have adapters, are left to the Trainer. Transformers
+    saves mixtures of experts under their published names, with Mixtral's experts one by one, and
     ``from_pretrained`` reads them. The Trainer looks for the model's own names instead, and leaves the
     experts at their initial weights.
 

@@ -1,5 +1,4 @@
-"""``try_out``: finds out what a model does with labels and with its head's logits, in one forward of a few
-made-up tokens before training."""
+"""``try_out``: one forward that shows how a model reads labels and what it does to its logits."""
 
 from __future__ import annotations
 
@@ -86,8 +85,7 @@ def try_out(model: Any) -> Trial:
 
 
 def agreed(mine: Trial) -> Trial:
-    """The ranks' common result: ranks without a trial follow the others; what two ranks saw differently is
-    unknown."""
+    """The ranks' common result: ranks without a trial follow; what two ranks saw differently is unknown."""
     if num_ranks() == 1:
         return mine
     found: list[Any] = [None] * num_ranks()

@@ -71,8 +71,7 @@ def checkpoint_of(out_dir: Path) -> tuple[int, Path]:
 
 
 def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
-    """Raise UserError if a file of a checkpoint is missing or damaged, or of another model than the
-    configuration's."""
+    """Raise UserError if a file of a checkpoint is missing, damaged, or not of the configuration's model."""
     saved = read_json(checkpoint / "config.json")
     require_architecture(saved.get("architectures"), checkpoint, config)
     said = {key: getattr(config, key) for key in SIZES}

@@ -42,8 +42,7 @@ def spelled_out(found: re.Match[str]) -> str:
 
 
 def say(console: Console, what: RenderableType = "", style: str | None = None) -> None:
-    """Print text, or anything else that `rich` prints, literally; a pipe has no width, so text is not wrapped
-    there."""
+    """Print text, or anything that `rich` prints, literally; text is not wrapped if a pipe has no width."""
     if isinstance(what, str | Text):
         console.print(shown(what), style=style, soft_wrap=True)
     else:

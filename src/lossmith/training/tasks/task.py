@@ -179,8 +179,7 @@ class Task(ABC):
         """What is logged beside the loss, from the mean of what was observed."""
 
     def part_metrics(self) -> dict[str, float]:
-        """The objective's metrics of its parts in the last batch, such as
-        `moe_balance_loss/max_violation`."""
+        """The metrics of the objective's parts in the last batch: `moe_balance_loss/max_violation` ..."""
         return {}
 
     def describe_loss(self) -> str:
