@@ -1,4 +1,4 @@
-"""The one-call forms, of logits or of a linear head: hidden states and a weight in their place."""
+"""The one-call forms: of logits, or of a linear head, hidden states and a weight."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ReturnStats = Annotated[bool, option("also return the statistics")]
 
 
 class BatchOptions(CrossEntropyOptions, total=False):
-    """What a call of :func:`cross_entropy` may say besides: of the batch."""
+    """The further options of a call of :func:`cross_entropy`: those of the batch."""
 
     mask: Mask
     token_weight: TokenWeight
@@ -43,7 +43,7 @@ class BatchOptions(CrossEntropyOptions, total=False):
 
 
 class HeadOptions(BatchOptions, total=False):
-    """What a call of :func:`linear_cross_entropy` may say besides: of the head."""
+    """The further options of a call of :func:`linear_cross_entropy`: those of the head."""
 
     bias: Bias
     strategy: Strategy
@@ -61,28 +61,28 @@ def token_stats(
     ignore_index: IgnoreIndex = -100,
     backend: Backend = None,
 ) -> TokenStats:
-    """What each token's distribution says about its target: the building blocks of your own loss.
+    """Statistics of each token's distribution and its target: the building blocks of your own loss.
 
-    All differentiable statistics come from one pass over the logits, made when the first
-    is read, and all their gradients from one more. ``stats.compute("nll", "entropy")``
-    announces which ones you want; the others then cost nothing.
+    All differentiable statistics come from one pass over the logits, made when the first is read, and all
+    their gradients from one more. ``stats.compute("nll", "entropy")`` declares which ones you want; the
+    others then cost nothing.
 
     Args:
         logits: [..., V] of any stride, fp64, fp32, bf16 or fp16; -inf masks a class.
         targets: [...] ids, or ``ignore_index``.
-        candidates: [..., K] further ids to read the logits of; -1 where there is none.
-        temperature: >= 1e-6; the statistics are those of logits / temperature, and
-            ``stats.unscaled`` has those of the logits as they are. Not differentiated.
+        candidates: [..., K] further ids to compute statistics of; -1 where there is none.
+        temperature: >= 1e-6; the statistics are those of logits / temperature, and ``stats.unscaled`` has
+            those of the logits as they are. It gets no gradient.
         softcap: c >= 1e-6 for z <- c tanh(z / c), before the temperature.
-        ignore_index: the target id of tokens without one.
+        ignore_index: the id that marks a token without a target.
         backend: see :class:`lossmith.Objective`.
 
     Returns:
         :class:`lossmith.TokenStats`, each statistic [...] in fp32 (fp64 for fp64 logits).
 
     Raises:
-        TypeError: targets or candidates are not integers, logits not floating point, unknown options or
-            values of another type.
+        TypeError: targets or candidates that are not integers, logits that are not floating point, unknown
+            options or values of the wrong type.
         ValueError: shapes that do not match, an empty batch, an id or an option out of range.
 
     Example:
@@ -110,16 +110,16 @@ def linear_token_stats(
     memory_budget: MemoryBudget = None,
     backend: Backend = None,
 ) -> TokenStats:
-    """:func:`lossmith.token_stats` of the logits hidden @ weight.T + bias, which are never there all at once.
+    """:func:`lossmith.token_stats` of the logits hidden @ weight.T + bias, which never exist all at once.
 
-    The logits of a chunk of tokens are made, swept and dropped, and made again on the way back: four matrix
-    products in all, right for any loss of yours. ``stats.compute(...)`` announces what you want; a statistic
-    that is asked for later takes another product.
+    It makes the logits of a chunk of tokens, sweeps and drops them, and makes them again in the backward
+    pass: four matrix products in all, exact for any loss of yours. ``stats.compute(...)`` declares what you
+    want; a statistic asked for later takes another product.
 
     Args:
         hidden: [..., D], fp64, fp32, bf16 or fp16.
         weight: [V, D], of the same dtype, or of any under ``torch.autocast``.
-        targets: [...] ids, or ``ignore_index``; tokens that have none take no part in any product.
+        targets: [...] ids, or ``ignore_index``; tokens without a target take no part in any product.
         bias: [V].
         candidates, temperature, softcap, ignore_index, backend: see :func:`lossmith.token_stats`.
         memory_budget: bytes of logits held at a time; default 52 MiB on a CPU, 512 MiB elsewhere.
@@ -128,7 +128,7 @@ def linear_token_stats(
         :class:`lossmith.TokenStats`, each statistic [...] in fp32 (fp64 for fp64).
 
     Raises:
-        TypeError, ValueError: inputs that do not belong together; the message says which.
+        TypeError, ValueError: inputs that do not match; the message says which.
 
     Example:
         >>> import torch, lossmith
@@ -180,49 +180,49 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they take th
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Cross-entropy with everything people add to it, in one pass over the logits each way.
 
-    ``logits[t]`` predict ``targets[t]``. Unshifted labels, as Hugging Face has them, want ``shift=True``:
+    ``logits[t]`` predict ``targets[t]``. Pass ``shift=True`` with unshifted labels, as Hugging Face has them;
     without it the model learns to copy its input.
 
         (1 - p_y)^focal_gamma * smoothed cross-entropy  +  z_loss * logsumexp^2  -  confidence_penalty * H(p)
 
-    averaged over the supervised tokens. With defaults it equals
-    ``torch.nn.functional.cross_entropy``, except that a batch without a supervised token
-    gives 0. Any option left at its default leaves the result bit-identical.
+    averaged over the supervised tokens. With the defaults it equals
+    ``torch.nn.functional.cross_entropy``, except that a batch without a supervised token gives 0. An option
+    left at its default leaves the result bit-identical.
 
     Args:
         logits: [..., V] of any stride, fp64, fp32, bf16 or fp16; the loss is at least fp32.
         targets: [...] ids, or ``ignore_index``.
-        reduction: ``mean`` (= ``token_mean``) over supervised tokens, ``sequence_mean`` (the
-            mean over samples, [..., T], of each one's mean), ``sum``, or ``none`` ([...] values).
-        denominator: number of supervised tokens (or samples) over all micro-batches and ranks,
-            to divide by instead of this batch's own.
-        ignore_index: the target id of tokens without one.
-        mask: [...] bool or integers, 0 where a target does not count.
+        reduction: ``mean`` (= ``token_mean``) over supervised tokens, ``sequence_mean`` (the mean over
+            samples, [..., T], of each sample's mean), ``sum``, or ``none`` ([...] values).
+        denominator: number of supervised tokens (or samples) over all micro-batches and ranks, to divide by
+            instead of this batch's own.
+        ignore_index: the id that marks a token without a target.
+        mask: [...] bool or integers, 0 where a target is ignored.
         label_smoothing: eps in [0, 1), taken from the target and spread over the classes.
         smoothing_mode: ``uniform``: eps/V on every class (PyTorch); ``exclude_target``:
             eps/(V-1) on the wrong ones.
         special_tokens: target ids that are not smoothed, in [0, V).
-        class_weight: [V]; a mean divides by the summed weights of the targets, and z-loss and
-            confidence penalty of a token are weighed alike.
-        token_weight: [...] what each token's loss is multiplied by; not in the denominator.
-        temperature: >= 1e-6, divides the logits; z-loss is that of the logits as they are.
-        softcap: c >= 1e-6 for z <- c tanh(z / c), before everything.
+        class_weight: [V]; a mean divides by the summed weights of the targets. They also multiply a token's
+            z-loss and confidence penalty.
+        token_weight: [...] multiplies each token's loss; not in the denominator.
+        temperature: >= 1e-6, divides the logits; z-loss takes the logits as they are.
+        softcap: c >= 1e-6 for z <- c tanh(z / c), before everything else.
         z_loss: coefficient of logsumexp^2.
-        focal_gamma: >= 0; tokens count (1 - p_y)^gamma.
+        focal_gamma: >= 0; weighs tokens by (1 - p_y)^gamma.
         confidence_penalty: coefficient of the negative entropy.
-        shift: True: targets are labels as Hugging Face has them, logits[t] predict targets[t + 1]; a number:
-            targets[t + shift].
-        empty: a batch without a supervised token gives ``zero`` (with zero gradients) or ``nan``.
-        backend: which arithmetic computes the rows, ``native``, ``triton`` or ``torch``, an error where it
-            does not take the logits; None for the first that does.
+        shift: True: targets are unshifted labels, as Hugging Face has them: logits[t] predict targets[t + 1].
+            A number: logits[t] predict targets[t + shift].
+        empty: the loss of a batch without a supervised token: ``zero`` (with zero gradients) or ``nan``.
+        backend: which arithmetic computes the rows: ``native``, ``triton`` or ``torch``; an error if it
+            does not take the logits. None for the first that does.
         return_stats: also return the statistics, in the targets' shape.
 
     Returns:
         The loss, a scalar or [...] with ``none``; with ``return_stats`` (loss, TokenStats).
 
     Raises:
-        TypeError: targets that are not integers, logits not floating point, unknown options or values of
-            another type.
+        TypeError: targets that are not integers, logits that are not floating point, unknown options or
+            values of the wrong type.
         ValueError: shapes that do not match, an empty batch, an id or an option out of range.
 
     Example:
@@ -271,10 +271,10 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (as cr
     memory_budget: MemoryBudget = None,
     **options: Unpack[CrossEntropyOptions],
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """:func:`lossmith.cross_entropy` of the logits hidden @ weight.T + bias, never there all at once.
+    """:func:`lossmith.cross_entropy` of the logits hidden @ weight.T + bias, which never exist all at once.
 
-    Chunk by chunk the logits are made and turned into their own gradient: three matrix products, which is
-    what they cost with all the logits in memory. Tokens without a target take no part in any. The loss, and
+    It makes the logits chunk by chunk and turns each chunk into its own gradient: three matrix products, as
+    many as with all the logits in memory. Tokens without a target take no part in any product. The loss, and
     the sum of the weight's gradient over chunks, are fp32 at least, whatever the dtype.
 
     Args:
@@ -285,10 +285,9 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (as cr
         reduction, denominator, ignore_index, mask, label_smoothing, smoothing_mode, special_tokens,
             class_weight, token_weight, temperature, softcap, z_loss, focal_gamma, confidence_penalty, shift,
             empty, backend, return_stats: see :func:`lossmith.cross_entropy`.
-        strategy: ``one_sweep``: as above, where every token's gradient depends on that token alone; asked for
-            where that is not so, it is an error. ``two_sweep``: the logits are made again on the way back,
-            four products. ``auto``: one sweep where it can be; :func:`linear_cross_entropy.explain` says
-            which.
+        strategy: ``one_sweep``: as above, if every token's gradient depends on that token alone; otherwise an
+            error. ``two_sweep``: make the logits again in the backward pass, four products. ``auto``: one
+            sweep where possible; :func:`linear_cross_entropy.explain` says which.
         memory_budget: bytes of logits held at a time; default 52 MiB on a CPU, 512 MiB elsewhere.
 
     Returns:
@@ -297,7 +296,7 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (as cr
     Raises:
         TypeError: targets that are not integers, unknown options, dtypes that do not match.
         ValueError: shapes that do not match, an empty batch, an id or an option out of range, or a strategy
-            that cannot be.
+            that is impossible here.
 
     Example:
         >>> import torch, lossmith
@@ -328,7 +327,7 @@ def _with_stats(output: LossOutput) -> tuple[Tensor, TokenStats]:
 
 @strict_options(also=linear_cross_entropy, name="linear_cross_entropy")
 def explain(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Plan:
-    """What :func:`linear_cross_entropy` will do with these arguments, and what it costs; nothing is computed.
+    """What :func:`linear_cross_entropy` will do with these arguments, and at what cost; computes nothing.
 
     Args:
         hidden, weight, targets, options: those of :func:`linear_cross_entropy`.
@@ -337,8 +336,8 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> 
         :class:`lossmith.Plan`; printed, it is a sentence.
 
     Raises:
-        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
-        ValueError: an option out of range, or a strategy that cannot be.
+        TypeError: an unknown option (the message names the nearest), or one of the wrong type.
+        ValueError: an option out of range, or a strategy that is impossible here.
     """
     of_head = {
         "lm_head_bias": options.pop("bias", None),
@@ -374,7 +373,7 @@ def ranking_loss(
         denominator: number of pairs over all micro-batches and ranks.
 
     Raises:
-        TypeError: scores that are no tensors, or an option of a wrong type.
+        TypeError: scores that are not tensors, or an option of the wrong type.
         ValueError: an option out of range, or shapes that do not broadcast.
 
     Example:

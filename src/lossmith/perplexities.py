@@ -1,4 +1,4 @@
-"""``perplexity`` of a batch, and ``Perplexity`` of a corpus, where a mean of batch means is not it."""
+"""``perplexity`` of a batch, and ``Perplexity`` of a corpus, which averages tokens and not batch means."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def perplexity(
         logits, targets, ignore_index, mask, softcap, shift: see :func:`lossmith.cross_entropy`.
 
     Returns:
-        A scalar; 1 where there is no supervised token.
+        A scalar; 1 if there is no supervised token.
 
     Example:
         >>> import torch, lossmith
@@ -43,19 +43,19 @@ def perplexity(
 
 
 class Perplexity:
-    """Token-weighted perplexity of a corpus, batch by batch.
+    """Token-weighted perplexity of a corpus, accumulated batch by batch.
 
         exp( sum over all supervised tokens of nll / their number ),   unsmoothed, at temperature 1
 
-    The sums stay on the logits' device, in fp64 where it has that, until :meth:`compute`.
+    The sums stay on the logits' device, in fp64 if it supports that, until :meth:`compute`.
 
     Args:
-        ignore_index: the target id of tokens without one.
+        ignore_index: the id that marks a token without a target.
         softcap: see :func:`lossmith.cross_entropy`.
         shift: whether targets are unshifted labels.
 
     Raises:
-        TypeError, ValueError: an option of a wrong type, or out of range.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> import torch, lossmith

@@ -1,4 +1,4 @@
-"""``check_term`` and ``check_objective`` hold losses of your own to what they promise."""
+"""``check_term`` and ``check_objective`` test that losses of your own keep their promises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lossmith.objectives.objective import Objective
 
 IGNORED = -100
 WIDTH = 5
-# A chunk of a head holds this many of its tokens, so that none sees its neighbours of the next chunk.
+# Tokens per chunk of a head: few enough that tokens in other chunks are out of sight.
 CHUNK_ROWS = 2
 
 
@@ -32,19 +32,19 @@ def check_term(
     features: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> None:
-    """Hold a term to what it declares, in fp64, on random logits.
+    """Check that a term does what it declares, in fp64, on random logits.
 
-    It reads the statistics that it declares and no others; it gives a value per token; its gradient is that
-    of finite differences; tokens without a target do not matter; and where its scope is ``token``, a token's
-    value and gradient do not depend on which tokens are there besides, so that one sweep of a linear head,
-    a chunk at a time, gives what all the logits give.
+    It reads the statistics that it declares and no others; it gives one value per token; its gradient matches
+    finite differences; tokens without a target have no effect. If its scope is ``token``, a token's value and
+    gradient do not depend on which other tokens are there, so that one sweep of a linear head, a chunk at a
+    time, gives the same result as all the logits.
 
     Args:
         term: the term.
         num_classes: V.
         shape: [B, T] of the batch.
-        temperature: of the statistics; another one than 1, so that ``unscaled`` makes a difference.
-        features: [B, T] what the term reads of ``batch.features``, by name.
+        temperature: of the statistics; other than 1, so that ``unscaled`` makes a difference.
+        features: [B, T] what the term reads from ``batch.features``, by name.
         seed: of the random numbers.
 
     Raises:
@@ -66,7 +66,7 @@ def check_term(
 
 @dataclass(frozen=True)
 class _Case:
-    """A batch of random hidden states, what they predict, and targets, one in four of them missing."""
+    """Random hidden states, their predictions, and targets, of which one in four is missing."""
 
     hidden: Tensor  # [B, T, D]
     weight: Tensor  # [V, D]
@@ -85,7 +85,7 @@ class _Case:
             return torch.randn(*size, generator=rng, dtype=torch.float64)
 
         targets = torch.randint(num_classes, shape, generator=rng)
-        # few different ones, so that something comes again
+        # few distinct ids, so that some repeat
         input_ids = torch.randint(min(num_classes, 3), shape, generator=rng)
         targets[torch.rand(shape, generator=rng) < 0.25] = IGNORED
         targets[0, 0] = 0
@@ -115,7 +115,7 @@ class _Case:
         return criterion(targets=self.targets, input_ids=self.input_ids, **self.features, **predictions)
 
     def values(self, term: Term, rows: Tensor) -> Tensor:
-        """[n] what the term makes of these tokens alone; its candidates may look at all."""
+        """[n] the term's values on these tokens alone; its candidates may look at all tokens."""
         batch = self.batch
         candidates = None if term.candidates is None else term.candidates(batch)[rows]
         some = batch.select(rows)
@@ -144,7 +144,7 @@ def _read(term: Term, case: _Case) -> tuple[Tensor, Tensor]:
 
 def _check_gradient(term: Term, case: _Case) -> None:
     batch = case.batch
-    if term.token_weight is not None:  # a constant, whose own derivative is not asked for
+    if term.token_weight is not None:  # a constant, not differentiated
         candidates = None if term.candidates is None else term.candidates(batch)
         options = SweepOptions(case.temperature)
         stats = options.stats(
@@ -156,7 +156,7 @@ def _check_gradient(term: Term, case: _Case) -> None:
     try:
         torch.autograd.gradcheck(lambda z: case.loss(term, logits=z), logits)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]  # and not all of both Jacobians
+        reason = str(error).partition("\n")[0]  # not both Jacobians in full
         raise AssertionError(
             f"the gradient of {term.name!r} is not that of finite differences: {reason}"
         ) from error
@@ -203,7 +203,7 @@ def _check_chunks(term: Term, case: _Case) -> None:
     except ValueError as error:
         raise AssertionError(f"{term.name!r} is no term of scope 'token': {error}") from error
     torch.testing.assert_close(found, expected, msg=lambda m: _looks_around(term, m))
-    if not expected.requires_grad:  # a term of what the caller gives alone
+    if not expected.requires_grad:  # a term that depends only on the caller's inputs
         return
     gradients = (torch.autograd.grad(loss, leaves) for loss in (found, expected))
     torch.testing.assert_close(*gradients, msg=lambda m: _looks_around(term, m))
@@ -225,24 +225,24 @@ def check_objective(
     adds_up: bool = True,
     seed: int = 0,
 ) -> None:
-    """Hold an objective to what every objective promises, in fp64, on random logits.
+    """Check that an objective does what every objective promises, in fp64, on random logits.
 
     Each of its terms keeps its promises (:func:`check_term`); the parts sum to the total; three times the
-    loss has three times the gradient; tokens without a target do not matter and have no gradient; a batch
-    without any has a gradient of 0; a linear head gives what its logits give; micro-batches add up to the
-    batch; and nothing that it is given is changed.
+    loss has three times the gradient; tokens without a target have no effect and no gradient; a batch without
+    targets has a gradient of 0; a linear head gives the same result as its logits; micro-batches add up to
+    the batch; and its inputs are not changed.
 
     Args:
         criterion: the objective; a copy of it is checked.
         num_classes: V.
         shape: [B, T] of the batch.
         inputs: [B, ...] what else it takes, by name.
-        adds_up: whether micro-batches add up to the batch. Statistics of the batch (NVAMP's mean, weights
-            that average 1) do not, by nature.
+        adds_up: whether micro-batches add up to the batch. They do not if the loss uses statistics of the
+            batch (NVAMP's mean, weights that average 1).
         seed: of the random numbers.
 
     Raises:
-        AssertionError: it breaks a promise; the message says which.
+        AssertionError: the objective breaks a promise; the message says which.
 
     Example:
         >>> import lossmith
@@ -267,7 +267,7 @@ def check_objective(
 
 @dataclass(frozen=True)
 class _Whole:
-    """An objective on a batch."""
+    """An objective and a batch."""
 
     criterion: Objective
     case: _Case

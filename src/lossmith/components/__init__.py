@@ -1,1 +1,1 @@
-"""Parts of composed objectives: each a module that brings a per-token term or a scalar. One file each."""
+"""Parts of composed objectives: modules that contribute a per-token term or a scalar. One file each."""

@@ -18,12 +18,12 @@ class Component(nn.Module):
     """One part of a :class:`lossmith.ComposedLoss`: override ``term``, ``scalar`` or ``token_sum``.
 
     Attributes:
-        required: names of the inputs without which it raises.
-        optional: names of the inputs that it uses when they are given.
-        per_position: those of them that belong to a position each, [..., T]; a term finds them
-            flat, [N], in ``batch.features``.
-        reads: names of the statistics that :meth:`scalar` and :meth:`token_sum` read of ``output.stats``, so
-            that they are computed in the one pass.
+        required: names of the inputs that it needs; it raises without them.
+        optional: names of the inputs that it uses if they are given.
+        per_position: those of them with one entry per position, [..., T]; a term finds them flat, [N], in
+            ``batch.features``.
+        reads: names of the statistics that :meth:`scalar` and :meth:`token_sum` read from ``output.stats``;
+            they are computed in the same pass.
 
     Example:
         >>> import torch, lossmith
@@ -46,13 +46,13 @@ class Component(nn.Module):
     reads: Reads = ()
 
     def term(self) -> Term | None:
-        """A per-token term on the model's statistics, summed over tokens with all others. Its name is the
-        component's in the composition, whatever it says."""
+        """A per-token term on the model's statistics, summed over tokens with all others. The composition
+        renames it to the component's name."""
         return None
 
     def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
-        """[N] bool, positions whose statistics the other methods read, from ``output.all_stats``, although
-        they have no target; None for none.
+        """[N] bool, positions without a target whose statistics the other methods also read, from
+        ``output.all_stats``; None for none.
 
         Args:
             batch: the aligned batch.
@@ -61,17 +61,17 @@ class Component(nn.Module):
         return None
 
     def scalar(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor | None:
-        """A number made of other tensors, for example a mean over the batch. Where a batch is split, it
-        counts for this part's share.
+        """A scalar computed from other tensors, for example a mean over the batch. A micro-batch's scalar is
+        weighted by its share of the batch.
 
         Args:
             inputs: what the objective was given, by name.
-            output: what the per-token terms came to, with ``stats`` and ``batch``, both flat [N].
+            output: the result of the per-token terms, with ``stats`` and ``batch``, both flat [N].
         """
         return None
 
     def token_sum(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor | None:
-        """A sum over tokens, each times its ``output.batch.scale``: divided like the terms, and not again.
+        """A sum over tokens, each times its ``output.batch.scale``, which divides it as it does the terms.
 
         Args:
             inputs, output: as for :meth:`scalar`.
@@ -79,20 +79,20 @@ class Component(nn.Module):
         return None
 
     def metrics(self) -> Mapping[str, Source]:
-        """Numbers of the last batch to look at, by name; tensors, or functions that make them when somebody
-        looks. ``output.metrics`` has them as ``component/name``."""
+        """Metrics of the last batch, by name: tensors, or functions that compute them when they are read.
+        ``output.metrics`` has them as ``component/name``."""
         return {}
 
 
 class Weighted(nn.Module):
-    """A component and what it is multiplied by; 0 is as good as absent.
+    """A component and its coefficient; 0 switches it off.
 
     Args:
         component: the component.
         weight: its coefficient.
 
     Raises:
-        TypeError: something else than a component and a number.
+        TypeError: not a component and a number.
         ValueError: a weight that is not finite.
     """
 

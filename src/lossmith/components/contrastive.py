@@ -1,4 +1,4 @@
-"""``Contrastive``: what belongs together is alike and the rest is not, for pairs of samples or for tokens."""
+"""``Contrastive``: pulls two views of a sample together, or pushes the tokens of a row apart."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from lossmith.options.shared import CosineMargin, PairTemperature
 
 
 class Contrastive(Component):
-    """Contrastive loss of two views of each sample or, without views, of the tokens of a row.
+    """Contrastive loss of two views of each sample or, without views, of the tokens in each row.
 
         s_ij = cos(a_i, b_j) / temperature
         L    = -1/2B sum_i ( log softmax_j(s_ij)[i] + log softmax_j(s_ji)[i] )              two views
         L    = mean_rows  1 / (n (n - 1)) sum_{i != j} max(0, margin - 1 + cos(h_i, h_j))   n tokens of a row
 
-    The first is InfoNCE in both directions: a sample's other view against those of the rest of the batch. A
-    batch of 1 gives 0. The second keeps hidden states of one row apart: cosines up to 1 - margin are free.
-    Rows of fewer than two tokens do not count; 0 if there are no others.
+    The first is InfoNCE in both directions: the sample's other view against those of the rest of the batch. A
+    batch of 1 gives 0. The second pushes the hidden states of a row apart: cosines up to 1 - margin cost
+    nothing. Rows of fewer than two tokens are ignored; if there are no others, it is 0.
 
     Inputs:
         contrastive_pairs: (view_a, view_b), [B, D] each; row i of both is the same sample.
-        hidden_states: [B, T, D] of one layer, used where there are no pairs.
-        attention_mask: [B, T], 0 at padding, which does not count, and 1 elsewhere; default: the mask of the
-            objective, or all tokens.
+        hidden_states: [B, T, D] of one layer, used if there are no pairs.
+        attention_mask: [B, T], 0 at padding, which is not counted, and 1 elsewhere; default: the objective's
+            mask, or all tokens.
 
     Args:
-        temperature: of the cosines of two views, > 0.
-        margin: by how much a token's cosine with itself, 1, should exceed that with others, >= 0.
+        temperature: divides the cosines of two views, > 0.
+        margin: by how much a token's cosine with itself, 1, should exceed its cosine with others, >= 0.
 
     Raises:
-        TypeError: an option of a wrong type.
+        TypeError: an option of the wrong type.
         ValueError: an option out of range; in the forward pass, neither pairs nor hidden states.
 
     Example:
@@ -85,7 +85,7 @@ class Contrastive(Component):
 
 
 def info_nce(view_a: Tensor, view_b: Tensor, *, temperature: float = 0.07) -> Tensor:
-    """InfoNCE of cosines in both directions, a mean over the batch; 0 for a batch of 1.
+    """InfoNCE of cosines in both directions, averaged over the batch; 0 for a batch of 1.
 
     Args:
         view_a, view_b: [B, D]; row i of both is the same sample.
@@ -97,11 +97,11 @@ def info_nce(view_a: Tensor, view_b: Tensor, *, temperature: float = 0.07) -> Te
 
 
 def token_contrast(hidden: Tensor, kept: Tensor | None = None, *, margin: float = 0.5) -> Tensor:
-    """max(0, margin - 1 + cos(h_i, h_j)), a mean over the pairs i != j of each row and over rows.
+    """max(0, margin - 1 + cos(h_i, h_j)), averaged over the pairs i != j of each row, then over rows.
 
     Args:
         hidden: [B, T, D].
-        kept: [B, T] bool, which tokens count; rows of fewer than two do not. Default: all.
+        kept: [B, T] bool, which tokens count; rows with fewer than two are ignored. Default: all.
         margin: >= 0.
     """
     num_tokens = hidden.shape[1]
@@ -120,7 +120,7 @@ def _checked_views(pairs: Any) -> tuple[Tensor, Tensor]:
     """
     Raises:
         TypeError: not two floating-point tensors.
-        ValueError: they are not of one shape [B, D].
+        ValueError: their shapes differ or are not [B, D].
     """
     is_pair = isinstance(pairs, (list, tuple)) and len(pairs) == 2
     if not is_pair or not all(isinstance(v, Tensor) and v.is_floating_point() for v in pairs):

@@ -1,4 +1,4 @@
-"""``ExpertDiversity``: experts that say the same of the same token pay for it."""
+"""``ExpertDiversity``: penalises experts whose outputs for the same token are alike."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lossmith.equation.output import LossOutput
 
 
 class ExpertDiversity(Component):
-    """Squared cosine between the outputs of two experts for the same token, a mean over pairs and tokens.
+    """Squared cosine between two experts' outputs for the same token, averaged over pairs and tokens.
 
         L = mean_t  2 / (E (E - 1))  sum_{i < j} cos(o_ti, o_tj)^2
 
     0 where outputs are orthogonal, 1 where they are parallel or opposite; 0 with fewer than two experts. An
-    output of zeros, as of an expert that was not asked, has cosine 0 and no gradient.
+    output of zeros, as for an expert that was not chosen, has cosine 0 and no gradient.
 
     Inputs:
-        expert_outputs: [B, T, E, D] or [N, E, D] what each expert made of each token, before it is
-            weighted; or a list of E tensors [..., D], one an expert. E may be the k experts of a token.
-        attention_mask: [B, T], 0 at padding, which does not count, and 1 elsewhere; default: the mask of the
-            objective, or all tokens.
+        expert_outputs: [B, T, E, D] or [N, E, D] each expert's output for each token, before the routing
+            weights; or a list of E tensors [..., D], one per expert. E may be the k chosen experts.
+        attention_mask: [B, T], 0 at padding, which is not counted, and 1 elsewhere; default: the objective's
+            mask, or all tokens.
 
     Example:
         >>> import torch, lossmith
@@ -55,7 +55,7 @@ class ExpertDiversity(Component):
 
 
 def squared_cosine(vectors: Tensor) -> Tensor:
-    """Mean over the pairs i < j of cos(v_i, v_j)^2, [...]; 0 where there is no pair.
+    """Mean over the pairs i < j of cos(v_i, v_j)^2, [...]; 0 without a pair.
 
     Args:
         vectors: [..., E, D].
@@ -72,17 +72,17 @@ def cosines(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
-    """Vectors [..., D] over their length, in fp32 at least; 0, without a gradient, where they are 0.
+    """Vectors [..., D] over their norm, in fp32 at least; zero vectors stay 0, without a gradient.
 
     Args:
-        vectors: [..., D]. Squares of large or small numbers neither overflow nor vanish.
+        vectors: [..., D]. The squares of large or small entries neither overflow nor vanish.
     """
     x = vectors.to(accumulation_dtype(vectors.dtype))
     largest = x.detach().abs().amax(-1, keepdim=True)
     is_zero = largest < torch.finfo(x.dtype).tiny
     # the scale needs no gradient: the direction does not depend on it
     x = torch.where(is_zero, 0.0, x / torch.where(is_zero, 1.0, largest))
-    # a square length is at least 1 by now, unless it is 0, where rsqrt would make NaN of the gradient
+    # the squared norm is now at least 1, or 0, where rsqrt would make the gradient NaN
     return x * x.square().sum(-1, keepdim=True).clamp(min=0.5).rsqrt()
 
 
@@ -90,7 +90,7 @@ def _as_experts(outputs: Any) -> Tensor:
     """[..., E, D] expert outputs, checked.
 
     Raises:
-        TypeError: not a floating-point tensor nor a list of them.
+        TypeError: neither a floating-point tensor nor a list of them.
         ValueError: another shape, no expert, or experts of different shapes.
     """
     experts = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]

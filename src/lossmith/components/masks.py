@@ -1,4 +1,4 @@
-"""Which tokens a component counts: padding has no say in what it measures."""
+"""Which tokens a component counts: padding is left out of what it measures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lossmith.equation.batch import check_mask
 
 
 def token_mask(attention_mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
-    """[N] bool, which tokens count: all of them where there is no mask.
+    """[N] bool, which tokens count; all of them without a mask.
 
     Args:
         attention_mask: [B, T] bool or integers, or floats that are 0 or 1, 0 at padding; or None.
-        shape: [B, T] or [N] of the tokens.
-        device: where they are.
+        shape: of the tokens, [B, T] or [N].
+        device: of the tokens.
 
     Raises:
         TypeError: not a tensor.
@@ -36,10 +36,10 @@ def token_mask(attention_mask: Any, shape: torch.Size, device: torch.device) -> 
 
 
 def masked(values: Tensor, kept: Tensor) -> Tensor:
-    """[N, ...] values, 0 at tokens that do not count: NaN in padding goes nowhere, forwards or backwards."""
+    """[N, ...] values, 0 at ignored tokens, so that NaN in padding spreads neither forward nor backward."""
     return torch.where(kept.reshape(-1, *[1] * (values.dim() - 1)), values, 0.0)
 
 
 def mean_of_kept(values: Tensor, kept: Tensor) -> Tensor:
-    """The mean of values [N, ...] over the tokens that count; a connected 0 if none does."""
+    """The mean of values [N, ...] over the tokens that count; 0, connected to the graph, if none does."""
     return masked(values, kept).sum(0) / kept.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Routers of experts: ``MoEBalance`` evens out which they use, ``RouterZLoss`` keeps their logits small."""
+"""MoE routers: ``MoEBalance`` evens out the use of experts, ``RouterZLoss`` keeps router logits small."""
 
 from __future__ import annotations
 
@@ -31,46 +31,46 @@ Scoring = Annotated[Literal["softmax", "sigmoid"], option("what of the gate logi
 
 
 class MoEBalance(Component, Stepped):
-    """Evens out how much the experts of a mixture are used: by a loss, or by a bias without one.
+    """Evens out how much the experts of a mixture are used: by a loss, or by a bias and no loss.
 
         L   = sum_e f_e P_e / pi_e                                       mode "loss", a mean over layers
         b_e <- b_e + u sign(pi_e sum_i count_i - count_e)                mode "bias", once per optimizer step
 
-    with count_e how many tokens chose expert e, f_e = count_e / sum_i count_i (a constant to
+    count_e is the number of tokens that chose expert e, f_e = count_e / sum_i count_i (a constant to
     backpropagation), P_e the mean over tokens of the probability p_e, and pi the target usage. L is 1 at
-    balance whatever the number k of experts a token chooses.
+    balance for any number k of experts per token.
 
-    In mode ``bias`` there is no loss and no gradient: ``expert_bias`` moves the choice that :meth:`select`
+    In mode ``bias`` there is no loss and no gradient: ``expert_bias`` shifts the choice that :meth:`select`
     makes for the model. Counts are collected while gradients are enabled, over all micro-batches and ranks.
 
     Inputs:
-        gate_logits: [B, T, E] or [N, E] what the router says, or a list of them, one a layer.
-        expert_indices: [..., k] which experts a token chose, or a list; default: the ``top_k`` of the scores.
-        attention_mask: [B, T], 0 at padding, which does not count, and 1 elsewhere; default: the mask of the
-            objective, or all tokens.
+        gate_logits: [B, T, E] or [N, E] the router's logits, or a list of them, one per layer.
+        expert_indices: [..., k] each token's experts, or a list; default: the ``top_k`` of the scores.
+        attention_mask: [B, T], 0 at padding, which is not counted, and 1 elsewhere; default: the objective's
+            mask, or all tokens.
 
     Args:
         num_experts: E.
-        target_expert_usage: pi: one share for all, or E of them that sum to 1; default 1/E.
+        target_expert_usage: pi: one share for all, or E shares that sum to 1; default 1/E.
         mode: ``loss`` or ``bias``.
         top_k: experts per token where ``expert_indices`` are not given; default 1.
         bias_update_rate: u.
-        stats_scope: whether f is counted on this rank's tokens or on all ranks'. The bias always takes all.
+        stats_scope: whether f counts this rank's tokens or all ranks'. The bias always counts all ranks'.
         scoring: scores are ``softmax`` or ``sigmoid`` of the gate logits; p are the scores over their sum.
-        num_layers: how many routers there are, each with a bias of its own; default: one.
+        num_layers: how many routers there are, each with its own bias; default: one.
 
     Attributes:
-        expert_bias: [E], or [num_layers, E] if that is given; None in mode ``loss``. Stays fp32.
-        expert_counts: [E] or, of several layers, [L, E] how often each expert was chosen in the last batch,
-            also in evaluation: on this rank, or on all with stats_scope ``global`` in mode ``loss``; None
-            before the first.
-        expert_usage: the same as shares, which sum to 1.
+        expert_bias: [E], or [num_layers, E] if ``num_layers`` is given; None in mode ``loss``. Stays fp32.
+        expert_counts: [E], or [L, E] for several layers: how often each expert was chosen in the last batch,
+            in evaluation too; on this rank, or on all with stats_scope ``global`` in mode ``loss``. None
+            before the first batch.
+        expert_usage: the counts as shares, which sum to 1.
 
     Metrics:
-        max_violation: max_e f_e / pi_e - 1 of the last batch, 0 at balance; of several layers, the worst.
+        max_violation: max_e f_e / pi_e - 1 of the last batch, 0 at balance; the worst of several layers.
 
     Raises:
-        TypeError: an option of a wrong type.
+        TypeError: an option of the wrong type.
         ValueError: a number out of range, an unknown mode, a usage that does not sum to 1.
 
     Example:
@@ -120,7 +120,7 @@ class MoEBalance(Component, Stepped):
         self.num_layers = num_layers
         shape = (num_experts,) if num_layers is None else (num_layers, num_experts)
         self.register_buffer("expert_bias", torch.zeros(shape) if mode == "bias" else None)
-        # No buffers, which DDP would overwrite with the first rank's.
+        # Not buffers: DDP would overwrite them with the first rank's.
         self._counts: Tensor | None = None  # since the last step
         self.expert_counts: Tensor | None = None
         self.register_buffer("target_usage", None if usage is None else torch.tensor(usage), persistent=False)
@@ -169,12 +169,12 @@ class MoEBalance(Component, Stepped):
         Args:
             gate_logits: [..., E].
             k: how many; default ``top_k``.
-            layer: which router this is, where there are several.
+            layer: which router this is, if there are several.
 
         Returns:
             ``indices`` [..., k], and ``weights`` [..., k]: the scores without the bias, in fp32 at least,
-            with a gradient. They are not divided by their sum: for k = 1 that would leave the router without
-            a gradient.
+            with a gradient. They are not normalised to sum to 1: with k = 1 the router would then get no
+            gradient.
 
         Raises:
             ValueError: k is not in 1..E, or there is no such layer.
@@ -187,7 +187,7 @@ class MoEBalance(Component, Stepped):
         return indices, scores.gather(-1, indices)
 
     def advance(self) -> None:
-        """One step of the bias, by the counts of all ranks since the last."""
+        """Move the bias one step, by the counts of all ranks since the last step."""
         assert self.expert_bias is not None
         assert self._counts is not None
         counts = sum_over_ranks(self._counts, "global")
@@ -212,7 +212,7 @@ class MoEBalance(Component, Stepped):
             )
 
     def _chosen(self, layers: Sequence[Tensor], given: Any) -> list[Tensor]:
-        """[N, k] which experts the tokens of each layer chose."""
+        """[N, k] the experts that the tokens of each layer chose."""
         if given is None:
             at = [None if self.num_layers is None else i for i in range(len(layers))]
             found = [self.select(z, layer=i)[0] for i, z in zip(at, layers, strict=True)]
@@ -247,7 +247,7 @@ class MoEBalance(Component, Stepped):
         return self.expert_bias[layer].to(device)
 
     def _collect(self, counts: Tensor, loss: Tensor) -> None:
-        """Take in the counts [L, E] of a micro-batch with this loss."""
+        """Record the counts [L, E] of a micro-batch with this loss."""
         assert self.expert_bias is not None
         if self.expert_bias.device != counts.device:
             raise ValueError(
@@ -259,7 +259,7 @@ class MoEBalance(Component, Stepped):
         self.take_note(loss)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MoEBalance:
-        """As ever, but what is fp32 stays it: in bf16 a bias of 0.5 would not feel a step of 0.001."""
+        """As usual, but keep fp32 tensors in fp32: a bf16 bias of 0.5 would lose a step of 0.001."""
         before = {name: getattr(self, name) for name in ("expert_bias", "target_usage")}
         super()._apply(fn, recurse)
         for name, value in before.items():
@@ -272,14 +272,14 @@ class MoEBalance(Component, Stepped):
 
 
 class RouterZLoss(Component):
-    """Keeps the logits of routers small: the squared log-partition function, a mean over tokens and layers.
+    """Keeps router logits small: the squared log-partition function, averaged over tokens and layers.
 
         L = mean_t logsumexp(z_t)^2
 
     Inputs:
-        gate_logits: [B, T, E] or [N, E], or a list of them, one a layer.
-        attention_mask: [B, T], 0 at padding, which does not count, and 1 elsewhere; default: the mask of the
-            objective, or all tokens.
+        gate_logits: [B, T, E] or [N, E], or a list of them, one per layer.
+        attention_mask: [B, T], 0 at padding, which is not counted, and 1 elsewhere; default: the objective's
+            mask, or all tokens.
 
     Example:
         >>> import torch, lossmith
@@ -311,7 +311,7 @@ def load_balance(probability: Tensor, usage: Tensor, target_usage: Tensor | None
 
     Args:
         probability: [..., E] P, the mean over tokens of the probability of each expert.
-        usage: [..., E] f, the share of the choices that fell on it; a constant to backpropagation.
+        usage: [..., E] f, each expert's share of the choices; a constant to backpropagation.
         target_usage: [E] pi; default 1/E.
     """
     products = usage.detach() * probability
@@ -321,7 +321,7 @@ def load_balance(probability: Tensor, usage: Tensor, target_usage: Tensor | None
 
 
 def max_violation(counts: Tensor, target_usage: Tensor | None = None) -> Tensor:
-    """max_e f_e / pi_e - 1, over all layers: 0 at balance. Where nothing was counted, 0.
+    """max_e f_e / pi_e - 1, over all layers: 0 at balance, and if nothing was counted.
 
     Args:
         counts: [..., E] how often each expert was chosen.
@@ -350,7 +350,7 @@ def _check_count(name: str, value: int, most: int | None = None) -> None:
 
 
 def _checked_usage(usage: float | Sequence[float] | None, num_experts: int) -> list[float] | None:
-    """[E] shares, or None where they are all alike."""
+    """[E] shares, or None if all are equal."""
     if usage is None:
         return None
     shares = [float(usage)] * num_experts if isinstance(usage, int | float) else [float(u) for u in usage]

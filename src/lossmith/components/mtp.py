@@ -1,4 +1,4 @@
-"""``MTP``: multi-token prediction, heads on the hidden states that look further ahead."""
+"""``MTP``: multi-token prediction, by heads on the hidden states that predict further ahead."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from lossmith.terms.confidence_weight import SCORES, check_weight_range, confide
 
 
 class MTP(Component):
-    """Cross-entropy of heads k = 1..K on hidden[t] that predict y[t+k], where the main loss has y[t].
+    """Cross-entropy of heads k = 1..K on hidden[t] that predict y[t+k]; the main loss predicts y[t].
 
         1/K sum_k sum_t scale[t+k] w[t] nll_k[t]
 
-    with the main loss's own share of each target, so that what is masked there is masked here, and
-    nothing is predicted across rows or segments.
+    scale is the main loss's own factor of each target: a target that is masked there is masked here. No
+    head predicts across rows or segments.
 
     Args:
         vocab_size: V.
-        hidden_size: D; not needed where the model has heads of its own and passes ``additional_logits``.
+        hidden_size: D; not needed if the model has its own heads and passes ``additional_logits``.
         num_future_tokens: K.
-        shared_projection: one unembedding for all heads, each with a transform [D, D] of its own before
-            it: the model's if ``lm_head_weight`` is given, else one more matrix. Without it, K matrices.
+        shared_projection: all heads share one unembedding, each after its own transform [D, D]. It is the
+            model's if ``lm_head_weight`` is given, else one more matrix. If False, K unembeddings.
         adaptive: weigh each token by the confidence of the main prediction; see
             :func:`lossmith.terms.confidence_weight.confidence_weight`.
-        threshold, weight_range: of that weight.
+        threshold, weight_range: parameters of that weight.
 
     Inputs: ``hidden_states`` [B, T, D], or ``additional_logits``: K tensors [B, T, V] (or one [K, B, T, V]);
     ``lm_head_weight`` [V, D]; ``confidence_scores`` [B, T].
 
     Raises:
-        TypeError, ValueError: an option of a wrong type, or out of range.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Source: Gloeckle et al., Better & Faster Large Language Models via Multi-token Prediction, 2024.
     """
@@ -94,8 +94,8 @@ class MTP(Component):
         return ("unscaled.top_prob",) if self.adaptive else ()
 
     def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Where a head predicts something: its weight is the main prediction's confidence there, whether or
-        not that has a target."""
+        """Positions where a head has a target: the confidence there weighs its loss, even if the main
+        prediction has no target."""
         if not self.adaptive or SCORES in batch.features:
             return None
         return self._where_used(batch)
@@ -146,7 +146,7 @@ class MTP(Component):
                 f"hidden_states must be [..., T, D] with D = hidden_size = {self.hidden_size} at the "
                 f"targets' positions {list(batch.shape)}; got {list(hidden.shape)}"
             )
-        # Whatever stands where nothing is predicted goes nowhere, forwards or backwards.
+        # What stands at positions without a prediction must not spread, forward or backward.
         is_used = self._where_used(batch).unsqueeze(-1)
         flat = torch.where(is_used, hidden.reshape(-1, hidden.shape[-1]), 0.0)
         for head in range(self.num_future_tokens):
@@ -184,7 +184,7 @@ class MTP(Component):
         hidden = hidden.to(own.weight.dtype)
         if not self.shared_projection:
             return LinearHead(hidden, own.weight, memory_budget=memory_budget)
-        hidden = hidden + own(hidden)  # near the identity, the model's own prediction
+        hidden = hidden + own(hidden)  # starts near the identity, the model's own prediction
         if lm_head_weight is None:
             assert self.unembedding is not None
             lm_head_weight = self.unembedding.weight
@@ -195,12 +195,12 @@ NLL = Term("nll", lambda stats, _: stats.nll, reads=("nll",), scope="token")
 
 
 def _further_ahead(batch: TokenBatch, ahead: int) -> tuple[Tensor, Tensor]:
-    """Targets [N] and scales [N] of ``ahead`` positions further on in the row, within the segment."""
+    """Targets [N] and scales [N] ``ahead`` positions further on, in the same row and segment."""
     targets, scale = batch.rows(batch.targets), batch.rows(batch.scale)
     valid = batch.rows(batch.valid)
     if batch.segment_ids is not None:
         segments = batch.rows(batch.segment_ids)
-        valid = valid & (segments == segments.roll(ahead, -1))  # of the position there and of the one here
+        valid = valid & (segments == segments.roll(ahead, -1))  # same segment here and there
     moved = [_earlier(values, ahead, fill) for values, fill in ((targets, batch.ignore_index), (scale, 0.0))]
     is_there = _earlier(valid, ahead, False)
     return (
@@ -210,7 +210,7 @@ def _further_ahead(batch: TokenBatch, ahead: int) -> tuple[Tensor, Tensor]:
 
 
 def _earlier(values: Tensor, by: int, fill: float | bool) -> Tensor:
-    """values[:, t + by] at t, ``fill`` at the end."""
+    """values[:, t + by] at t, and ``fill`` at the end."""
     out = torch.full_like(values, fill)
     if by < values.shape[-1]:
         out[:, :-by] = values[:, by:]

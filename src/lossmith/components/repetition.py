@@ -1,4 +1,4 @@
-"""Penalties on what should not come next, by unlikelihood: n-grams and tokens again, an early end."""
+"""Unlikelihood penalties on tokens that should not come next: repeated n-grams and tokens, an early EOS."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lossmith.terms.unlikelihood import unlikelihood
 
 
 class _Unlikely(Component):
-    """sum_t M[t] sum over c in C[t] of -log(1 - p_c), over the denominator of all terms."""
+    """sum_t M[t] sum over c in C[t] of -log(1 - p_c), divided by the denominator of all terms."""
 
     def candidates(self) -> Callable[[TokenBatch], Tensor]:
         """batch -> [N, K] ids."""
@@ -34,19 +34,19 @@ class _Unlikely(Component):
 
 
 class NgramRepetition(_Unlikely):
-    """Unlikelihood of the tokens that would complete an n-gram a second time.
+    """Unlikelihood of the tokens that would complete a repeated n-gram.
 
         C[t] = { x[j+n-1] : max(0, m-w) <= j <= m-n,  x[j..j+n-2] = x[m-n+1..m-1] },   m = t + 1 tokens seen
 
-    without the target and padding. The context is ``input_ids``, or without them the targets before.
-    Matches end where ``segment_ids`` change.
+    without the target and padding. The context is ``input_ids``, or without them the preceding targets.
+    No match crosses a change of ``segment_ids``.
 
     Args:
-        ngram_size: n >= 1; 1 penalises every token of the window.
-        window_size: w >= n, how many of the last tokens are looked at.
+        ngram_size: n >= 1; 1 penalises every token in the window.
+        window_size: w >= n, how many of the last tokens it looks at.
 
     Raises:
-        TypeError: an option of a wrong type.
+        TypeError: an option of the wrong type.
         ValueError: n < 1 or w < n.
 
     Source: Welleck et al., Neural Text Generation with Unlikelihood Training, 2019.
@@ -71,15 +71,15 @@ class NgramRepetition(_Unlikely):
 
 
 class ImmediateRepetition(_Unlikely):
-    """Unlikelihood of the last token, where it has come ``threshold`` times in a row already.
+    """Unlikelihood of the last token once it has come ``threshold`` times in a row.
 
         C[t] = { x[t] } if the run of equal tokens that ends at t has length >= threshold
 
     Args:
-        threshold: 2: after "time time", a third is penalised.
+        threshold: with 2, after "time time" a third is penalised.
 
     Raises:
-        TypeError: a threshold that is no whole number.
+        TypeError: a threshold that is not a whole number.
         ValueError: a threshold below 1.
     """
 
@@ -99,12 +99,12 @@ class EarlyEOS(_Unlikely):
     """Unlikelihood of the end of sequence before ``min_length`` supervised tokens of the document.
 
     Args:
-        eos_token_id: the end of sequence.
-        min_length: supervised tokens before which it is early.
+        eos_token_id: the id of the end of sequence.
+        min_length: the end is early before this many supervised tokens.
 
     Raises:
-        TypeError: an option of a wrong type.
-        ValueError: a negative length or id; in the forward pass, an id that is no class.
+        TypeError: an option of the wrong type.
+        ValueError: a negative length or id; in the forward pass, an id outside the vocabulary.
     """
 
     @strict_options

@@ -1,4 +1,4 @@
-"""What routers say and which experts they chose, checked and counted."""
+"""Router logits and the experts they chose, checked and counted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def router_layers(gate_logits: Any, num_experts: int | None = None) -> list[Tensor]:
-    """One tensor a layer, checked.
+    """One tensor per layer, checked.
 
     Raises:
-        TypeError: not a floating-point tensor nor a list of them.
-        ValueError: no layer, or another shape than [B, T, E] or [N, E].
+        TypeError: neither a floating-point tensor nor a list of them.
+        ValueError: no layer, or a shape other than [B, T, E] or [N, E].
     """
     layers = list(gate_logits) if isinstance(gate_logits, (list, tuple)) else [gate_logits]
     if not layers:
@@ -46,11 +46,11 @@ def check_gate(gate_logits: Any, num_experts: int | None) -> None:
 
 
 def checked_indices(indices: Any, gate_logits: Tensor) -> Tensor:
-    """[N, k] int64 ids of experts; [B, T] and [N] are k = 1.
+    """[N, k] int64 ids of experts; [B, T] and [N] mean k = 1.
 
     Raises:
         TypeError: not an integer tensor.
-        ValueError: of other tokens, or an id that is no expert.
+        ValueError: the wrong number of tokens, or an id that is not an expert's.
     """
     if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.dtype == torch.bool:
         got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
@@ -63,7 +63,7 @@ def checked_indices(indices: Any, gate_logits: Tensor) -> Tensor:
             f"{list(gate_logits.shape)}; got {list(indices.shape)}"
         )
     indices = indices.reshape(num_tokens, k).long()
-    # an accelerator says so itself, later
+    # an accelerator raises by itself, later
     if indices.device.type == "cpu" and not torch.compiler.is_compiling():
         outside = indices[(indices < 0) | (indices >= num_experts)]
         if len(outside):
@@ -74,8 +74,8 @@ def checked_indices(indices: Any, gate_logits: Tensor) -> Tensor:
 
 
 def are_numbers(gate_logits: Tensor) -> Tensor:
-    """[N] bool, False where a token's router says nothing: NaN or +inf, or -inf for every expert. The top of
-    such a row are the first experts, whoever they are."""
+    """[N] bool, False where a token's router logits are unusable: NaN, +inf, or -inf for every expert. The
+    top k of such a row would be arbitrary."""
     return gate_logits.amax(-1).reshape(-1).isfinite()
 
 
@@ -83,7 +83,7 @@ def count_experts(indices: Tensor, kept: Tensor, num_experts: int) -> Tensor:
     """[E] how many of the kept tokens chose each expert.
 
     Args:
-        indices: [N, k] which experts each token chose.
+        indices: [N, k] the experts each token chose.
         kept: [N] bool.
         num_experts: E.
     """
@@ -93,5 +93,5 @@ def count_experts(indices: Tensor, kept: Tensor, num_experts: int) -> Tensor:
 
 
 def shares_of(counts: Tensor) -> Tensor:
-    """[..., E] counts as shares, which sum to 1 unless nothing was counted."""
+    """[..., E] counts as shares; they sum to 1 unless nothing was counted."""
     return counts / counts.sum(-1, keepdim=True).clamp(min=1)

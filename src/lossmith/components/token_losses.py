@@ -13,14 +13,14 @@ from lossmith.terms.z_loss import z_loss
 
 
 class Focal(Component):
-    """Focal loss beside the main one: alpha (1 - p_y)^gamma nll.
+    """Focal loss added to the main loss: alpha (1 - p_y)^gamma nll.
 
     Args:
         gamma: >= 0.
         alpha: a constant factor.
 
     Raises:
-        TypeError, ValueError: an option of a wrong type, or out of range.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017.
     """
@@ -66,8 +66,7 @@ class ConfidencePenalty(Component):
 
 
 class ConfidenceCalibration(Component):
-    """Binary cross-entropy of ``confidence_scores`` [..., T] against "the top-1 prediction was right"; 0
-    where no scores are given."""
+    """Binary cross-entropy of ``confidence_scores`` [..., T] against "top-1 was right"; 0 without scores."""
 
     optional = (SCORES,)
     per_position = (SCORES,)

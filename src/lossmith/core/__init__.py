@@ -1,1 +1,1 @@
-"""What everything stands on: ranks, metrics, optimizer steps, former names, warnings."""
+"""The foundations: ranks, metrics, optimizer steps, former names, warnings."""

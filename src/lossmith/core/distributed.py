@@ -22,9 +22,9 @@ def num_ranks() -> int:
 
 
 def sum_over_ranks(values: Tensor, scope: StatsScope) -> Tensor:
-    """The sum of detached ``values`` over all ranks; ``values`` where the scope is local.
+    """The sum of detached ``values`` over all ranks; ``values`` itself if the scope is local.
 
-    Every rank has to call this alike.
+    Every rank must make the same call.
     """
     if scope == "local" or num_ranks() == 1:
         return values
@@ -34,7 +34,7 @@ def sum_over_ranks(values: Tensor, scope: StatsScope) -> Tensor:
 
 
 def gather_over_ranks(values: Tensor) -> Tensor:
-    """Detached ``values`` [n] of all ranks, one after another; n may differ."""
+    """Detached ``values`` [n] of all ranks, concatenated; n may differ."""
     if num_ranks() == 1:
         return values.detach()
     sizes = [torch.zeros((), dtype=torch.long, device=values.device) for _ in range(num_ranks())]
@@ -47,8 +47,8 @@ def gather_over_ranks(values: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, where: Tensor, scope: StatsScope = "local") -> Tensor:
-    """The mean of detached ``values`` where ``where`` (bool, same shape), 0 where that is nowhere; over all
-    ranks if the scope is global."""
+    """The mean of detached ``values`` where ``where`` (bool, same shape) is True, 0 if that is nowhere; over
+    all ranks if the scope is global."""
     kept = torch.where(where, values, 0.0)
     total, count = sum_over_ranks(torch.stack([kept.sum(), where.sum().to(kept.dtype)]), scope)
     return total / count.clamp(min=1)

@@ -1,7 +1,7 @@
-"""Former names: what users of nano_gpt and FundamentaLLM know things by, and what is written here instead.
+"""Former names: those that users of nano_gpt and FundamentaLLM know, and what replaces them here.
 
-This is the one table. The options in it work, with a DeprecationWarning, or are refused with what to write;
-`docs/migration.md` lists them.
+This is the only table. An option in it works, with a DeprecationWarning, or is refused with a message that
+says what to write. `docs/migration.md` lists them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Former:
-    """What stands in place of a former option.
+    """The replacement of a former option.
 
     Attributes:
         write: what to write now, a name or in words.
-        new: the option's name here; None where there is no such option.
-        convert: former value -> value here; None where it is the same.
-        always: of an option that is gone, the one value that asks for what is done anyway.
+        new: the option's name here; None if there is no such option.
+        convert: former value -> value here; None if it is the same.
+        always: for an option that no longer exists, the one value that asks for what is always done now.
     """
 
     write: str
@@ -39,14 +39,14 @@ def renamed(new: str) -> Former:
 
 
 def _complement(value: Any) -> Any:
-    """1 - value; anything but a number stays, to be refused by name."""
+    """1 - value; anything but a number is returned as it is, to be refused by name."""
     return 1 - value if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 CONFIGURATION = "create_loss_modifier_pipeline"
 OF_EACH_SAMPLE = "nothing: weights are always of each sample"
 
-# Who takes the option -> its former name -> what stands in its place.
+# Owner of the option -> its former name -> its replacement.
 OPTIONS: Mapping[str, Mapping[str, Former]] = {
     "EntropyModifier": {"entropy_threshold": renamed("threshold")},
     "TargetSmoothingModifier": {
@@ -91,7 +91,7 @@ OPTIONS: Mapping[str, Mapping[str, Former]] = {
     },
 }
 
-# Former methods and functions -> what is written now.
+# Former methods and functions -> their replacements.
 CALLS: Mapping[str, str] = {
     "is_enabled": "the attribute enabled",
     "set_temporarily_disabled": "`with pipeline.temporarily_disabled():`",
@@ -105,17 +105,17 @@ PER_SAMPLE = (
     "`losses = cross_entropy(logits, targets, reduction='none')` and "
     "`losses.sum(-1) / (targets != -100).sum(-1).clamp(min=1)`"
 )
-# Former reductions -> what is written now.
+# Former reductions -> their replacements.
 REDUCTIONS: Mapping[str, str] = {"batch": PER_SAMPLE, "batchmean": PER_SAMPLE}
 
 
 def say_former(old: str, write: str) -> None:
-    """Say what is written now in place of a former name."""
+    """Warn that ``old`` is a former name, and say what to write now."""
     warn_user(f"{old} is a former name; write {write}", DeprecationWarning)
 
 
 def former(name: str) -> Callable[[F], F]:
-    """Let a function that ``CALLS`` lists under ``name`` say what is written now, whenever it is called."""
+    """Let a function that ``CALLS`` lists under ``name`` warn at each call and say what to write now."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)

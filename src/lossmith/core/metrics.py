@@ -1,4 +1,4 @@
-"""``Metrics``: numbers to look at, which cost nothing until somebody looks."""
+"""``Metrics``: named numbers that cost nothing until they are read."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ class Metrics(Mapping[str, float]):
         return {"_sources": self.to_dict()}
 
     def prefixed(self, prefix: str) -> Metrics:
-        """The same numbers, still unread, under names that begin with ``prefix``."""
+        """The same numbers, still unread, with ``prefix`` before each name."""
         return Metrics({prefix + name: source for name, source in self._sources.items()})
 
     def only(self, wanted: Callable[[str], bool]) -> Metrics:
-        """Those with a name that is wanted, still unread; what the others would be made of is let go."""
+        """The numbers with a wanted name, still unread; releases what the others would be computed from."""
         return Metrics({name: source for name, source in self._sources.items() if wanted(name)})
 
     def joined(self, other: Metrics) -> Metrics:
-        """These and those, still unread; ``|``, which torch.compile of PyTorch 2.7 cannot trace."""
+        """These and the other numbers, still unread; torch.compile of PyTorch 2.7 cannot trace ``|``."""
         return Metrics({**self._sources, **other._sources})
 
     def __or__(self, other: Metrics) -> Metrics:
         return self.joined(other)
 
     def to_dict(self) -> dict[str, float]:
-        """All of them as floats, with one synchronisation a device."""
+        """All of them as floats, with one synchronisation per device."""
         values = {name: self._value(name) for name in self._sources}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         for device in {tensor.device for tensor in tensors.values()}:

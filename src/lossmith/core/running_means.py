@@ -1,4 +1,4 @@
-"""``RunningMeans``: means of a loss's numbers over batches, which no bad batch spoils."""
+"""``RunningMeans``: means of a loss's numbers over batches, robust to bad batches."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ NUM_BATCHES, NUM_NONFINITE = "num_batches", "num_nonfinite"
 
 
 class RunningMeans:
-    """Sums over batches on their device, in place, so that a CUDA graph that is replayed moves them too.
+    """Sums over batches on their device, updated in place, so that replaying a CUDA graph updates them too.
 
-    A batch with a number that is not finite is in no mean; it is counted apart.
+    A batch with a number that is not finite enters no mean; it is counted separately.
     """
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, values: Mapping[str, Source], like: Tensor) -> None:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
             values: its numbers, by name.
-            like: a tensor on the device, and of the dtype, that sums are kept in.
+            like: a tensor with the device and dtype of the sums.
         """
         numbers = [source() if callable(source) else source for source in values.values()]
         seen = torch.stack([torch.as_tensor(n, device=like.device).detach().to(like).sum() for n in numbers])
@@ -43,9 +43,9 @@ class RunningMeans:
         self._sums[names].add_(by)
 
     def read(self) -> dict[str, Any]:
-        """The means as 0-dimensional tensors, and how many batches are in them and how many are not."""
+        """The means as 0-dimensional tensors, and how many batches are in them and how many were left out."""
         sums: dict[str, Any] = {}
-        for names, values in self._sums.items():  # several sets of names, where a part came and went
+        for names, values in self._sums.items():  # several sets of names, if a part came and went
             for name, value in zip(names, values.unbind(), strict=True):
                 sums[name] = sums.get(name, 0) + value
         counts = {name: sums.pop(name) for name in (NUM_BATCHES, NUM_NONFINITE) if name in sums}

@@ -1,8 +1,8 @@
-"""``Stepped``: modules whose state advances once per optimizer step, however many batches it takes.
+"""``Stepped``: modules whose state advances once per optimizer step, however many batches that takes.
 
-PyTorch leads from a loss to its parameters, but not from a parameter to its optimizer. So one hook hears of
-every ``optimizer.step()`` in the process, from the moment the first ``Stepped`` is made, and each module
-advances at those steps alone that are its own: see :class:`Stepped`.
+PyTorch leads from a loss to its parameters, but not from a parameter to its optimizer. So one hook observes
+every ``optimizer.step()`` in the process once the first ``Stepped`` is made, and each module advances only at
+the steps of its own optimizer: see :class:`Stepped`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-# How many times a batch is followed by another optimizer's step alone before a module says that it waits.
+# A module warns that it is waiting after this many batches followed only by another optimizer's step.
 PATIENCE = 1000
 
 _everyone: weakref.WeakSet[Stepped] = weakref.WeakSet()
@@ -25,14 +25,13 @@ _numbers = itertools.count()
 
 
 class Stepped(nn.Module):
-    """State that advances after ``optimizer.step()``, by itself, if there was a batch since the last time.
+    """State that advances by itself after ``optimizer.step()``, if there was a batch since the last time.
 
-    The step counts if the optimizer has a parameter in which the loss of one of those batches has a gradient.
-    Where the parameters do not show, the step of any optimizer counts: the loss is compiled itself or has no
-    gradient, a reentrant checkpoint hides them, or the optimizer has DTensors, as FSDP2 makes them, in their
-    place.
+    A step counts if the optimizer holds a parameter in which the loss of one of those batches has a gradient.
+    If the parameters cannot be traced, the step of any optimizer counts: the loss itself is compiled or has
+    no gradient, a reentrant checkpoint hides them, or the optimizer holds DTensors in their place (FSDP2).
 
-    Subclasses call :meth:`take_note` when they take something in, and advance in :meth:`advance`.
+    Subclasses call :meth:`take_note` when they record something, and advance in :meth:`advance`.
     """
 
     has_news: bool
@@ -40,15 +39,15 @@ class Stepped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.has_news = False
-        self._trained: set[int] | None = set()  # ids of parameters; None where they do not show
-        self._is_fresh = False  # a batch has come since the last step, whoever's it was
+        self._trained: set[int] | None = set()  # ids of parameters; None if not traceable
+        self._is_fresh = False  # a batch has come since the last step of any optimizer
         self._passed_by = 0
         self._join()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._trained = None if self.has_news else set()  # a copy's are of the parameters copied from
-        self._join()  # it has not been through __init__
+        self._trained = None if self.has_news else set()  # a copy has the original's ids
+        self._join()  # __init__ has not run
 
     def _join(self) -> None:
         self._number = next(_numbers)
@@ -56,14 +55,14 @@ class Stepped(nn.Module):
         _listen()
 
     def take_note(self, loss: Tensor | None = None) -> None:
-        """There is something to advance by, of a batch with this loss."""
+        """Note that there is something to advance by, from a batch with this loss."""
         self.has_news = self._is_fresh = True
         found = None if loss is None else trained_by(loss)
         self._trained = None if found is None or self._trained is None else self._trained | found
 
     def on_optimizer_step(self) -> None:
-        """Advance, unless nothing has come since the last time. Called after each ``optimizer.step()`` that
-        is this module's; call it yourself where the optimizer is not of PyTorch."""
+        """Advance, unless nothing has come since the last time. Runs after each ``optimizer.step()`` of this
+        module's optimizer; call it yourself if the optimizer is not PyTorch's."""
         if self.has_news:
             self.has_news = False
             self._trained, self._passed_by = set(), 0
@@ -71,11 +70,11 @@ class Stepped(nn.Module):
                 self.advance()
 
     def advance(self) -> None:
-        """Move the state on by what was taken in."""
+        """Advance the state by what was recorded."""
         raise NotImplementedError
 
     def after_step(self, parameters: list[Tensor]) -> None:
-        """Advance if these are the parameters of an optimizer whose step counts."""
+        """Advance if the step of an optimizer with these parameters counts."""
         if not self.has_news:
             return
         if not self._trained or any(id(p) in self._trained or hasattr(p, "full_tensor") for p in parameters):
@@ -93,7 +92,7 @@ class Stepped(nn.Module):
 
 
 def trained_by(loss: Tensor) -> set[int] | None:
-    """Ids of the leaves in which ``loss`` has a gradient; None where they do not all show."""
+    """Ids of the leaves in which ``loss`` has a gradient; None if some cannot be traced."""
     if torch.compiler.is_compiling() or loss.grad_fn is None:
         return None
     found: set[int] = set()
@@ -119,6 +118,6 @@ def _listen() -> None:
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # in the order in which they were made: over ranks their sums have to meet
+    # in order of creation: their sums over ranks must pair up
     for module in sorted(_everyone, key=lambda module: module._number):
         module.after_step(parameters)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import warnings
 
-# What stands between the user's line and ours: the library, and PyTorch's way of calling modules.
+# Frames between the user's line and ours: the library, and PyTorch's module calls.
 BETWEEN = {"lossmith", "torch"}
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn, as from the nearest line that is neither this library's nor PyTorch's.
+    """Warn from the nearest line that is neither this library's nor PyTorch's.
 
     Python shows a DeprecationWarning only where it comes from the user's own script.
     """

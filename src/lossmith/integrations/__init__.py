@@ -1,1 +1,1 @@
-"""What connects lossmith with other frameworks; one file each, imported only when it is used."""
+"""Integrations with other frameworks, one file each, imported only when used."""

@@ -1,7 +1,7 @@
-"""``load_judge``: a trained sequence scorer, to be asked how wrong sequences are.
+"""``load_judge``: loads a trained sequence scorer, which says how wrong sequences are.
 
-Weights are read from safetensors, or from a `.pt` that loads without running code from it; nothing is
-ever unpickled.
+It reads weights from safetensors, or from a `.pt` in a way that runs no code from it; nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ LONGEST_REASON = 300  # characters of a library's message
 
 
 class SequenceJudge(nn.Module):
-    """A sequence classifier of one label, read as a judge: ids [B, L] -> wrongness [B] in [0, 1].
+    """A sequence classifier with one label, used as a judge: ids [B, L] -> wrongness [B] in [0, 1].
 
     Args:
         model: the classifier, a Hugging Face model; it is put into evaluation mode.
-        cls_token_id: the token that a sequence begins with, unless the model's configuration says.
-        block_size: the longest sequence, that token included; None for any.
+        cls_token_id: the token that begins a sequence, unless the model's configuration has one.
+        block_size: the longest sequence, including that token; None for any length.
 
     Attributes:
-        vocab_size: how many tokens it knows.
+        vocab_size: the size of its vocabulary.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SequenceJudge(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if next(self.model.parameters()).device != ids.device:
             self.model.to(ids.device)
-        # No attention mask: there is no padding, and models look into a mask, which waits for the device.
+        # No attention mask: there is no padding, and models inspect a mask, which waits for the device.
         scores = self.model(input_ids=ids).logits  # [B, 1]
         return scores.float().squeeze(-1).sigmoid()
 
@@ -62,14 +62,14 @@ def load_judge(checkpoint: str | Path, *, device: Any = None, dtype: Any = None)
     """Load a sequence scorer.
 
     Args:
-        checkpoint: a folder that `save_pretrained` wrote, of a model for sequence classification with one
-            label; or a `.pt` with a dictionary of its ``model`` (the state dict) and ``config`` (a
-            dictionary with the ``model_type``).
-        device: where to run; without it (or ``auto``) where the ids are.
-        dtype: of the weights, a ``torch.dtype`` or its name; float32 without it (or ``auto``).
+        checkpoint: a folder that `save_pretrained` wrote, of a sequence classification model with one label;
+            or a `.pt` holding a dictionary with ``model`` (the state dict) and ``config`` (a dictionary with
+            the ``model_type``).
+        device: where to run; by default (or with ``auto``) on the device of the ids.
+        dtype: of the weights, a ``torch.dtype`` or its name; by default (or with ``auto``) float32.
 
     Raises:
-        ValueError: the checkpoint is no such thing; the message names it and says what is wrong.
+        ValueError: not such a checkpoint; the message names it and says what is wrong.
         FileNotFoundError: there is nothing at that path.
         ImportError: transformers is not installed.
     """
@@ -84,17 +84,17 @@ def load_judge(checkpoint: str | Path, *, device: Any = None, dtype: Any = None)
         return _load(path, device, dtype)
     except _Refused as refused:
         raise ValueError(f"judge checkpoint {path} {refused}") from refused.__cause__
-    except Exception as error:  # the libraries' errors are many, and long
+    except Exception as error:  # the libraries raise many errors, with long messages
         reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
         raise ValueError(f"judge checkpoint {path} cannot be loaded: {reason}") from error
 
 
 class _Refused(Exception):
-    """What is wrong with a checkpoint, in words that go on after its name."""
+    """What is wrong with a checkpoint, in words that follow its name."""
 
 
 def _load(path: Path, device: Any, dtype: Any) -> SequenceJudge:
-    """The judge of a checkpoint that is there."""
+    """The judge from an existing checkpoint."""
     model, cls = _from_folder(path) if path.is_dir() else (_from_file(path), None)
     # A model that looks for the last token before the padding must not take a token for padding.
     model.config.pad_token_id = -1  # type: ignore[union-attr]
@@ -107,20 +107,20 @@ def _load(path: Path, device: Any, dtype: Any) -> SequenceJudge:
 
 
 def _longest(judge: SequenceJudge) -> int | None:
-    """The longest sequence that the model really takes, found by trying; None where it states no length."""
+    """The longest sequence that the model really accepts, found by trying; None if it states no length."""
     stated = getattr(judge.model.config, "max_position_embeddings", None) or 0
     if stated <= 0:
         judge(torch.zeros(1, TRIAL_LENGTH, dtype=torch.long))
         return None
     for length in (stated, stated - 2):  # some architectures count positions from 2
-        with contextlib.suppress(IndexError, RuntimeError):  # past the end of a table of positions
+        with contextlib.suppress(IndexError, RuntimeError):  # past the end of the position embeddings
             judge(torch.zeros(1, length, dtype=torch.long))
             return length
     raise ValueError(f"it takes neither {stated} tokens, which its configuration states, nor {stated - 2}")
 
 
 def _from_folder(path: Path) -> tuple[nn.Module, int | None]:
-    """The model that `save_pretrained` wrote, and its tokenizer's id of what a sequence begins with."""
+    """The model that `save_pretrained` wrote, and its tokenizer's id of the token that begins a sequence."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     if not (path / "config.json").is_file():
@@ -167,7 +167,7 @@ def _from_file(path: Path) -> nn.Module:
 
 
 def _require_scorer(config: Any) -> None:
-    """Refuse the configuration of another model than a classifier of one label."""
+    """Refuse the configuration of a model that is not a classifier with one label."""
     architecture = (config.architectures or ["model for sequence classification"])[0]
     if config.architectures and not architecture.endswith("ForSequenceClassification"):
         raise _Refused(
@@ -179,13 +179,13 @@ def _require_scorer(config: Any) -> None:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few of the names."""
+    """The first few names."""
     names = list(names)
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
 def _dtype(dtype: Any) -> torch.dtype:
-    """The dtype that was asked for."""
+    """The requested dtype."""
     if dtype is None or dtype == "auto":
         return torch.float32
     named = getattr(torch, str(dtype).removeprefix("torch."), None)

@@ -1,4 +1,4 @@
-"""Loss modifiers: they weigh samples, put another loss in a token's place, or watch. One file each."""
+"""Loss modifiers: they weigh samples, replace the loss of tokens, or only measure. One file each."""
 
 from lossmith.modifiers.base import BaseLossModifier as BaseLossModifier, ModelMode as ModelMode
 from lossmith.modifiers.config import create_loss_modifier_pipeline as create_loss_modifier_pipeline

@@ -1,4 +1,4 @@
-"""``BaseLossModifier``: what a loss modifier is; subclass it to write your own."""
+"""``BaseLossModifier``: the base of loss modifiers; subclass it to write your own."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class ModelMode(Enum):
 
     @classmethod
     def of(cls, value: ModelMode | str) -> ModelMode:
-        """A mode, whether it is given as one or by name."""
-        return value if isinstance(value, ModelMode) else cls(value)  # graphs have no constructor of an Enum
+        """The mode, from a mode or its name."""
+        return value if isinstance(value, ModelMode) else cls(value)  # graphs cannot construct an Enum
 
     @classmethod
     def _missing_(cls, value: object) -> ModelMode:
-        text = value.value if isinstance(value, Enum) else value  # of an enumeration of the user's own
+        text = value.value if isinstance(value, Enum) else value  # of the user's own enumeration
         for mode in cls:
             if isinstance(text, str) and text.lower() == mode.value:
                 return mode
@@ -44,20 +44,20 @@ class ModelMode(Enum):
 
 @dataclass(frozen=True)
 class Switch:
-    """A switch, to be read like any other option."""
+    """A switch, read like any other option."""
 
     enabled: Annotated[bool, option("whether the pipeline applies the modifier")] = True
 
 
 def read_switch(value: Any, name: str) -> bool:
-    """A switch that the user calls ``name``; a TypeError if it is neither True nor False."""
+    """The value of a switch that the user calls ``name``; a TypeError unless it is True or False."""
     return read_options(Switch, {"enabled": value}, owner=name, key_of=lambda _: name).enabled
 
 
 def given_parameters(
     name: str, config: Mapping[str, Any] | None, parameters: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The parameters that a modifier called ``name`` is made from: a mapping, and those given by name."""
+    """The parameters of a modifier called ``name``: those of a mapping and those given by name."""
     config = {} if config is None else config
     if not isinstance(config, Mapping):
         raise TypeError(
@@ -80,15 +80,15 @@ class BaseLossModifier(nn.Module, ABC):
     Attributes:
         enabled: whether the pipeline applies it; may be changed at any time.
         config: the mapping that it was made from.
-        name: what it is called in metrics and messages; its class's name.
-        idle_reason: why it cannot act on what it has been given so far; None where it can, or nobody knows.
-        is_custom: whether a pipeline calls :meth:`modify_loss` and takes the answer for what it is; the kinds
-            that lossmith's own modifiers are of answer further questions instead.
+        name: its name in metrics and messages: its class's name.
+        idle_reason: why it cannot act on the batches so far; None if it can, or if that is not known.
+        is_custom: whether a pipeline calls :meth:`modify_loss` and uses the result unchanged; lossmith's own
+            modifiers have further methods that a pipeline calls instead.
         weighs: whether it weighs samples; a custom modifier does not.
-        _metrics: numbers, or tensors of one element, to be shown by the last call.
+        _metrics: numbers or one-element tensors, the metrics of the last call.
 
     Raises:
-        TypeError: the config is no mapping, a parameter is given twice, or ``enabled`` is no bool.
+        TypeError: the config is not a mapping, a parameter is given twice, or ``enabled`` is not a bool.
 
     Example:
         >>> import torch, lossmith
@@ -124,18 +124,18 @@ class BaseLossModifier(nn.Module, ABC):
 
     @former("is_enabled")
     def is_enabled(self) -> bool:
-        """A former name of :attr:`enabled`; a pipeline asks it where a subclass has one of its own."""
+        """A former name of :attr:`enabled`; a pipeline calls it if a subclass overrides it."""
         return self.enabled
 
     def is_on(self) -> bool:
-        """Whether a pipeline applies it: by :attr:`enabled`, or by an ``is_enabled`` of a subclass's own."""
+        """Whether a pipeline applies it: :attr:`enabled`, or ``is_enabled`` if a subclass overrides it."""
         has_own = type(self).is_enabled is not BaseLossModifier.is_enabled
         return bool(self.is_enabled()) if has_own else self.enabled
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
         """
         Raises:
-            TypeError: always; a modifier is applied by a pipeline.
+            TypeError: always; only a pipeline applies a modifier.
         """
         raise TypeError(
             f"{self.name} is not called itself; put it into a LossModifierPipeline and call that, or write "
@@ -143,7 +143,7 @@ class BaseLossModifier(nn.Module, ABC):
         )
 
     def supports_mode(self, mode: ModelMode) -> bool:
-        """Whether the modifier means something for such a model; the pipeline passes over it otherwise."""
+        """Whether the modifier applies to such a model; if not, the pipeline skips it."""
         return True
 
     @abstractmethod
@@ -161,12 +161,12 @@ class BaseLossModifier(nn.Module, ABC):
                 (:class:`lossmith.TokenStats` of the batch), ``denominator``, ``reduction``, ``input_ids``.
 
         Returns:
-            A scalar, which takes the place of ``loss``; or ``{"per_position_loss": [..., T]}``, which
-            takes the place of the per-position loss, to be weighted and reduced by the pipeline.
+            A scalar, which replaces ``loss``; or ``{"per_position_loss": [..., T]}``, which replaces the
+            per-position loss, and which the pipeline then weights and reduces.
         """
 
     def get_metrics(self) -> Mapping[str, Any]:
-        """The metrics of the last call, as floats once they are read."""
+        """The metrics of the last call; they become floats when read."""
         return Metrics(self._metrics)
 
     def reset_metrics(self) -> None:

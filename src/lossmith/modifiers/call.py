@@ -1,4 +1,4 @@
-"""``Call``: what a pipeline is asked for once, besides predictions and targets."""
+"""``Call``: the arguments of one call of a pipeline, besides predictions and targets."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from lossmith.equation.batch import TokenBatch
 from lossmith.equation.reduction import Reduction
 from lossmith.modifiers.base import BaseLossModifier, ModelMode
 
-# What of the inputs custom modifiers do not see.
+# Inputs that custom modifiers do not see.
 OF_THE_EQUATION = ("token_weight", "shift", "scalars")
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a pipeline is asked for once, besides predictions and targets.
+    """The arguments of one call of a pipeline, besides predictions and targets.
 
     Attributes:
         modifiers: the enabled ones, in the pipeline's order.
         mode: what the model predicts.
         reduction: how tokens or scores are averaged.
-        ignore_index: the target id of positions without one.
+        ignore_index: the id that marks a position without a target.
         loss: the caller's reduced loss so far.
-        per_position_loss: [..., T] the caller's, in place of the objective's own.
+        per_position_loss: [..., T] the caller's, which replaces the objective's own.
         stats: the caller's statistics of the batch.
         inputs: what else the caller gave, by name.
     """
 
-    modifiers: Sequence[Any]  # what those that are not custom answer depends on their kind
+    modifiers: Sequence[Any]  # built-in kinds have different methods
     mode: ModelMode
     reduction: Reduction
     ignore_index: int
@@ -50,12 +50,12 @@ class Call:
 
     @property
     def custom(self) -> list[tuple[int, BaseLossModifier]]:
-        """The others, with their positions."""
+        """The custom modifiers, with their positions."""
         return [(p, modifier) for p, modifier in enumerate(self.modifiers) if modifier.is_custom]
 
     @property
     def for_custom(self) -> dict[str, Any]:
-        """What they are told of the call."""
+        """The arguments of the call that custom modifiers get."""
         return {
             **dict.fromkeys(("input_ids", "segment_ids")),
             **{name: value for name, value in self.inputs.items() if name not in OF_THE_EQUATION},
@@ -67,8 +67,8 @@ class Call:
     def check(self, targets: Tensor) -> None:
         """
         Raises:
-            TypeError: an id that is none, a loss of each position that is none, or statistics that are none.
-            ValueError: a loss of each position of another shape than the targets'.
+            TypeError: ``ignore_index``, ``per_position_loss`` or ``stats`` has the wrong type.
+            ValueError: the shape of ``per_position_loss`` is not the targets'.
         """
         losses = self.per_position_loss
         if not isinstance(self.ignore_index, Integral) or isinstance(self.ignore_index, bool):
@@ -88,7 +88,7 @@ class Call:
         """The caller's statistics, flat, at the batch's targets.
 
         Raises:
-            ValueError: they are of other targets, or of fewer positions than the batch reads.
+            ValueError: they belong to other targets, or cover fewer positions than the batch reads.
         """
         if self.stats is None:
             return None
@@ -97,7 +97,7 @@ class Call:
             raise ValueError(
                 f"stats must be those of the targets, {list(batch.shape)}; got {list(theirs.shape)}"
             )
-        # elsewhere looking would wait for the device
+        # elsewhere the check would wait for the device
         looks = batch.targets.device.type == "cpu" and not torch.compiler.is_compiling()
         if looks and ((theirs.reshape(-1) != batch.targets) & batch.valid).nonzero().numel():
             raise ValueError(
@@ -113,6 +113,6 @@ class Call:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """A TypeError of what is neither a tensor nor None."""
+    """Raise a TypeError unless the value is a tensor or None."""
     if value is not None and not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""What a pipeline checks of the modifiers that it is made of."""
+"""The checks that a pipeline makes on its modifiers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FROM_KEYS = "A pipeline is made from keys by lossmith.create_loss_modifier_pipel
 
 
 def listed(modifiers: Any) -> Iterable[BaseLossModifier]:
-    """The modifiers that a pipeline is made of: a list, a single one, or None for none."""
+    """The modifiers of a pipeline, given as a list, a single one, or None for none."""
     if modifiers is None:
         return ()
     if isinstance(modifiers, BaseLossModifier | type):
@@ -23,7 +23,7 @@ def listed(modifiers: Any) -> Iterable[BaseLossModifier]:
 
 
 def check_modifier(modifier: Any) -> None:
-    """A TypeError of what is no modifier, or one that was not set up."""
+    """Raise a TypeError if it is not a modifier, or one whose ``__init__`` did not run."""
     if isinstance(modifier, type) and issubclass(modifier, BaseLossModifier):
         name = modifier.__name__
         raise TypeError(f"a modifier must be an instance; got the class {name}; write {name}()")
@@ -39,7 +39,7 @@ def check_modifier(modifier: Any) -> None:
 
 
 def warn_of_modes(modifier: BaseLossModifier, mode: ModelMode | None) -> None:
-    """Say of a modifier that it can never act: not in the pipeline's mode, or in none at all."""
+    """Warn if a modifier can never act: not in the pipeline's mode, or in no mode at all."""
     if not any(modifier.supports_mode(known) for known in ModelMode):
         warn_user(
             f"{modifier.name} has no effect: its supports_mode answers False to every mode; compare with "

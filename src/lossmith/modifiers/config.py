@@ -39,7 +39,7 @@ MODIFIERS: tuple[type[ConfiguredModifier], ...] = (
     MetricsCollectorModifier,
 )
 PREFIXES = ("loss_modifiers_", *(modifier.prefix for modifier in MODIFIERS))
-# What of the rest of a training configuration is the judge's too.
+# General keys of a training configuration that the judge reads too.
 JUDGE_KEYS = ("device", "dtype")
 
 
@@ -57,7 +57,7 @@ def _switch(name: str, meaning: str) -> Declared:
     return Declared(name, False, hint, kind_of(hint, name))
 
 
-# What a configuration may hold, by name; other names of keys, and former ones.
+# The keys of a configuration, by name; other names of keys, and former ones.
 KEYS = {spec.name: spec for spec in _declare_keys()}
 ALIASES = {m.prefix + other: m.prefix + name for m in MODIFIERS for other, name in m.aliases.items()}
 FORMERS = OPTIONS[CONFIGURATION]
@@ -76,21 +76,21 @@ def create_loss_modifier_pipeline(
     """The pipeline that flat keys describe: ``entropy_modifier_enabled``, ``target_smoothing_factor`` ...
 
     Args:
-        config: a mapping, a dataclass, a namespace or an OmegaConf config. It may hold other keys, of
-            which ``device`` and ``dtype`` are the judge's too. ``None`` stands for the default. Of two names
-            of one option the value that is just the default gives way; former names work, with a
+        config: a mapping, a dataclass, a namespace or an OmegaConf config. It may hold other keys; the judge
+            also reads ``device`` and ``dtype``. ``None`` stands for the default. If two names of one option
+            are given, a value that equals the default gives way. Former names work, with a
             DeprecationWarning.
-        base: the objective that is modified; plain cross-entropy if not given.
+        base: the objective to modify; plain cross-entropy if not given.
         model_mode, reduction: see :class:`lossmith.LossModifierPipeline`.
-        judge: used in place of the checkpoint ``judge_weight_checkpoint``.
+        judge: replaces the checkpoint ``judge_weight_checkpoint``.
 
     Returns:
-        A pipeline of the modifiers that are enabled; an empty one unless ``loss_modifiers_enabled``.
+        A pipeline of the enabled modifiers; an empty one unless ``loss_modifiers_enabled``.
 
     Raises:
         ValueError: an unknown key, a value out of range, two names of one option with different values, or a
             judge that cannot be loaded.
-        TypeError: a value of another type, or a config that is none.
+        TypeError: a value of the wrong type, or something that is not a config.
 
     Example:
         >>> import lossmith
@@ -127,7 +127,7 @@ def create_loss_modifier_pipeline(
 
 
 def _items(config: Any) -> dict[str, Any]:
-    """The names in whatever holds them, with the values of those that are ours, or could be."""
+    """The names in a config of any kind, with the values of those that are ours, or could be."""
     if isinstance(config, Mapping):
         names, read = list(config), config.__getitem__
     elif dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -144,8 +144,8 @@ def _items(config: Any) -> dict[str, Any]:
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
-    """A ValueError of a name that is a mistake. Next to keys of other things, one that merely looks like ours
-    may be one of those; alone it is a mistake, too."""
+    """Raise a ValueError for a misspelt name. A name that merely looks like ours counts as a mistake only
+    if the config holds no keys of other things."""
     known = [*KEYS, *ALIASES]
     unknown = [name for name in values if name not in known and name not in JUDGE_KEYS]
     are_all_ours = all(_looks_like_ours(name) for name in unknown)

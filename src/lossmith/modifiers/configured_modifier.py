@@ -1,4 +1,4 @@
-"""``ConfiguredModifier``: a modifier whose parameters are declared, so that mistakes in them are errors."""
+"""``ConfiguredModifier``: a modifier with declared parameters, so that mistakes in them are errors."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class ConfiguredModifier(BaseLossModifier):
         parameters: the same by name.
 
     Attributes:
-        settings: the checked parameters; others may be put in their place, and are checked as well.
+        settings: the checked parameters; values assigned to it are checked as well.
         Settings: their declaration, a frozen dataclass.
         aliases: other names of parameters.
-        prefix: what their keys begin with in a flat configuration.
+        prefix: the prefix of their keys in a flat configuration.
         enabled_key: the key of ``enabled`` there.
-        modes: what it means something for.
+        modes: the modes that it applies to.
         seen: what it remembers of the batches so far.
 
     Raises:
         ValueError: an unknown parameter or a value out of range, by the name that the user gave.
-        TypeError: a value of another type.
+        TypeError: a value of the wrong type.
     """
 
     Settings: ClassVar[type] = NoSettings
@@ -67,7 +67,7 @@ class ConfiguredModifier(BaseLossModifier):
 
     @classmethod
     def read_settings(cls, values: Mapping[str, Any], key_of: Callable[[str], str] = str) -> Any:
-        """The parameters of a mapping, checked; ``key_of`` is what the user calls one."""
+        """The parameters of a mapping, checked; ``key_of`` gives the user's name for one."""
         own, key_of = settle(
             values,
             owner=f"{cls.__name__}'s ",
@@ -103,7 +103,7 @@ class ConfiguredModifier(BaseLossModifier):
 
     @classmethod
     def _parameter(cls, name: str) -> str | None:
-        """The parameter that is called so, or was."""
+        """The parameter with this name or former name."""
         former = OPTIONS.get(cls.__name__, {}).get(name)
         known = getattr(cls.Settings, "__dataclass_fields__", {})
         return name if name in known else former.new if former else None
@@ -119,12 +119,12 @@ class ConfiguredModifier(BaseLossModifier):
     # ── what cannot act says so ───────────────────────────────────────────────────────────────────
 
     def idle_because(self, batch: Any) -> str | None:
-        """Why it cannot act on this batch and those before it, and what to do, to be said once after the
-        modifier's name; None where it can. It is asked once a batch, outside of compiled graphs."""
+        """Why it cannot act on this batch and those before it, and what to do; None if it can. A warning
+        gives the reason once, after the modifier's name. Called once per batch, outside compiled graphs."""
         return None
 
     def look_at(self, batch: Any) -> None:
-        """Keep why the modifier cannot act on what it is given, and say it the first time."""
+        """Record why the modifier cannot act on this batch, and warn the first time."""
         if torch.compiler.is_compiling():
             return
         reason, is_told = self.idle_because(batch), "idle_reason" in vars(self)
@@ -136,7 +136,7 @@ class ConfiguredModifier(BaseLossModifier):
     # ── metrics ───────────────────────────────────────────────────────────────────────────────────
 
     def keep_metrics(self, metrics: Mapping[str, Source]) -> None:
-        """Keep a batch's metrics, uncomputed; a compiled graph computes them with the rest."""
+        """Store a batch's metrics without computing them; a compiled graph computes them with the rest."""
         compiling = torch.compiler.is_compiling()
         self._metrics = {n: v() if compiling and callable(v) else v for n, v in metrics.items()}
 
@@ -149,16 +149,16 @@ class ConfiguredModifier(BaseLossModifier):
 
 
 class BuiltInModifier(ConfiguredModifier):
-    """The base of the kinds that a pipeline asks for more than :meth:`modify_loss`."""
+    """The base of modifiers of which a pipeline calls more than :meth:`modify_loss`."""
 
     is_custom = False
 
     def modify_loss(
         self, logits: Tensor, targets: Tensor, loss: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """The loss with this modifier alone; the arguments are those of
+        """The loss with only this modifier applied; the arguments are those of
         :meth:`lossmith.LossModifierPipeline.modify_loss`."""
-        from lossmith.modifiers.pipeline import LossModifierPipeline  # which applies modifiers
+        from lossmith.modifiers.pipeline import LossModifierPipeline  # pipeline imports this module
 
         return LossModifierPipeline([self]).modify_loss(logits, targets, loss, **kwargs)
 
@@ -172,21 +172,21 @@ def settle(
     defaults: Mapping[str, Any],
     key_of: Callable[[str], str] = str,
 ) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """The options of a mapping, each once, former names translated; and what the user calls each.
+    """The options of a mapping, each once, with former names translated; and the user's name for each.
 
-    A configuration may hold both names of an option, where a file of defaults has the one and the user wrote
-    the other: then the value that is just the default gives way.
+    A configuration may hold two names of one option, if a file of defaults has one and the user wrote the
+    other. Then the value that equals the default gives way.
 
     Args:
-        values: the options by any of their names, and whatever else; that is left alone.
-        owner: what stands before a former name in messages.
-        formers: what stands in place of former names.
+        values: the options by any of their names; other entries are left alone.
+        owner: the prefix of a former name in messages.
+        formers: the replacements of former names.
         aliases: other names of options.
         defaults: the options' defaults.
-        key_of: what the user calls an option.
+        key_of: gives the user's name for an option.
 
     Raises:
-        ValueError: an option that is gone, or two names of one with different values.
+        ValueError: an option that no longer exists, or two names of one with different values.
     """
     found: dict[str, tuple[str, Any]] = {}  # option -> the name that the user gave it, and the value
     for given, value in values.items():
@@ -203,7 +203,7 @@ def settle(
             found[name] = _preferred(found[name], (given, value), defaults[name], key_of)
         else:
             found[name] = given, value
-    # converted values are not what the user gave, so that mistakes in them go by the name here
+    # a converted value is not what the user gave, so a mistake in it is reported under the new name
     spelled = {n: given for n, (given, _) in found.items() if given in formers and not formers[given].convert}
     kept = {name if given in formers else given: value for name, (given, value) in found.items()}
     return kept, lambda name: key_of(spelled.get(name, name))
@@ -212,7 +212,7 @@ def settle(
 def _preferred(
     first: tuple[str, Any], second: tuple[str, Any], default: Any, key_of: Callable[[str], str]
 ) -> tuple[str, Any]:
-    """Of two names of an option with their values, the one that is not just the default."""
+    """Of two names of an option with their values, the one whose value is not the default."""
     (one, value), (other, another) = first, second
     if _agree(value, another) or _agree(another, default):
         return first
@@ -225,7 +225,7 @@ def _preferred(
 
 
 def _agree(one: Any, other: Any) -> bool:
-    """Whether two values are the same; a bool is no number."""
+    """Whether two values are the same; a bool does not equal a number."""
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return tuple(one) == tuple(other)
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)

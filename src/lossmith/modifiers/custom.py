@@ -1,4 +1,4 @@
-"""Modifiers of the user's own: called as they are, their answer taken for what it is."""
+"""The user's own modifiers: the pipeline calls ``modify_loss`` and uses the result unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CustomModifiers:
         modifiers: with their positions in the pipeline, in order.
         logits, targets: of the batch, as the user gave them.
         arguments: position, output so far -> keyword arguments.
-        put: position, per-position loss [..., T] -> what becomes of the batch with that loss.
+        put: position, per-position loss [..., T] -> the batch's output with that loss.
     """
 
     modifiers: Sequence[tuple[int, BaseLossModifier]]
@@ -31,7 +31,7 @@ class CustomModifiers:
     put: Callable[[int, Tensor], LossOutput]
 
     def apply(self, output: LossOutput) -> LossOutput:
-        """Call each modifier in turn and take its answer for what it is."""
+        """Call each modifier in turn and use its result unchanged."""
         on_reduced: list[tuple[int, BaseLossModifier]] = []
         for position, modifier in self.modifiers:
             loss, is_per_position = self._answer(position, modifier, output)
@@ -40,7 +40,7 @@ class CustomModifiers:
                 on_reduced.append((position, modifier))
                 continue
             output = self.put(position, loss)
-            # What earlier ones did was done to a loss that is no longer there.
+            # What earlier modifiers did applied to a loss that has been replaced.
             for earlier_position, earlier in on_reduced:
                 loss, is_per_position = self._answer(earlier_position, earlier, output)
                 if not is_per_position:
@@ -48,7 +48,7 @@ class CustomModifiers:
         return output
 
     def _answer(self, position: int, modifier: BaseLossModifier, output: LossOutput) -> tuple[Tensor, bool]:
-        """What a modifier makes of the loss, and whether that is the loss of every position."""
+        """The loss that a modifier returns, and whether it is a per-position loss."""
         arguments = _accepted(modifier, self.arguments(position, output))
         answer = modifier.modify_loss(self.logits, self.targets, output.total, **arguments)
         _let_go_of_the_graph(modifier)
@@ -87,7 +87,7 @@ def _let_go_of_the_graph(modifier: BaseLossModifier) -> None:
 
 
 def _accepted(modifier: BaseLossModifier, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the modifier's own signature takes."""
+    """The arguments that the modifier's signature accepts."""
     parameters = list(inspect.signature(modifier.modify_loss).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(arguments)
@@ -101,7 +101,7 @@ def _accepted(modifier: BaseLossModifier, arguments: Mapping[str, Any]) -> dict[
 
 
 def _with_part(output: LossOutput, modifier: BaseLossModifier, loss: Tensor) -> LossOutput:
-    """The output with ``loss`` as its total, and what the modifier added to it as a part."""
+    """The output with ``loss`` as its total, and the modifier's change as a part."""
     if loss is output.total:
         return output
     added = loss - output.total + output.parts.get(modifier.name, 0.0)

@@ -1,14 +1,14 @@
-"""What a modifier says that cannot act on what it is given, and how it finds out."""
+"""How a modifier finds out that it cannot act on its batches, and what it says then."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# How many batches have to be alike before that is taken for their nature, and no longer for chance.
+# How many batches must be alike before that is taken as the nature of the data and not as chance.
 PATIENCE = 8
 
-# Said after a modifier's name.
+# These follow a modifier's name.
 ALIKE = "weighs all samples alike"
 ALONE = (
     "has no effect: every batch so far was a single sample, and {what}; use larger micro-batches, or "
@@ -17,12 +17,12 @@ ALONE = (
 
 
 def one_limit(low: str, high: str) -> str:
-    """Said where two limits leave a single value."""
+    """The message if two limits leave a single value."""
     return f"{ALIKE}: {low} and {high} are equal; set them apart, or leave it out"
 
 
 class Seen:
-    """What a modifier remembers of the batches so far, to tell their nature from chance."""
+    """What a modifier remembers of the batches so far, to tell the nature of the data from chance."""
 
     def __init__(self) -> None:
         self._num_batches = 0
@@ -30,17 +30,16 @@ class Seen:
         self._low = self._high = torch.zeros(())
 
     def only_singles(self, num_samples: int) -> bool:
-        """Whether every batch, this one of ``num_samples`` included, was a single sample; False as long as
-        that may be chance."""
+        """Whether every batch, with this one, was a single sample; False while that may be chance."""
         self._num_batches += 1
         self._had_several |= num_samples != 1
         return not self._had_several and self._num_batches >= PATIENCE
 
     def only_one_share(self, share: Tensor, counts: Tensor) -> bool:
-        """Whether all samples have the same supervised share, as far as can be told after this batch.
+        """Whether all samples have the same supervised share, as far as this and earlier batches tell.
 
-        A batch without a single position left out settles it at once: that is how causal training looks, and
-        a batch of masked text does not. Looking waits for the device, so it is done twice at most.
+        One batch in which every position is supervised settles it: causal training looks like that, and
+        masked text does not. The check waits for the device, so it runs at most twice.
 
         Args:
             share: [B] the supervised share of each sample.

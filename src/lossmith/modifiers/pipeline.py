@@ -30,21 +30,21 @@ AutoReduction = Literal["auto"] | Reduction
 
 
 class LossModifierPipeline(WrappedObjective):
-    """An objective and the loss modifiers applied to it, in one pass over the vocabulary.
+    """An objective with loss modifiers applied to it, in one pass over the vocabulary.
 
         L = sum_t  scale[t] * (product of the samples' weights) * (the token's loss, as modified)
 
-    Modifiers of lossmith fill in the one equation, so their order makes no difference. Custom ones
+    Lossmith's own modifiers fill in the one equation, so their order makes no difference. Custom ones
     act in the order of the list: see :class:`lossmith.BaseLossModifier`. With nothing enabled it is
     the objective itself.
 
     Args:
         modifiers: the modifiers, a list or a single one.
-        base: the objective that is modified; plain cross-entropy if not given.
-        model_mode: what the model predicts; if not given, it shows from the batch: a prediction and a target
-            a sequence are a SEQUENCE_SCORER's, anything else a LANGUAGE_MODEL's.
-        reduction: ``auto`` is ``sequence_mean`` where a modifier weighs samples, and the base
-            objective's own elsewhere; or any of :class:`lossmith.Objective`.
+        base: the objective to modify; plain cross-entropy if not given.
+        model_mode: what the model predicts; if not given, it follows from the batch: one prediction and one
+            target per sequence mean SEQUENCE_SCORER, anything else LANGUAGE_MODEL.
+        reduction: any of :class:`lossmith.Objective`, or ``auto``: ``sequence_mean`` if a modifier weighs
+            samples, the base objective's own otherwise.
 
     Attributes:
         modifiers: the modifiers, enabled or not.
@@ -103,8 +103,8 @@ class LossModifierPipeline(WrappedObjective):
         self.modifiers.append(modifier)
 
     def get_enabled_modifier_names(self) -> list[str]:
-        """Class names of the enabled modifiers, in order, less those that cannot act: they are not for the
-        pipeline's mode, or have said so of what they are given."""
+        """Class names of the enabled modifiers, in order, without those that cannot act: they are not for the
+        pipeline's mode, or have warned that they cannot act on their batches."""
         return [m.name for m in self._enabled(self.model_mode) if m.idle_reason is None]
 
     def is_empty(self) -> bool:
@@ -112,12 +112,12 @@ class LossModifierPipeline(WrappedObjective):
         return not self._enabled(self.model_mode)
 
     def look_at(self, targets: Tensor, *, mask: Tensor | None = None, num_classes: int | None = None) -> None:
-        """Let the modifiers see targets of a batch before any is trained on: what cannot act on such says so,
-        in a UserWarning each, and is no longer among the enabled names.
+        """Show the modifiers a batch's targets before training. Each that cannot act on such batches says so
+        in a UserWarning, and leaves the list of enabled names.
 
         Args:
             targets, mask: as for :meth:`modify_loss`.
-            num_classes: V, if it is known.
+            num_classes: V, if known.
         """
         mode = self._mode(None, None, targets)
         if mode is not ModelMode.SEQUENCE_SCORER:  # where it takes more than one batch to tell
@@ -126,7 +126,7 @@ class LossModifierPipeline(WrappedObjective):
 
     @contextlib.contextmanager
     def temporarily_disabled(self) -> Iterator[LossModifierPipeline]:
-        """``with pipeline.temporarily_disabled():`` the objective is the unmodified one."""
+        """Inside ``with pipeline.temporarily_disabled():`` the objective is unmodified."""
         before, self._is_disabled = self._is_disabled, True
         try:
             yield self
@@ -140,7 +140,7 @@ class LossModifierPipeline(WrappedObjective):
 
     @former("is_temporarily_disabled")
     def is_temporarily_disabled(self) -> bool:
-        """A former way to ask whether the modifiers are left out for a while."""
+        """A former way to ask whether the modifiers are temporarily left out."""
         return self._is_disabled
 
     def _enabled(self, mode: ModelMode | None = None) -> list[BaseLossModifier]:
@@ -152,12 +152,12 @@ class LossModifierPipeline(WrappedObjective):
     def get_all_metrics(self) -> dict[str, float]:
         """Every enabled modifier's metrics of its last batch, as ``ClassName.metric``: plain floats.
 
-        Reading them is the only synchronisation with the device that a pipeline makes.
+        Reading them is the only device synchronisation in a pipeline.
         """
         everything, names = Metrics({}), []
         for modifier in self._enabled():
             names.append(modifier.name)
-            number = names.count(modifier.name)  # a second one of a name is name_2
+            number = names.count(modifier.name)  # a second modifier of the same name is name_2
             label = modifier.name if number == 1 else f"{modifier.name}_{number}"
             found = modifier.get_metrics()
             if not isinstance(found, Mapping):
@@ -191,30 +191,30 @@ class LossModifierPipeline(WrappedObjective):
         reduction: AutoReduction = "auto",
         **inputs: Any,
     ) -> Tensor:
-        """The loss as the enabled modifiers make it; ``loss`` itself where none is enabled.
+        """The loss as the enabled modifiers change it; ``loss`` itself if none is enabled.
 
-        ``loss`` is also what comes back where the enabled modifiers only measure, and what custom
-        modifiers are given. Where the token losses are modified or weighed, the loss is made of
-        ``per_position_loss``, or without it of the base objective.
+        ``loss`` also comes back unchanged if the enabled modifiers only measure, and custom modifiers receive
+        it. If token losses are modified or weighed, the loss is recomputed from ``per_position_loss`` or,
+        without it, from the base objective.
 
         Args:
-            logits: [..., T, V]; of a sequence scorer the predictions [B] in [0, 1].
-            targets: [..., T] ids, or [B] numbers of a sequence scorer.
+            logits: [..., T, V]; for a sequence scorer the predictions [B] in [0, 1].
+            targets: [..., T] ids; for a sequence scorer numbers [B].
             loss: the reduced loss so far.
-            model_mode: what the model predicts, in place of the pipeline's.
-            mask, attention_mask: [..., T] bool or integers, 0 where a target does not count.
-            per_position_loss: [..., T] the loss of each position, in place of the base objective's
-                (what that makes of it, say by a focal weight, or adds to it, stays).
-            ignore_index: the target id of positions without one; the base objective's (-100) if not given.
-            stats: :func:`lossmith.token_stats` of these logits at these targets, if they are here already.
-            denominator, num_items_in_batch: supervised tokens (samples, where samples are weighed) over
-                all micro-batches and ranks; :meth:`count` counts a batch's.
-            reduction: see the pipeline's; this call's goes first.
-            inputs: ``token_weight``, ``input_ids``, ``segment_ids``, ``shift``, what the base objective
-                takes, and whatever custom modifiers take.
+            model_mode: what the model predicts; overrides the pipeline's.
+            mask, attention_mask: [..., T] bool or integers, 0 where a target is ignored.
+            per_position_loss: [..., T] the loss of each position; replaces the base objective's token loss
+                (its further factors, such as a focal weight, and its other terms stay).
+            ignore_index: marks a position without a target; the base objective's (-100) if not given.
+            stats: :func:`lossmith.token_stats` of these logits at these targets, if already computed.
+            denominator, num_items_in_batch: supervised tokens (samples, if samples are weighed) over all
+                micro-batches and ranks; :meth:`count` counts a batch's.
+            reduction: as for the pipeline; overrides it.
+            inputs: ``token_weight``, ``input_ids``, ``segment_ids``, ``shift``, and what the base objective
+                and custom modifiers take.
 
         Raises:
-            TypeError: an input that neither the pipeline, nor its base, nor a custom modifier can take.
+            TypeError: an input that the pipeline, its base and its custom modifiers do not take.
         """
         self._check_inputs(inputs)
         targets = given_targets(targets)
@@ -271,7 +271,7 @@ class LossModifierPipeline(WrappedObjective):
         )
         for modifier in self.modifiers:
             if modifier not in call.modifiers:
-                vars(modifier)["_metrics"] = {}  # of a batch that is no longer the last
+                vars(modifier)["_metrics"] = {}  # they belong to an earlier batch
         call.check(targets)
         return self._objective(call).evaluate(logits, targets, **inputs)
 
@@ -285,7 +285,7 @@ class LossModifierPipeline(WrappedObjective):
         ignore_index: int | None = None,
         shift: bool | int | None = None,
     ) -> Tensor:
-        """What the pipeline divides by: supervised tokens, or samples where samples are weighed.
+        """What the pipeline divides by: supervised tokens, or samples if samples are weighed.
 
         Args:
             targets, mask, model_mode, reduction, ignore_index, shift: as for :meth:`modify_loss`.
@@ -344,8 +344,7 @@ class LossModifierPipeline(WrappedObjective):
         return self._reduction("auto", self._enabled(self.model_mode or ModelMode.LANGUAGE_MODEL))
 
     def _check_inputs(self, inputs: Iterable[str]) -> None:
-        """Custom modifiers may take anything but what is nearly a name of ours; without one an unknown name
-        is a mistake."""
+        """Refuse unknown inputs. Custom modifiers may take any input whose name is not nearly one of ours."""
         ours = (*OWN_INPUTS, *PIPELINE_INPUTS)
         if any(modifier.is_custom for modifier in self.modifiers):
             known = (*ours, *self.base.input_names)

@@ -1,4 +1,4 @@
-"""Numbers that sum a batch up, computed when somebody looks."""
+"""Numbers that summarise a batch, computed when they are read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from lossmith.core.metrics import Source
 
 
 class Spread:
-    """Mean, extremes and population standard deviation of ``values`` where ``where`` (bool, same shape); 0
-    where that is nowhere."""
+    """Mean, extremes and population std of ``values`` where ``where`` (bool, same shape); 0 if nowhere."""
 
     def __init__(self, values: Tensor, where: Tensor) -> None:
         self._values = values
@@ -33,13 +32,13 @@ class Spread:
         return torch.where(self._where.any(), value, 0.0)
 
     def metrics(self, *names: str) -> dict[str, Source]:
-        """Each statistic by the name that has its word: ``min_weight`` is the smallest one."""
+        """The statistic that each name asks for by one of its words: ``min_weight`` is the minimum."""
         of_word = {"mean": self.mean, "std": self.std, "min": self.min, "max": self.max}
         return {name: of_word[word] for name in names for word in name.split("_") if word in of_word}
 
 
 def loss_metrics(original: Tensor, final: Tensor, final_name: str = "final_loss") -> dict[str, Source]:
-    """What a modifier made of a loss, both detached scalars; the ratio of 0 to 0 is 1."""
+    """The loss before and after a modifier, detached scalars, and their ratio; 0 / 0 gives 1."""
     return {
         "original_loss": original,
         final_name: final,

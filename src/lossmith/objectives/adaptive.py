@@ -17,11 +17,11 @@ from lossmith.terms.confidence_weight import SCORES, check_weight_range, confide
 
 
 class AdaptiveCrossEntropyLoss(CrossEntropyLoss):
-    """Cross-entropy weighted by confidence c: less below the threshold, more above it.
+    """Cross-entropy weighted by confidence c: tokens below the threshold count less, those above it more.
 
-        sum_t w(c[t]) ell[t] / D,   w: (0, lo) -> (tau, 1) -> (1, hi), piecewise linear; c detached
+        sum_t w(c[t]) ell[t] / denominator,   w piecewise linear: (0, lo) -> (tau, 1) -> (1, hi); c detached
 
-    c is the largest probability of the prediction, or ``confidence_scores`` [..., T] when given.
+    c is the top probability of the prediction, or ``confidence_scores`` [..., T] when given.
 
     Args:
         threshold: tau.
@@ -29,8 +29,8 @@ class AdaptiveCrossEntropyLoss(CrossEntropyLoss):
         options: of :class:`lossmith.CrossEntropyLoss`.
 
     Raises:
-        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
-        ValueError: an option out of range, or a range of weights that does not hold 1.
+        TypeError: an unknown option (the message names the nearest), or one of the wrong type.
+        ValueError: an option out of range, or a range of weights that does not contain 1.
     """
 
     input_names = (SCORES,)

@@ -21,17 +21,17 @@ from lossmith.options import option, strict_options
 
 
 class ComposedLoss(WrappedObjective):
-    """A primary objective plus weighted components, in one pass over the vocabulary.
+    """A primary objective plus weighted components, computed in one pass over the vocabulary.
 
         L = primary + sum_k weight_k component_k
 
     Args:
         primary: the main objective.
-        components: by name, each a :class:`lossmith.Weighted` or a bare component (weight 1). Terms share
-            the primary's pass and its denominator.
+        components: by name, each a :class:`lossmith.Weighted` or a bare component (weight 1). Their terms
+            share the primary's pass and its denominator.
 
     Raises:
-        TypeError: the primary is no objective, or a component no component.
+        TypeError: the primary is not an objective, or a component is not a component.
 
     Attributes:
         base: the primary.
@@ -61,7 +61,7 @@ class ComposedLoss(WrappedObjective):
         for name, given in (components or {}).items():
             weighted = given if isinstance(given, Weighted) else Weighted(given)
             self.components[name] = weighted
-            # Also of weight 0, which may change.
+            # Components of weight 0 too: the weight may change.
             component = weighted.component
             names = (*component.required, *component.optional)
             self.input_names += tuple(n for n in names if n not in self.input_names and n not in BOUND)
@@ -123,7 +123,7 @@ class ComposedLoss(WrappedObjective):
         return replace(output, metrics=output.metrics.joined(Metrics(self.measures())))
 
     def measures(self) -> dict[str, Source]:
-        """What the components say of the last batch besides its loss, as ``component/name``."""
+        """What the components measured on the last batch besides its loss, as ``component/name``."""
         return {
             f"{name}/{measure}": source
             for name, component, _ in self._active()

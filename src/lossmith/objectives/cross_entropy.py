@@ -32,7 +32,7 @@ from lossmith.terms.z_loss import z_loss as squared_logsumexp
 
 
 class CrossEntropyOptions(TypedDict, total=False):
-    """The options of the family, as type checkers read them; the defaults are :class:`CrossEntropyLoss`'s."""
+    """The options of the family, for type checkers; :class:`CrossEntropyLoss` has the defaults."""
 
     reduction: Reduction
     ignore_index: IgnoreIndex
@@ -51,9 +51,9 @@ class CrossEntropyOptions(TypedDict, total=False):
 
 
 class CrossEntropyLoss(Objective):
-    """Cross-entropy with everything people add to it; the module of :func:`lossmith.cross_entropy`.
+    """Cross-entropy with everything people add to it: :func:`lossmith.cross_entropy` as a module.
 
-    ``logits[t]`` predict ``targets[t]``. Unshifted labels, as Hugging Face has them, want ``shift=True``:
+    ``logits[t]`` predict ``targets[t]``. Pass ``shift=True`` with unshifted labels, as Hugging Face has them;
     without it the model learns to copy its input.
 
         (1 - p_y)^focal_gamma * smoothed cross-entropy  +  z_loss * logsumexp^2  -  confidence_penalty * H(p)
@@ -64,7 +64,7 @@ class CrossEntropyLoss(Objective):
         reduction, ignore_index, shift, empty, backend: see :class:`lossmith.Objective`.
 
     Raises:
-        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
+        TypeError: an unknown option (the message names the nearest), or one of the wrong type.
         ValueError: an option out of range.
 
     Example:
@@ -113,7 +113,7 @@ class CrossEntropyLoss(Objective):
 
     def terms(self, token_loss: TokenLoss | None = None) -> list[Term]:
         own = self._own_token_loss(token_loss)
-        # Class weights weigh a token as a whole, so that scaling them all changes nothing.
+        # Class weights apply to all terms of a token, so that scaling all of them changes nothing.
         weight = None if self.class_weight is None else lambda _, batch: batch.target_weight
 
         def modulated(stats: TokenStats, batch: TokenBatch) -> Tensor:
@@ -150,7 +150,7 @@ class CrossEntropyLoss(Objective):
         return ("nll", "total_nll", "num_finite") if self.label_smoothing else ("nll",)
 
     def token_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
-        """[N] cross-entropy, smoothed and class-weighted; focal weighting comes on top."""
+        """[N] cross-entropy, smoothed and class-weighted; focal weighting is applied afterwards."""
         return smooth(
             cross_entropy(stats, batch.target_weight),
             stats,

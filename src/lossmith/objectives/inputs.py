@@ -1,4 +1,4 @@
-"""What an objective is given: names, masks under two names, logits or what they would be made of."""
+"""The inputs of an objective: their names, masks under two names, and logits or a linear head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lossmith.engine.predictions import Logits, Predictions
 from lossmith.options import kind_of, option
 from lossmith.options.shared import Softcap
 
-# In place of logits. Components may take the first two as well.
+# These replace logits. Components may read the first two as well.
 HEAD_INPUTS = (
     "hidden_states",
     "lm_head_weight",
@@ -48,17 +48,17 @@ _HEAD_OPTIONS = (
 def take_predictions(
     logits: Tensor | Predictions | None, inputs: Mapping[str, Any], taken: Collection[str]
 ) -> tuple[Predictions, dict[str, Any]]:
-    """The predictions that the inputs hold, and the inputs that are left for the objective.
+    """Split the inputs into predictions and what is left for the objective.
 
     Args:
-        logits: [..., V], or predictions of another kind; where it is None the inputs have ``hidden_states``
-            [..., D] and ``lm_head_weight`` [V, D], and may have the rest of ``HEAD_INPUTS``.
+        logits: [..., V], or predictions of another kind. If None, the inputs must hold ``hidden_states``
+            [..., D] and ``lm_head_weight`` [V, D], and may hold the rest of ``HEAD_INPUTS``.
         inputs: by name.
-        taken: names that the objective takes itself.
+        taken: names that the objective reads itself.
 
     Raises:
-        TypeError: neither logits nor a head was given, or both; or an option of the head of a wrong type.
-        ValueError: an option of the head out of range.
+        TypeError: neither logits nor a head was given, or both; or an option of the head has the wrong type.
+        ValueError: an option of the head is out of range.
     """
     rest = {name: value for name, value in inputs.items() if name in taken or name not in HEAD_INPUTS}
     given = {name: inputs[name] for name in HEAD_INPUTS if inputs.get(name) is not None}
@@ -84,7 +84,7 @@ def take_predictions(
 def scaled_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float | Tensor = 1.0, **options: Any
 ) -> LinearHead:
-    """A head whose logits are ``scale`` times as large, by what they are made of."""
+    """The head with its logits multiplied by ``scale``, by scaling the tensors they are made of."""
     if scale != 1:
         hidden, bias = hidden * scale, None if bias is None else bias * scale
     return LinearHead(hidden, weight, bias, **options)
@@ -93,7 +93,7 @@ def scaled_head(
 def given_targets(targets: Tensor | None) -> Tensor:
     """
     Raises:
-        TypeError: there are none.
+        TypeError: no targets were given.
     """
     if targets is None:
         raise TypeError("targets are missing; pass the ids [..., T] that the predictions are judged by")
@@ -101,12 +101,12 @@ def given_targets(targets: Tensor | None) -> Tensor:
 
 
 def both_masks(mask: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask of the targets and that of the tokens; each is the other where only one is given."""
+    """The mask of the targets and that of the tokens; if only one is given, it serves as both."""
     return (attention_mask if mask is None else mask), (mask if attention_mask is None else attention_mask)
 
 
 def either(name: str, value: Any, alias: str, aliased: Any) -> Any:
-    """An argument under one of its two names."""
+    """An argument that may be passed under either of two names."""
     if value is not None and aliased is not None:
         raise TypeError(f"{alias} is another name of {name}; pass one of them")
     return aliased if value is None else value

@@ -21,8 +21,8 @@ class LanguageModelingLoss(nn.Module):
     """A former name: :class:`lossmith.CrossEntropyLoss`, with -1 ignored as well.
 
     Args:
-        label_smoothing: share of the target that all classes get, in [0, 1).
-        ignore_index: the id of targets that do not count; -1 does not either.
+        label_smoothing: share of the target's probability spread over all classes, in [0, 1).
+        ignore_index: the id of ignored targets; -1 is ignored too.
         reduction: ``mean``, ``sum``, ``none``, or ``batch`` (= ``batchmean``), the mean loss of each sample.
 
     Raises:
@@ -44,7 +44,7 @@ class LanguageModelingLoss(nn.Module):
 
     @strict_options
     def forward(self, logits: Tensor, targets: Tensor, reduction: FormerReduction | None = None) -> Tensor:
-        """The loss of logits [B, T, V] at targets [B, T]; this call's ``reduction`` goes first."""
+        """The loss of logits [B, T, V] at targets [B, T]; ``reduction`` overrides the module's."""
         return _loss(logits, targets, reduction or self.reduction, self.label_smoothing, self.ignore_index)
 
 

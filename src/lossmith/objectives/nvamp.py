@@ -24,29 +24,29 @@ from lossmith.options.shared import Backend, ClassWeight, IgnoreIndex, Shift, So
 class NVAMPLoss(Objective):
     """Cross-entropy whose unusual tokens count more, plus plain cross-entropy and the largest loss.
 
-        L = alpha sum_t omega_t ell_t / D + beta sum_t ell_t / D + gamma mean of the top_k largest ell
+        L = (alpha sum_t omega_t ell_t + beta sum_t ell_t) / denominator + gamma mean of the top_k largest ell
         omega_t = (1 + d_t) / (1 + mean d),   d_t = |ell_t - mean ell| / sqrt(var ell + eps)       detached
 
-    with mean and (population) variance over the supervised tokens of the batch. omega averages 1,
-    and is 1 where all losses are equal.
+    Mean and (population) variance are over the supervised tokens of the batch. omega has mean 1, and is 1
+    where all losses are equal.
 
     Args:
         alpha: weight of the variance-aware part.
         beta: weight of plain cross-entropy.
         gamma: weight of the largest losses.
         eps: added to the variance.
-        ignore_index: the target id of tokens without one.
+        ignore_index: the id that marks a token without a target.
         top_k: how many of the largest losses are averaged.
-        legacy: the value of the published package, alpha (mean d) CE + beta CE + gamma max, with the
-            gradients that this formula has. As there, the targets are unshifted ``labels``, ignored positions
-            count as tokens whose loss is 0, and the largest loss is added in full to each micro-batch.
-        shift: whether targets are unshifted labels; default: what ``legacy`` is.
+        legacy: reproduce the published package: alpha (mean d) CE + beta CE + gamma max, with the
+            gradients of this formula. As there, the targets are unshifted ``labels``, ignored positions
+            count as tokens with a loss of 0, and each micro-batch adds its largest loss in full.
+        shift: whether targets are unshifted labels; default: the value of ``legacy``.
         reduction, empty, temperature, softcap, class_weight, backend: see :class:`lossmith.Objective`.
-        stats_scope: mean, variance and largest losses of this rank's batch (``local``) or of all ranks'
-            (``global``).
+        stats_scope: take mean, variance and largest losses over this rank's batch (``local``) or over all
+            ranks' (``global``).
 
     Raises:
-        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
+        TypeError: an unknown option (the message names the nearest), or one of the wrong type.
         ValueError: an option out of range.
 
     Example:
@@ -125,7 +125,7 @@ class NVAMPLoss(Objective):
         labels: Tensor | None = None,
         **inputs: Any,
     ) -> LossOutput:
-        """As of :class:`lossmith.Objective`; with ``legacy``, ``labels`` are another name of the targets."""
+        """As in :class:`lossmith.Objective`; with ``legacy``, ``labels`` is another name for the targets."""
         if labels is not None and not self.legacy:
             raise TypeError(
                 "NVAMPLoss takes targets, which logits[t] predict, and no labels. Of unshifted labels pass "
@@ -135,7 +135,7 @@ class NVAMPLoss(Objective):
         return super().evaluate(logits, either("targets", targets, "labels", labels), **inputs)
 
     def _unusual(self, loss: Tensor, batch: TokenBatch) -> Tensor:
-        """[N] omega, or the one number that the published formula multiplies by."""
+        """[N] omega; with ``legacy``, the single factor of the published formula."""
         counted = _positions(batch) if self.legacy else batch.valid
         loss = torch.where(batch.valid, loss, 0.0)
         mean = masked_mean(loss, counted, self.stats_scope)
@@ -147,15 +147,15 @@ class NVAMPLoss(Objective):
         return (1 + distance) / (1 + mean_distance)
 
     def _share_of_positions(self, _: TokenStats | None, batch: TokenBatch) -> Tensor:
-        """[N] what makes a mean over supervised tokens one over all positions; 1 where it is no such mean."""
+        """[N] the factor that turns a mean over supervised tokens into one over all positions; else 1."""
         share = batch.scale.new_ones(())
         if self.reduction in ("mean", "token_mean") and not isinstance(batch.share, Tensor):
             share = batch.valid.to(share.dtype).sum() / _positions(batch).sum().clamp(min=1)
         return share.expand_as(batch.scale)
 
     def _largest(self, loss: Tensor, batch: TokenBatch) -> Tensor:
-        """[N] the subgradient of the mean of the largest losses. It is no sum over tokens, so what every
-        term is divided by is undone; a part of a larger batch counts for its share."""
+        """[N] the subgradient of the mean of the largest losses. That mean is not a sum over tokens, so the
+        division that every term undergoes is undone; a micro-batch counts for its share of the batch."""
         values = torch.where(batch.valid, loss, -torch.inf)
         top = values.topk(min(self.top_k, len(values)))
         chosen = torch.zeros_like(loss).scatter(0, top.indices, 1.0) * batch.valid
@@ -163,7 +163,7 @@ class NVAMPLoss(Objective):
             everyone = gather_over_ranks(top.values)
             chosen = chosen * (values >= everyone.topk(min(self.top_k, len(everyone))).values[-1])
             count = sum_over_ranks(chosen.sum(), "global").clamp(min=1)
-            # without a denominator each rank's loss is a mean of its own, and those are averaged
+            # without a denominator each rank's loss is its own mean, and the ranks' losses are averaged
             share = chosen / count * (1 if isinstance(batch.share, Tensor) else num_ranks())
         else:
             share = chosen / chosen.sum().clamp(min=1) * (1 if self.legacy else batch.share)
@@ -175,7 +175,7 @@ class NVAMPLoss(Objective):
 
 
 def _positions(batch: TokenBatch) -> Tensor:
-    """[N] bool, the positions that could have a target, ignored or not."""
+    """[N] bool, the positions that can have a target, ignored or not."""
     num_columns = batch.rows(batch.valid).shape[-1]
     of_row = torch.arange(num_columns, device=batch.valid.device) < batch.num_positions
     return of_row.expand_as(batch.rows(batch.valid)).reshape(-1)

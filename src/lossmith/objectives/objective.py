@@ -1,4 +1,4 @@
-"""``Objective``: what is trained for, as a module."""
+"""``Objective``: a training objective as a module."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Objective(nn.Module):
     Args:
         terms: the per-token terms.
         reduction: ``mean`` (= ``token_mean``), ``sequence_mean``, ``sum`` or ``none``.
-        ignore_index: the target id of tokens without one.
-        shift: how many steps ahead logits[t] predict: True (1) takes targets for unshifted labels, as
-            Hugging Face has them, False (0) for aligned ones. None is False, or what fits the model where
-            :mod:`lossmith.integrations.huggingface` knows it.
-        empty: what a batch without a supervised token gives: ``zero`` (with zero gradients) or ``nan``.
+        ignore_index: the id that marks a token without a target.
+        shift: how many steps ahead logits[t] predict. True (1): the targets are unshifted labels, as Hugging
+            Face has them. False (0): they are aligned. None: False, unless
+            :mod:`lossmith.integrations.huggingface` knows what fits the model.
+        empty: the loss of a batch without a supervised token: ``zero`` (with zero gradients) or ``nan``.
         temperature, softcap: how the logits are read; see :func:`lossmith.token_stats`.
         backend: which arithmetic computes the rows of logits, ``native``, ``triton`` or ``torch``, an error
             where it does not take them; None for the first that does.
 
     Raises:
-        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
+        TypeError: an unknown option (the message names the nearest), or one of the wrong type.
         ValueError: an option out of range.
 
     Example:
@@ -64,10 +64,10 @@ class Objective(nn.Module):
     """
 
     class_weight: Tensor | None
-    # Targets that equal it do not count, unless it is the end of a text too: see `align`.
+    # Targets that equal it are ignored, unless it is the end-of-text id too: see `align`.
     pad_token_id: int | None
     eos_token_id: int | None
-    # What evaluate takes besides its own arguments; of these, what belongs to a position [..., T] each.
+    # What evaluate takes besides its own arguments; then, of these, the per-position ones [..., T].
     input_names: tuple[str, ...] = ()
     feature_names: tuple[str, ...] = ()
 
@@ -99,25 +99,25 @@ class Objective(nn.Module):
         self._shift_was_checked = False
 
     def token_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
-        """[N] the loss of each token that the terms are made of: the first term's, cross-entropy where there
-        is none, or what a subclass has that is finer. Loss modifiers put another in its place."""
+        """[N] the per-token loss that the terms build on: the first term's, or cross-entropy if there are no
+        terms; a subclass may be more specific. Loss modifiers replace it."""
         return self._terms[0].loss(stats, batch) if self._terms else cross_entropy(stats, batch.target_weight)
 
     @property
     def token_loss_reads(self) -> Reads:
-        """The statistics that :meth:`token_loss` reads; every one where a subclass does not say."""
+        """The statistics that :meth:`token_loss` reads; all of them unless a subclass says otherwise."""
         if type(self).token_loss is not Objective.token_loss:
             return None
         return self._terms[0].reads if self._terms else ("nll",)
 
     @property
     def reads(self) -> Reads:
-        """The statistics that :meth:`complete` reads, to be computed with those of the terms."""
+        """The statistics that :meth:`complete` reads, computed together with those of the terms."""
         return ("unscaled.nll",) if isinstance(self.temperature, AdaptiveTemperature) else ()
 
     @property
     def wanted_inputs(self) -> set[str]:
-        """The names of the inputs that it would use now; a component that is off takes some and uses none."""
+        """The names of the inputs that it uses now; a component that is off accepts its own but uses none."""
         return set(self.input_names)
 
     @property
@@ -126,23 +126,23 @@ class Objective(nn.Module):
         return self.reduction
 
     def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
-        """[N] bool, positions without a target whose statistics :meth:`complete` reads all the same, from
+        """[N] bool, positions without a target whose statistics :meth:`complete` also reads, from
         ``output.all_stats``; None for none."""
         return None
 
     def terms(self, token_loss: TokenLoss | None = None) -> Sequence[Term]:
-        """The per-token terms of the next batch, made of ``token_loss`` (default: the objective's own)."""
+        """The per-token terms of the next batch, built on ``token_loss`` (default: the objective's own)."""
         if token_loss is None or not self._terms:
             return self._terms
         return [replace(self._terms[0], loss=token_loss, reads=token_loss.reads), *self._terms[1:]]
 
     def kept(self, targets: Tensor, ignore_index: int) -> Tensor:
-        """The targets [..., T], ``ignore_index`` in place of those that a subclass leaves out."""
+        """The targets [..., T], with ``ignore_index`` in place of those that a subclass leaves out."""
         return targets
 
     @property
     def weigh(self) -> Weigh | None:
-        """(detached statistics, batch) -> [N] what all terms of a token are multiplied by; None for 1."""
+        """(detached statistics, batch) -> [N] the factor of all terms of a token; None for 1."""
         return None
 
     def _own_token_loss(self, given: TokenLoss | None) -> TokenLoss:
@@ -166,21 +166,21 @@ class Objective(nn.Module):
     ) -> LossOutput:
         """The loss of ``logits`` [..., V] at ``targets`` [...], with its parts and metrics.
 
-        In place of logits it takes ``hidden_states`` and ``lm_head_weight``, and makes the logits a few at a
-        time; value and gradients are the same.
+        Given ``hidden_states`` and ``lm_head_weight`` in place of logits, it makes the logits a chunk of
+        tokens at a time; value and gradients are the same.
 
         Args:
             logits: [..., T, V]; a ``LinearHead`` that would make them; or None.
             targets: [..., T] ids, or unshifted labels with ``shift``.
-            mask: [..., T] bool or integers, 0 where a target does not count.
-            attention_mask: another name of it; where both are given, this one is for what components
-                make of other tensors, and ``mask`` for the targets.
+            mask: [..., T] bool or integers, 0 where a target is ignored.
+            attention_mask: another name for ``mask``. If both are given, ``mask`` applies to the targets and
+                ``attention_mask`` to the other tensors that components read.
             token_weight: [..., T] weights of the targets; they do not enter the denominator.
-            input_ids: [..., T] what the logits were computed from.
-            segment_ids: [..., T] which document of a packed row a token of ``input_ids`` belongs to.
+            input_ids: [..., T] the tokens that the logits were computed from.
+            segment_ids: [..., T] the document of a packed row that each token of ``input_ids`` belongs to.
             denominator, num_items_in_batch: supervised tokens (or samples) over all micro-batches and ranks.
-            scalars: weighted scalars of other tensors to add, by name.
-            shift: in place of the objective's own.
+            scalars: weighted scalars to add to the loss, by name.
+            shift: overrides the objective's own.
             inputs: what else the objective takes (``input_names``); and, without logits, ``hidden_states``
                 [..., T, D], ``lm_head_weight`` [V, D], ``lm_head_bias`` [V], a model's own ``lm_head_scale``
                 and ``lm_head_softcap``, and the ``strategy`` and ``memory_budget`` of
@@ -214,12 +214,12 @@ class Objective(nn.Module):
         scalars: Mapping[str, Tensor] | None = None,
         stats: TokenStats | None = None,
     ) -> LossOutput:
-        """The loss of a batch that is aligned, with its statistics flat.
+        """The loss of an aligned batch, with its statistics flat.
 
         Args:
             predictions, batch: see :meth:`bind`.
             inputs, scalars: as for :meth:`evaluate`.
-            stats: the batch's statistics, flat, if they are here already.
+            stats: the batch's statistics, flat, if already computed.
         """
         output = evaluate(
             self.terms(),
@@ -235,7 +235,7 @@ class Objective(nn.Module):
         return self.complete(output, inputs)
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:
-        """The output with the parts that are no terms of the tokens' statistics; a subclass may have some."""
+        """The output plus parts that are not per-token terms, which a subclass may have."""
         if isinstance(self.temperature, AdaptiveTemperature) and torch.is_grad_enabled():
             assert output.stats is not None
             assert output.batch is not None
@@ -252,8 +252,8 @@ class Objective(nn.Module):
         return SweepOptions(now, self.softcap, self.class_weight, self.backend)
 
     def on_optimizer_step(self) -> None:
-        """Let state that moves once per optimizer step move. After the ``step()`` of PyTorch's optimizers it
-        does so by itself; this is for others."""
+        """Advance state that moves once per optimizer step. This happens by itself after ``step()`` of a
+        PyTorch optimizer; call it yourself with any other."""
         for module in self.modules():
             if isinstance(module, Stepped):
                 module.on_optimizer_step()
@@ -261,7 +261,7 @@ class Objective(nn.Module):
     def check_inputs(self, inputs: Iterable[str], more: Iterable[str] = ()) -> None:
         """
         Raises:
-            TypeError: a name that :meth:`evaluate` does not know; ``more`` are names that it does.
+            TypeError: a name that :meth:`evaluate` does not know; ``more`` are further names that it knows.
         """
         for name in inputs:
             if name not in (*self.input_names, *HEAD_INPUTS, *more):
@@ -269,11 +269,11 @@ class Objective(nn.Module):
                 raise TypeError(unknown_option(type(self).__name__, name, known))
 
     def features(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Those of the inputs that belong to a position each."""
+        """The per-position inputs."""
         return {name: inputs[name] for name in self.feature_names if inputs.get(name) is not None}
 
     def plan(self, *, hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, **inputs: Any) -> Plan:
-        """How this objective would sweep a linear head, and what that costs; nothing is computed.
+        """How this objective would sweep a linear head, and at what cost; computes nothing.
 
         Args:
             hidden_states, lm_head_weight, targets, inputs: as for :meth:`evaluate`.
@@ -296,7 +296,7 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         return predictions.plan(batch.targets, batch.ignore_index, self.whole_batch_reason())
 
     def whole_batch_reason(self) -> str | None:
-        """Why a linear head has to be swept twice, or None; see
+        """Why a linear head must be swept twice, or None; see
         :func:`lossmith.equation.evaluation.whole_batch_reason`."""
         return whole_batch_reason(self.terms(), None, self.weigh, self.reduction == "none")
 
@@ -310,13 +310,13 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         ignore_index: int | None = None,
         **given: Any,
     ) -> TokenBatch:
-        """A batch, checked and aligned with its predictions.
+        """Check a batch and align it with its predictions.
 
         Args:
             predictions: logits, or a linear head.
             targets, given: as for :meth:`evaluate`.
             inputs: what else the objective was given; None where only the targets matter.
-            reduction, ignore_index: instead of the objective's own.
+            reduction, ignore_index: override the objective's own.
         """
         predictions.check(targets)
         batch = self._align(
@@ -344,11 +344,11 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
     ) -> Tensor:
         """What this objective divides by: the supervised tokens, or samples under ``sequence_mean``.
 
-        Summed over all micro-batches and ranks it is the ``denominator`` to pass with each of them.
+        Its sum over all micro-batches and ranks is the ``denominator`` to pass with each of them.
 
         Args:
             targets, mask: [..., T], as for :meth:`evaluate`.
-            reduction, ignore_index, shift: instead of the objective's own.
+            reduction, ignore_index, shift: override the objective's own.
         """
         ignored = self.ignore_index if ignore_index is None else ignore_index
         return self._align(
@@ -372,12 +372,12 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         )
 
     def _warn_if_unshifted(self, batch: TokenBatch) -> None:
-        """Once, on the first batch: it is a mistake in the wiring, and looking waits for the device."""
+        """Checks only the first batch: the mistake is in the wiring, and the check waits for the device."""
         if not self._shift_was_checked and batch.can_be_unshifted:
             self._shift_was_checked = True
             batch.warn_if_unshifted()
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module's own is untyped
 
         @overload
         def __call__(

@@ -1,4 +1,4 @@
-"""Classes that there were before UnifiedLoss: each is one, called and answering as it used to."""
+"""Classes from before ``UnifiedLoss``: each is one underneath, with its former arguments and results."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def _say(old: str, new: str) -> None:
 
 
 class _WhereGiven(Component):
-    """A component that has no part in the loss of a batch without its inputs.
+    """A component that sits out batches that come without its inputs.
 
     Args:
         component: the component.
-        inputs: it takes part where one of these is given.
+        inputs: it takes part if one of these is given.
     """
 
     def __init__(self, component: Component, inputs: Sequence[str]) -> None:
@@ -65,13 +65,12 @@ def _use_where_given(loss: UnifiedLoss, name: str, *inputs: str) -> None:
 
 
 class DeepSeekLoss(UnifiedLoss):
-    """``UnifiedLoss(primary_loss_type="deepseek")``, whose heads and balance of experts take part where a
-    batch comes with what they read.
+    """``UnifiedLoss(primary_loss_type="deepseek")``; MTP heads and expert balance join when given inputs.
 
     Args:
         vocab_size: V.
-        hidden_size: D; with it ``use_mtp`` is on unless it is given.
-        num_experts: E; with it ``use_moe_balancing`` is on unless it is given.
+        hidden_size: D; turns ``use_mtp`` on unless that is given.
+        num_experts: E; turns ``use_moe_balancing`` on unless that is given.
         options: of :class:`lossmith.UnifiedLoss`.
     """
 
@@ -95,11 +94,11 @@ class DeepSeekLoss(UnifiedLoss):
         expert_indices: Any = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
-        """The parts, by the names of before: ``main_loss``, ``mtp_mtp_loss``, ``moe_balancing_term``,
-        ``total_loss`` and what else is on; and ``main_temperature`` and ``moe_expert_counts``.
+        """The parts, by their former names: ``main_loss``, ``mtp_mtp_loss``, ``moe_balancing_term``,
+        ``total_loss`` and whatever else is on; also ``main_temperature`` and ``moe_expert_counts``.
 
         Args:
-            logits, targets, hidden_states, attention_mask, gate_logits, expert_indices, inputs: of
+            logits, targets, hidden_states, attention_mask, gate_logits, expert_indices, inputs: see
                 :class:`lossmith.UnifiedLoss`.
         """
         if hidden_states is not None and targets is not None and hidden_states.shape == targets.shape:
@@ -122,11 +121,11 @@ class DeepSeekLoss(UnifiedLoss):
 
 
 class AdaptiveMTPLoss(UnifiedLoss):
-    """``UnifiedLoss(primary_loss_type="adaptive_mtp")`` with as many heads of the model as there are.
+    """``UnifiedLoss(primary_loss_type="adaptive_mtp")`` over as many heads as the model has.
 
     Args:
-        vocab_size, hidden_size, options: of :class:`lossmith.UnifiedLoss`.
-        primary_loss_weight: 1.
+        vocab_size, hidden_size, options: see :class:`lossmith.UnifiedLoss`.
+        primary_loss_weight: only 1.
         additional_loss_base_weight: weight of the heads' loss.
         confidence_reg_strength: weight of the calibration of the confidence scores.
         use_confidence_weighting: weigh the heads' tokens by confidence.
@@ -177,12 +176,12 @@ class AdaptiveMTPLoss(UnifiedLoss):
         logits: Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, Any]:
-        """``loss`` and what it is made of, by the names of before.
+        """``loss`` and its parts, by their former names.
 
         Args:
-            primary_logits: the main prediction's, or ``logits``.
+            primary_logits: of the main prediction; ``logits`` is another name.
             additional_logits: of the model's heads; read if ``mtp_active``.
-            targets, confidence_scores, attention_mask, inputs: of :class:`lossmith.UnifiedLoss`.
+            targets, confidence_scores, attention_mask, inputs: see :class:`lossmith.UnifiedLoss`.
         """
         has_heads = mtp_active and additional_logits is not None and len(additional_logits)
         output = self.evaluate(
@@ -207,7 +206,7 @@ class AdaptiveMTPLoss(UnifiedLoss):
 
 
 class _AsManyHeads(MTP):
-    """As many heads as the model gives logits of."""
+    """MTP with one head for each tensor of logits that the model passes."""
 
     def token_sum(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor:
         self.num_future_tokens = len(inputs["additional_logits"])
@@ -218,9 +217,9 @@ class AntiRepetitionLoss(UnifiedLoss):
     """``UnifiedLoss(use_ngram_penalty=True, use_immediate_repetition_penalty=True)``.
 
     Args:
-        vocab_size, eos_token_id, pad_token_id, options: of :class:`lossmith.UnifiedLoss`.
+        vocab_size, eos_token_id, pad_token_id, options: see :class:`lossmith.UnifiedLoss`.
         repetition_penalty_weight: ``ngram_penalty_weight``.
-        diversity_bonus_weight: 0; the bonus was a number of the labels, without a gradient.
+        diversity_bonus_weight: only 0; the bonus depended on the labels alone and had no gradient.
     """
 
     def __init__(
@@ -254,11 +253,11 @@ class AntiRepetitionLoss(UnifiedLoss):
         targets: Tensor | None = None,
         **inputs: Any,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """The loss, and with ``return_components`` its weighted parts by the names of before, detached.
+        """The loss; with ``return_components`` also its weighted parts by their former names, detached.
 
         Args:
-            logits, attention_mask, inputs: of :class:`lossmith.UnifiedLoss`.
-            labels: what ``logits[t]`` predict, or ``targets``.
+            logits, attention_mask, inputs: see :class:`lossmith.UnifiedLoss`.
+            labels: what ``logits[t]`` predict; ``targets`` is another name.
         """
         targets = either("targets", targets, "labels", labels)
         output = self.evaluate(logits, targets, attention_mask=attention_mask, **inputs)

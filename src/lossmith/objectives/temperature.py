@@ -1,4 +1,4 @@
-"""``AdaptiveTemperature``: a temperature of the loss that follows how steady training is."""
+"""``AdaptiveTemperature``: a temperature that follows how steady the training loss is."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ class AdaptiveTemperature(Stepped):
         cv = std / mean of the last ``window`` steps' negative log-likelihoods (unsmoothed, temperature 1)
         T <- T (1 - rate) where cv < low,  T (1 + rate) where cv > high,  within the bounds
 
-    It moves once per optimizer step, after the ``step()`` of an optimizer of what the loss trains, from the
-    second step on: until ``window`` steps have been seen, it looks at those that there are. Over ranks all
-    take the same. A batch whose loss is not finite is left out. Its state is in buffers. A model trained at
-    T < 1 is flatter than it looks in training.
+    It moves once per optimizer step, after ``step()`` of an optimizer of the parameters that the loss trains,
+    from the second step on; before it has seen ``window`` steps, it uses those it has. All ranks use the same
+    temperature. A batch whose loss is not finite is left out. The state is in buffers. A model trained at
+    T < 1 predicts flatter distributions than the training loss sees.
 
     Args:
-        initial: where it begins.
+        initial: the first temperature.
         bounds: the lowest and the highest temperature.
-        rate: how far it moves in a step.
-        window: how many steps are looked at, at most.
-        low, high: coefficients of variation below and above which it moves.
+        rate: the relative change per step.
+        window: how many of the last steps it looks at.
+        low, high: it falls where cv is below ``low`` and rises where cv is above ``high``.
 
     Attributes:
         value: the temperature, a 0-dimensional tensor.
 
     Raises:
-        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
+        TypeError: an unknown option (the message names the nearest), or one of the wrong type.
         ValueError: an option out of range.
     """
 
@@ -69,15 +69,15 @@ class AdaptiveTemperature(Stepped):
         self.register_buffer("value", torch.tensor(float(initial)))
         self.register_buffer("history", torch.zeros(window))
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
-        self.register_buffer("pending", torch.zeros(2))  # sum of the nll, and of tokens
+        self.register_buffer("pending", torch.zeros(2))  # summed nll, number of tokens
 
     def observe(self, nll_sum: Tensor, num_tokens: Tensor, loss: Tensor | None = None) -> None:
-        """Take in a batch.
+        """Record a batch.
 
         Args:
             nll_sum: the summed negative log-likelihood of its tokens.
-            num_tokens: how many they are.
-            loss: the batch's loss, whose graph shows whose optimizer's step to wait for; default: anybody's.
+            num_tokens: how many tokens.
+            loss: the batch's loss; its graph tells which optimizer's step to wait for. Default: any.
         """
         seen = torch.stack([nll_sum.detach(), num_tokens.to(nll_sum.dtype)])
         # One bad batch would stay in the mean of every step of the window.
@@ -90,7 +90,7 @@ class AdaptiveTemperature(Stepped):
         window = len(self.history)
         slot = torch.arange(window, device=self.history.device) == self.num_steps % window
         mean_nll = (nll_sum / num_tokens.clamp(min=1)).to(self.history)
-        # A step without a token to learn from says nothing.
+        # A step without supervised tokens carries no information.
         counts = (num_tokens > 0).to(self.history.device)
         put(
             self,
@@ -105,14 +105,14 @@ class AdaptiveTemperature(Stepped):
         put(self, value=torch.where(counts & (self.num_steps > 1), moved, self.value))
 
     def _variation(self, num_seen: Tensor) -> Tensor:
-        """The coefficient of variation of the steps that have been seen, the first ``num_seen`` slots."""
+        """The coefficient of variation of the steps seen so far, the first ``num_seen`` slots."""
         is_seen = torch.arange(len(self.history), device=self.history.device) < num_seen
         mean = self.history.masked_fill(~is_seen, 0.0).sum() / num_seen
         deviation = (self.history - mean).masked_fill(~is_seen, 0.0).square().sum() / num_seen
         return deviation.sqrt() / mean.clamp(min=1e-12)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveTemperature:
-        """Move with the model, but stay in fp32 where it is cast: a step of one percent is lost in bf16."""
+        """Move with the model but stay in fp32 when it is cast: bf16 would lose a step of one percent."""
         super()._apply(fn, recurse)
         for name in ("value", "history", "pending"):
             setattr(self, name, getattr(self, name).float())

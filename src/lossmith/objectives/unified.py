@@ -1,4 +1,4 @@
-"""``UnifiedLoss``: one constructor for cross-entropy and every component; underneath, a composition."""
+"""``UnifiedLoss``: one constructor for cross-entropy and every component; a composition underneath."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ INPUTS = (
 
 
 def _switch(name: str) -> property:
-    """Whether the loss was made with this switch on; its weight, in ``components``, may change."""
+    """Whether the loss was made with this switch on; its weight in ``components`` may still change."""
     return property(lambda self: self._switches[name])
 
 
 class UnifiedLoss(ComposedLoss):
-    """Cross-entropy and, as far as they are switched on, components, in one pass over the vocabulary.
+    """Cross-entropy plus whichever components are switched on, in one pass over the vocabulary.
 
-    ``logits[t]`` predict ``targets[t]``. Unshifted labels, as Hugging Face has them, want ``shift=True``:
+    ``logits[t]`` predict ``targets[t]``. Pass ``shift=True`` with unshifted labels, as Hugging Face has them;
     without it the model learns to copy its input.
 
         L = main + mtp_weight MTP + ngram_penalty_weight n-gram + immediate_repetition_weight immediate
@@ -85,8 +85,8 @@ class UnifiedLoss(ComposedLoss):
 
     Args:
         vocab_size: V.
-        hidden_size: D, for heads of multi-token prediction.
-        primary_loss_type: ``standard`` cross-entropy; ``deepseek``: with a temperature, adaptive or not;
+        hidden_size: D, for multi-token prediction heads.
+        primary_loss_type: ``standard``: cross-entropy; ``deepseek``: with a temperature, adaptive or fixed;
             ``adaptive_mtp``: weighted by the confidence of the prediction.
         label_smoothing, ignore_index, reduction, shift, empty, backend: see :func:`lossmith.cross_entropy`.
         initial_temperature, adaptive_temperature, temperature_bounds: of the ``deepseek`` primary; see
@@ -98,14 +98,14 @@ class UnifiedLoss(ComposedLoss):
             :class:`lossmith.NgramRepetition`.
         use_immediate_repetition_penalty, immediate_repetition_weight, immediate_repetition_threshold: see
             :class:`lossmith.ImmediateRepetition`.
-        eos_token_id, min_sequence_length, eos_penalty_weight: see :class:`lossmith.EarlyEOS`; on where an id
-            is given and the weight is not 0.
-        pad_token_id: targets that equal it do not count, unless it is the ``eos_token_id`` too.
+        eos_token_id, min_sequence_length, eos_penalty_weight: see :class:`lossmith.EarlyEOS`; on if an id is
+            given and the weight is not 0.
+        pad_token_id: targets that equal it are ignored, unless it is the ``eos_token_id`` too.
         use_moe_balancing, num_experts, gradient_balance_weight, target_expert_usage, moe_top_k,
             moe_num_layers, moe_balance_mode, router_z_loss_weight: see :class:`lossmith.MoEBalance` and
             :class:`lossmith.RouterZLoss`.
-        use_focal_loss, focal_gamma, focal_alpha, focal_weight, focal_mode: ``add`` a focal loss, or let it
-            ``replace`` the main one.
+        use_focal_loss, focal_gamma, focal_alpha, focal_weight, focal_mode: ``add`` a focal loss, or
+            ``replace`` the main one by it.
         use_diversity_loss, diversity_weight: see :class:`lossmith.ExpertDiversity`.
         use_contrastive_loss, contrastive_weight, contrastive_temperature, contrastive_margin: see
             :class:`lossmith.Contrastive`.
@@ -117,15 +117,15 @@ class UnifiedLoss(ComposedLoss):
         use_mtp, use_ngram_penalty, use_immediate_repetition_penalty, use_moe_balancing, use_focal_loss,
             use_diversity_loss, use_contrastive_loss, use_auxiliary_loss: the switches as they were given.
         base: the main loss.
-        components: what is on, weighted, by the name of its part.
+        components: the weighted components that are on, by the name of their part.
 
     Raises:
-        TypeError: an unknown option, where the message names the nearest, or one of a wrong type.
-        ValueError: an option out of range, or a component switched on without what it needs; predictions over
+        TypeError: an unknown option (the message names the nearest), or one of the wrong type.
+        ValueError: an option out of range, a component switched on without what it needs, or predictions over
             another vocabulary.
 
     Warns:
-        UserWarning: options of what is off, which have no effect; the message names the switch.
+        UserWarning: options without effect because their switch is off; the message names the switch.
 
     Example:
         >>> import torch, lossmith
@@ -200,7 +200,7 @@ class UnifiedLoss(ComposedLoss):
         self._make(SimpleNamespace(**{name: v for name, v in locals().items() if name != "self"}))
 
     def _make(self, chosen: SimpleNamespace) -> None:
-        """The composition that the options stand for."""
+        """Build the composition that the options stand for."""
         check_options(chosen)
         defaults = {name: declared.default for name, declared in options_of(UnifiedLoss).items()}
         said = describe_without_effect(chosen, defaults)
@@ -248,22 +248,22 @@ class UnifiedLoss(ComposedLoss):
             logits: [..., T, V], or None with ``hidden_states`` and ``lm_head_weight``.
             targets: [..., T] ids that ``logits[t]`` predict, ``ignore_index`` where there is none; with
                 ``shift``, unshifted labels.
-            attention_mask: [..., T] bool, integers, or floats of 0 and 1; 0 where a target does not count.
-            hidden_states: [B, T, D], for multi-token prediction, the contrastive loss and in place of logits.
-            lm_head_weight: [V, D], the unembedding that heads with ``shared_projection`` share, likewise.
-            input_ids: [..., T], the context of the repetition penalties; without it the targets before.
+            attention_mask: [..., T] bool, integers, or floats of 0 and 1; 0 where a target is ignored.
+            hidden_states: [B, T, D], for multi-token prediction, the contrastive loss, or in place of logits.
+            lm_head_weight: [V, D], the unembedding, for ``shared_projection`` or in place of logits.
+            input_ids: [..., T], the context of the repetition penalties; default: the preceding targets.
             gate_logits, expert_indices: of the routers; see :class:`lossmith.MoEBalance`.
             expert_outputs: see :class:`lossmith.ExpertDiversity`.
             additional_logits: of the model's own heads; see :class:`lossmith.MTP`.
             confidence_scores: [..., T] of a confidence head, in [0, 1].
             contrastive_pairs: two views of the samples; see :class:`lossmith.Contrastive`.
-            denominator: supervised tokens over all micro-batches and ranks, or ``num_items_in_batch``.
+            denominator: supervised tokens over all micro-batches and ranks; also ``num_items_in_batch``.
             return_detailed: return the parts.
             inputs: ``segment_ids``, ``token_weight``, ``mask``, ``lm_head_bias``, ``strategy``,
                 ``memory_budget``: see :meth:`lossmith.Objective.evaluate`.
 
         Raises:
-            ValueError: a component is on and its input is missing; the message names both.
+            ValueError: a component is on but its input is missing; the message names both.
         """
         output = self.evaluate(
             logits,
@@ -304,7 +304,7 @@ class UnifiedLoss(ComposedLoss):
         return super().features(inputs)
 
     def _say_what_is_not_read(self, inputs: Mapping[str, Any]) -> None:
-        """Once: the name of this type of loss promises heads, which are another switch."""
+        """Warn once: the name ``adaptive_mtp`` suggests MTP heads, but another switch turns them on."""
         if self.primary_loss_type != "adaptive_mtp" or self._said_what_is_not_read:
             return
         read = {name for _, part, _ in self._active() for name in (*part.required, *part.optional)}
@@ -326,16 +326,16 @@ class UnifiedLoss(ComposedLoss):
         return output
 
     def get_loss_statistics(self) -> dict[str, float]:
-        """Means over the batches since the last reset: of the parts, and of what components measure besides.
-        With ``num_batches``, how many these are; ``num_nonfinite``, how many there were whose loss was NaN or
-        infinite, which are in no mean; and the temperature. One synchronisation."""
+        """Means over the batches since the last reset, of the parts and of what components measure.
+        Also ``num_batches``, the number of batches averaged; ``num_nonfinite``, the number left out because
+        their loss was NaN or infinite; and the temperature. One synchronisation."""
         temperature = self.base.temperature
         if isinstance(temperature, AdaptiveTemperature):
             temperature = temperature.value
         return Metrics({**self._means.read(), "temperature": temperature}).to_dict()
 
     def reset_statistics(self) -> None:
-        """Begin the means anew."""
+        """Restart the means."""
         self._means = RunningMeans()
 
 
@@ -344,10 +344,10 @@ def create_unified_loss(config: Any) -> UnifiedLoss:
 
     Args:
         config: a mapping of the constructor's options; or a dataclass, a namespace or any object with them as
-            attributes, of which it takes those that it knows.
+            attributes, of which it ignores those that it does not know.
 
     Raises:
-        TypeError: an option of a mapping that is unknown; the message names the nearest.
+        TypeError: a mapping with an unknown option; the message names the nearest.
 
     Example:
         >>> import lossmith

@@ -1,4 +1,4 @@
-"""What the flags of ``UnifiedLoss`` can be, and a line of what each is for."""
+"""The values that each flag of ``UnifiedLoss`` can take, and one line on what it is for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the flags of ``UnifiedLoss`` stand for: a primary objective and components, built from the options."""
+"""Builds what the options of ``UnifiedLoss`` stand for: a primary objective and components."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lossmith.objectives.cross_entropy import CrossEntropyLoss
 from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.terms.confidence_weight import check_weight_range
 
-# How strongly a supplied confidence head learns to be right.
+# The weight of the calibration loss of a supplied confidence head.
 CALIBRATION_WEIGHT = 0.01
 
 
 def check_options(o: Any) -> None:
     """
     Raises:
-        ValueError: options of :class:`lossmith.UnifiedLoss` that do not go together.
+        ValueError: options of :class:`lossmith.UnifiedLoss` that contradict each other.
     """
     if o.primary_loss_type != "deepseek" and (o.adaptive_temperature or o.initial_temperature != 1.0):
         raise ValueError(
@@ -73,14 +73,14 @@ def make_primary(o: Any) -> CrossEntropyLoss:
 
 @dataclass(frozen=True)
 class Part:
-    """When a component is there, how much it weighs, and how it is made; each a function of the options."""
+    """Functions of the options: whether a component is on, its weight, and how to make it."""
 
     is_on: Callable[[Any], bool]
     weight: Callable[[Any], float]
     make: Callable[[Any], Component]
 
 
-# By the name that the part has in the detailed result.
+# Keyed by the part's name in the detailed result.
 PARTS = {
     "mtp_loss": Part(
         lambda o: o.use_mtp,
@@ -147,12 +147,12 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Switch:
-    """What has to be on for some options to have an effect.
+    """What must be on for some options to have an effect.
 
     Attributes:
-        name: what the user has to say.
-        is_on: of the options, whether it is on.
-        options: what has no effect where it is off.
+        name: what the user has to set.
+        is_on: whether the options turn it on.
+        options: the options without effect while it is off.
     """
 
     name: str
@@ -160,8 +160,8 @@ class Switch:
     options: tuple[str, ...]
 
 
-# Not here is what a model has whether its loss looks at it or not: hidden_size, num_experts, moe_top_k,
-# moe_num_layers.
+# Left out are facts about the model, whether its loss uses them or not: hidden_size, num_experts,
+# moe_top_k, moe_num_layers.
 SWITCHES = (
     Switch("adaptive_temperature", lambda o: o.adaptive_temperature, ("temperature_bounds",)),
     Switch(
@@ -222,22 +222,22 @@ SWITCHES = (
 def without_effect(
     o: Any, changed: Callable[[Sequence[str]], Sequence[str]]
 ) -> list[tuple[str, Sequence[str]]]:
-    """What is off, with its options that are set all the same and change nothing.
+    """The switches that are off although some of their options are set, with those options.
 
     Args:
         o: the options.
-        changed: names of options -> those of them that are not at their defaults.
+        changed: names of options -> those not at their defaults.
     """
     found = [(switch.name, changed(switch.options)) for switch in SWITCHES if not switch.is_on(o)]
     return [(name, options) for name, options in found if options]
 
 
 def describe_without_effect(o: Any, defaults: Mapping[str, Any]) -> str | None:
-    """What :func:`without_effect` finds, in one sentence; None where it finds nothing.
+    """What :func:`without_effect` finds, in one sentence; None if it finds nothing.
 
     Args:
         o: the options.
-        defaults: by name.
+        defaults: the default of each option, by name.
     """
 
     def changed(names: Sequence[str]) -> list[str]:
@@ -257,7 +257,7 @@ def _differs(value: Any, default: Any) -> bool:
 
 
 def make_components(o: Any) -> dict[str, Weighted]:
-    """The components that are switched on, weighted; a weight of 0 switches off."""
+    """The components that are switched on, weighted; a weight of 0 switches one off."""
     return {
         name: Weighted(part.make(o), part.weight(o))
         for name, part in PARTS.items()

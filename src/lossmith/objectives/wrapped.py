@@ -1,4 +1,4 @@
-"""``WrappedObjective``: an objective around another, which it leaves as it is."""
+"""``WrappedObjective``: an objective around another, which it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lossmith.equation.term import Reads, Term, TokenLoss, Weigh
 from lossmith.objectives.objective import Objective
 from lossmith.options import option, strict_options
 
-# Options that the objective inside decides on.
+# Options that are read from the objective inside.
 OF_THE_BASE = (
     "reduction",
     "ignore_index",
@@ -32,10 +32,10 @@ OF_THE_BASE = (
 
 
 class WrappedObjective(Objective):
-    """An objective around another.
+    """An objective that wraps another.
 
     Args:
-        base: the objective inside; it says how logits are read and tokens averaged.
+        base: the objective inside; it decides how logits are read and tokens averaged.
 
     Attributes:
         base: the objective inside.
@@ -43,7 +43,7 @@ class WrappedObjective(Objective):
 
     @strict_options
     def __init__(self, base: Annotated[Objective, option("the objective inside")]) -> None:
-        super(Objective, self).__init__()  # options are the base's, asked of it whenever they are read
+        super(Objective, self).__init__()  # options are looked up on the base at each read
         self.base = base
         self.input_names, self.feature_names = base.input_names, base.feature_names
 

@@ -1,4 +1,4 @@
-"""Options: declared with type, range and meaning in the signature that takes them; mistakes are named."""
+"""Options: each signature declares their types, ranges and meanings; messages name mistakes."""
 
 from lossmith.options.kinds import Kind, kind_of, option
 from lossmith.options.mappings import check_order, read_options

@@ -1,4 +1,4 @@
-"""``Form``: one form that a value can have — a number, a tensor, one of a few words — and its limits."""
+"""``Form``: one form that a value can take (a number, a tensor, one of a few words) and its limits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What is larger is infinite in the arithmetic of a loss, and what is smaller is 0.
+# In the arithmetic of a loss, larger numbers are infinite and smaller ones are 0.
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 INT_64 = torch.iinfo(torch.int64)
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is declared of an option besides its type; see :func:`lossmith.options.option`."""
+    """What an option declares besides its type; see :func:`lossmith.options.option`."""
 
     meaning: str = ""
     low: float | None = None
@@ -31,10 +31,10 @@ class Option:
     shape: str | None = None
     dtype: str | None = None
     advice: str | None = None
-    instead: Mapping[str, str] | None = field(default=None, hash=False)  # annotations are hashed
+    instead: Mapping[str, str] | None = field(default=None, hash=False)  # annotations must be hashable
 
     def over(self, other: Option) -> Option:
-        """This declaration, and the other one's where this says nothing."""
+        """This declaration, with gaps filled from the other one."""
         said = {name: value for name, value in vars(self).items() if value not in (None, "")}
         return replace(other, **said)
 
@@ -46,29 +46,29 @@ class Option:
 
 
 class WrongForm(TypeError):
-    """A value, or an item of it, that has none of the forms that it can have."""
+    """A value, or an item of it, that has none of the allowed forms."""
 
     @property
     def came(self) -> Any:
-        """That value."""
+        """The value that came."""
         return self.args[0]
 
 
 @dataclass(frozen=True)
 class Form:
-    """One form that a value can have.
+    """One form that a value can take.
 
     Attributes:
         words: what it is, without its limits; `True` and `False` are two.
         expected: what it is, with its limits.
         limits: what follows "expected NAME".
-        take: a value in this form, of what is nearly it, such as a scalar of NumPy; or WrongForm.
+        take: converts a value that is nearly in this form, such as a NumPy scalar; or raises WrongForm.
         holds: whether a value that was taken is within the limits.
-        fits: whether a value has this form as it is, and is within the limits. It is asked in every call, so
-            it is quick, and may deny what ``take`` can mend.
-        as_written: a value in this form, of how a file or a flag may spell it; what it does not know comes
-            back as it is.
-        choices: the texts that it can be, where they are few.
+        fits: whether a value already has this form and is within the limits. It runs in every call, so it is
+            quick, and may reject what ``take`` can convert.
+        as_written: converts the spelling of a file or a flag to a value in this form; returns what it does
+            not know unchanged.
+        choices: the allowed texts, if they are few.
         example: one value, for messages.
     """
 
@@ -84,7 +84,7 @@ class Form:
 
 
 def number(declared: Option) -> Form:
-    """A float; a whole number is one, a bool is none."""
+    """A float; whole numbers count, bools do not."""
     low, high = _bounds(declared)
 
     def fits(value: Any) -> bool:
@@ -106,7 +106,7 @@ def number(declared: Option) -> Form:
 
 
 def whole_number(declared: Option) -> Form:
-    """An int of 64 bits; a bool is none."""
+    """A 64-bit int; bools do not count."""
     low, high = _whole_bounds(declared)
 
     def fits(value: Any) -> bool:
@@ -130,7 +130,7 @@ def whole_number(declared: Option) -> Form:
 
 
 def switch() -> Form:
-    """True or False, and nothing that is as good as either."""
+    """True or False, and nothing that merely behaves like one."""
 
     def take(value: Any) -> bool:
         value = _scalar(value)
@@ -150,7 +150,7 @@ def switch() -> Form:
 
 
 def text(declared: Option) -> Form:
-    """A text, or one of a few; a path is one."""
+    """A text, or one of a few texts; a path counts."""
     choices = declared.choices
 
     def take(value: Any) -> str:
@@ -184,7 +184,7 @@ def nothing() -> Form:
 
 
 def tensor(declared: Option, name: str) -> Form:
-    """A tensor: of a dtype, a shape and a range as far as those are declared."""
+    """A tensor of the dtype, shape and range that are declared, if any."""
     dtype, shape = declared.dtype, declared.shape
     dims = None if shape is None else len([size for size in shape.strip("[]").split(",") if size.strip()])
     looks = declared.finite is True or bool(declared.limits)
@@ -228,7 +228,7 @@ def several(item: Form, declared: Option) -> Form:
         return tuple(item_take(each) for each in value)
 
     def as_written(value: Any) -> Any:
-        """Ids may be a text with commas, and one of them may stand alone."""
+        """Ids may be a text with commas, or a single id."""
         if are_ids and isinstance(value, str):
             parts = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
             return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
@@ -247,7 +247,7 @@ def several(item: Form, declared: Option) -> Form:
 
 
 def pair(item: Form, declared: Option) -> Form:
-    """Two numbers, the lowest and the highest."""
+    """Two numbers, lowest and highest."""
     items = several(item, declared)
 
     def take(value: Any) -> tuple[Any, ...]:
@@ -267,14 +267,14 @@ def pair(item: Form, declared: Option) -> Form:
 
 
 def objects(kind: Any) -> Form:
-    """Any number of objects of a class. Whoever takes them looks at each, in words of its own."""
+    """Any number of objects of a class. The owner checks each one, with its own messages."""
     item = instance(kind) if isinstance(kind, type) else anything()
     any_number = several(replace(item, take=lambda value: value), Option())
     return replace(any_number, fits=lambda value: type(value) in (tuple, list))
 
 
 def instance(kind: type) -> Form:
-    """An object of a class, or what is like one of an abstract class."""
+    """An instance of a class; for an abstract class, anything that satisfies it."""
     name = {Mapping: "mapping", Callable: "function"}.get(kind, kind.__name__)
     words = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
@@ -290,7 +290,7 @@ def instance(kind: type) -> Form:
 
 
 def anything() -> Form:
-    """Whatever comes."""
+    """Any value."""
     return Form(("anything",), "anything", "", lambda value: value, _anything, _anything)
 
 
@@ -299,13 +299,13 @@ def _anything(value: Any) -> bool:
 
 
 def _scalar(value: Any) -> Any:
-    """A scalar of NumPy as Python's own."""
+    """A NumPy scalar as a Python number."""
     is_numpy = type(value).__module__ == "numpy" and hasattr(value, "item") and value.ndim == 0
     return value.item() if is_numpy else value
 
 
 def _bounds(declared: Option) -> tuple[float, float]:
-    """The lowest and the highest number that is allowed."""
+    """The lowest and the highest allowed number."""
     infinite = declared.finite is False
     low, high = (-math.inf, math.inf) if infinite else (-LARGEST, LARGEST)
     if declared.low is not None:
@@ -333,8 +333,8 @@ def _whole_bounds(declared: Option) -> tuple[int, int]:
 
 
 def _all_within(values: Tensor, low: float, high: float, message: str) -> bool:
-    """Whether all of a tensor's numbers are in a range. CUDA and a compiled graph answer later, so that the
-    host need not wait, by failing with the message."""
+    """Whether all of a tensor's numbers are in a range. On CUDA and in compiled graphs the check fails later,
+    with the message, so that the host need not wait."""
     if values.numel() == 0 or values.device.type not in ("cpu", "cuda"):
         return True
     are_within = _within(values.detach(), low, high)
@@ -346,8 +346,8 @@ def _all_within(values: Tensor, low: float, high: float, message: str) -> bool:
 
 def _within(values: Tensor, low: float, high: float) -> Tensor:
     if values.dtype in (torch.float16, torch.bfloat16):
-        values = values.float()  # in which a small bound is not 0
-    are_within = values.isfinite()  # in half precision LARGEST would be infinite, too
+        values = values.float()  # where a small bound is not 0
+    are_within = values.isfinite()  # in half precision LARGEST would be infinite
     if low > -LARGEST:
         are_within &= values >= low
     if high < LARGEST:

@@ -1,4 +1,4 @@
-"""``Kind``: what the value of an option can be, read from its annotation once."""
+"""``Kind``: the values that an option can take, read once from its annotation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lossmith.options import forms
 from lossmith.options.forms import Form, Option, WrongForm
 
-# Shown as they are in messages; of anything else the type says more.
+# Messages show these values; for anything else the type says more.
 PLAIN = (str, bytes, tuple, list, set, dict)
 SEVERAL = (Sequence, Iterable, Collection, list, tuple)
 
@@ -33,36 +33,36 @@ def option(
     advice: str | None = None,
     instead: Mapping[str, str] | None = None,
 ) -> Option:
-    """Declare an option, beside its type: ``eps: Annotated[float, option("added to it", above=0)] = 1e-6``.
+    """Declare an option next to its type: ``eps: Annotated[float, option("added to it", above=0)] = 1e-6``.
 
-    Numbers are finite unless ``finite`` is False. What is said around another declaration goes first.
+    Numbers must be finite unless ``finite`` is False. An outer declaration overrides an inner one.
 
     Args:
         meaning: one line for help and documentation.
-        low, high: the range of a number, or of each of several; both are allowed.
-        above, below: likewise, not allowed themselves.
-        choices: of a text, where its type does not say them.
-        finite: False lets infinite numbers through; True has a tensor's values looked at, as a range does.
+        low, high: the range of a number, or of each of several; the bounds are allowed.
+        above, below: likewise, but the bounds are not allowed.
+        choices: of a text, if its type does not list them.
+        finite: False lets infinite numbers through; True checks a tensor's values, as a range does.
         shape: of a tensor, such as ``[V]``; ``[]`` is one number, whatever its dimensions.
         dtype: of a tensor, ``floating``, or ``real`` for anything but bool and complex.
         advice: what to do about a mistake, in a sentence.
-        instead: texts that are none of the choices, and what to write in place of each.
+        instead: texts outside the choices, and what to write in place of each.
     """
     return Option(meaning, low, above, high, below, choices, finite, shape, dtype, advice, instead)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the value of one option can be.
+    """The values that one option can take.
 
     Attributes:
-        name: the option's.
-        forms: the forms that the value can have.
-        declared: what was said of it besides its type.
+        name: the option's name.
+        forms: the forms that the value can take.
+        declared: what it declares besides its type.
         said: the forms in words: "a number or None".
         expected: with their limits: "a number > 0 or None".
         limits: the limits alone, as they follow "expected NAME".
-        fits: whether a value is right as it is; see :class:`lossmith.options.forms.Form`.
+        fits: whether a value needs no conversion; see :class:`lossmith.options.forms.Form`.
     """
 
     name: str
@@ -74,14 +74,14 @@ class Kind:
     fits: Callable[[Any], bool]
 
     def take(self, value: Any, *, as_written: bool = False) -> Any:
-        """A value in one of the forms, whether within the limits or not.
+        """Convert a value to one of the forms, whether within the limits or not.
 
         Args:
-            value: what somebody gave.
+            value: the user's value.
             as_written: it comes from a file or a flag, where a whole number may be 1e3, and ids a text.
 
         Raises:
-            WrongForm: it has none of them.
+            WrongForm: it fits none of the forms.
         """
         return self._taken(value, as_written)[1]
 
@@ -91,18 +91,18 @@ class Kind:
         return form.holds(taken)
 
     def check(self, value: Any) -> Any:
-        """:meth:`read`, quick where the value is right as it is."""
+        """:meth:`read`, quick if the value needs no conversion."""
         return value if self.fits(value) else self.read(value)
 
     def read(self, value: Any, owner: str = "") -> Any:
-        """A value as it is wanted.
+        """Convert and check a value.
 
         Args:
-            value: what somebody gave.
+            value: the user's value.
             owner: whose option it is, for the message.
 
         Raises:
-            TypeError: it is of another type.
+            TypeError: it has the wrong type.
             ValueError: it is out of range.
         """
         whose = f"{owner}: {self.name}" if owner else self.name
@@ -127,13 +127,13 @@ class Kind:
                 try:
                     return form, form.take(given)
                 except WrongForm as found:  # noqa: PERF203
-                    # of several values, the one that is wrong says more than all of them
+                    # of several values, show only the wrong one
                     wrong = wrong if found.came is given else found
         raise wrong
 
 
 def kind_of(hint: Any, name: str) -> Kind:
-    """What an annotation lets through."""
+    """The values that an annotation allows."""
     members = _members(hint, Option())
     given = tuple(_form_of(bare, declared, name) for bare, declared in members)
     return Kind(
@@ -148,7 +148,7 @@ def kind_of(hint: Any, name: str) -> Kind:
 
 
 def plain_type(hint: Any) -> Any:
-    """An annotation without what is declared beside it; one of a few texts is text."""
+    """An annotation without its declaration; a Literal of texts becomes str."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return plain_type(arguments[0])
@@ -158,7 +158,7 @@ def plain_type(hint: Any) -> Any:
 
 
 def type_shown(value: Any) -> str:
-    """A value of a wrong type, in a few words."""
+    """A value of the wrong type, in a few words."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype}"
     if isinstance(value, type):
@@ -179,7 +179,7 @@ def value_shown(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as it is written, if that is short; else its type."""
+    """A value's repr if that is short; else its type."""
     with contextlib.suppress(ValueError):  # an int may have too many digits
         text = repr(value) if value is None or isinstance(value, (*PLAIN, Number)) else ""
         if 0 < len(text) <= 60:
@@ -188,10 +188,10 @@ def _text(value: Any) -> str:
 
 
 def _members(hint: Any, outer: Option) -> list[tuple[Any, Option]]:
-    """The members of a union, however nested, each with what is declared of it; their texts as one."""
+    """The members of a union, however nested, each with its declaration; literal texts become one member."""
     if get_origin(hint) is Annotated:
         inner, *extras = get_args(hint)
-        own = [extra for extra in reversed(extras) if isinstance(extra, Option)]  # the outermost goes first
+        own = [extra for extra in reversed(extras) if isinstance(extra, Option)]  # outermost first
         return _members(inner, _together([outer, *own]))
     if get_origin(hint) not in (Union, types.UnionType):
         return [(hint, outer)]
@@ -204,7 +204,7 @@ def _members(hint: Any, outer: Option) -> list[tuple[Any, Option]]:
 
 
 def _together(declared: Iterable[Option]) -> Option:
-    """What all of them say; where two say something of one thing, the first."""
+    """All declarations merged; where two conflict, the first wins."""
     together = Option()
     for each in declared:
         together = together.over(each)
@@ -212,7 +212,7 @@ def _together(declared: Iterable[Option]) -> Option:
 
 
 def _form_of(hint: Any, declared: Option, name: str) -> Form:
-    """The form of what is no union."""
+    """The form of an annotation that is not a union."""
     origin, arguments = get_origin(hint), get_args(hint)
     of_numbers = {int: forms.whole_number, float: forms.number}
     if origin is Literal:
@@ -240,7 +240,7 @@ def _form_of(hint: Any, declared: Option, name: str) -> Form:
 
 
 def _fits_one_of(given: Sequence[Form]) -> Callable[[Any], bool]:
-    """One test of several. None goes first: it is told at once, and most calls leave such an option at it."""
+    """One test for several forms. None goes first: the test is instant, and most calls leave it at None."""
     tests = [form.fits for form in given if form.words != ("None",)]
     first, *rest = tests
     if len(tests) < len(given):
@@ -249,7 +249,7 @@ def _fits_one_of(given: Sequence[Form]) -> Callable[[Any], bool]:
 
 
 def _expected(given: Sequence[Form]) -> str:
-    """The forms in words with their limits, which are said once where they are those of all."""
+    """The forms in words with their limits, which are stated once if all forms share them."""
     limited = {form.expected.removeprefix(form.words[0]).strip() for form in given if form.limits}
     if len(limited) == 1 and sum(bool(form.limits) for form in given) > 1:
         return f"{_listed([word for form in given for word in form.words])}, {limited.pop()}"
@@ -257,7 +257,7 @@ def _expected(given: Sequence[Form]) -> str:
 
 
 def _listed(words: list[str]) -> str:
-    """Words as a sentence lists them."""
+    """Words listed as in a sentence."""
     words = list(dict.fromkeys(words))
     if len(words) == 1:
         return words[0]

@@ -1,4 +1,4 @@
-"""``read_options``: a mapping, such as a configuration, as a dataclass of options."""
+"""``read_options``: turns a mapping, such as a configuration, into a dataclass of options."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def read_options(
     aliases: Mapping[str, str] | None = None,
     key_of: Callable[[str], str] = str,
 ) -> D:
-    """A mapping as a dataclass of options, checked.
+    """Turn a mapping into a dataclass of options, checked.
 
     Args:
         kind: the dataclass; its fields are annotated with :func:`lossmith.options.option`. If it has a method
-            ``check``, it is called with ``key_of`` and raises for values that do not go together.
-        values: the options by name; what is not there has its default.
+            ``check``, it is called with ``key_of`` and raises for values that contradict each other.
+        values: the options by name; missing ones take their defaults.
         owner: whose options they are, for messages.
         aliases: other names of options.
-        key_of: what the user calls an option.
+        key_of: gives the user's name for an option.
 
     Raises:
         ValueError: an unknown option, one given under two names, or a value out of range.
-        TypeError: a value of another type.
+        TypeError: a value of the wrong type.
     """
     declared = options_of(kind)
     read: dict[str, Any] = {}

@@ -1,11 +1,11 @@
-"""``nearest``: the name that a misspelt one was meant to be, for the library and the trainer alike."""
+"""``nearest``: the name that a misspelt one was meant to be, for the library and the trainer."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-# What other libraries call the same thing.
+# Names of the same things in other libraries.
 SYNONYMS = {
     "input": "logits",
     "target": "targets",
@@ -18,17 +18,17 @@ SYNONYMS = {
     "lse_square_scale": "z_loss",
     "gamma": "focal_gamma",
 }
-# How alike two names are, from 0 to 1, for one to be suggested. Below, a guess misleads more than it helps.
+# The similarity, from 0 to 1, above which a name is suggested. Below, a guess misleads more than it helps.
 ALIKE = 0.72
-# And for one to be the other's misspelling, whatever else it might be.
+# The similarity above which a name is taken for a misspelling.
 SURELY = 0.86
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that ``name`` was probably meant to be, or None: better no guess than a bad one.
 
-    It is what other libraries call the same thing, the name whose initials these are (``lr``), the one name
-    that has all its words (``eos_id``), or one that is spelled almost alike.
+    It is another library's name for the same thing, the name with these initials (``lr``), the one name that
+    has all its words (``eos_id``), or one that is spelled almost alike.
 
     Example:
         >>> from lossmith.options import nearest
@@ -56,14 +56,14 @@ def is_misspelt(name: str, known: Iterable[str]) -> bool:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What to say of an unknown name: the nearest one, or all of them where none is near."""
+    """The hint for an unknown name: the nearest one, or all known names if none is near."""
     known = sorted(known)
     guess = nearest(name, known)
     return f"Did you mean {guess!r}?" if guess else f"It has {', '.join(known)}"
 
 
 def unknown_option(owner: str, name: str, known: Iterable[str]) -> str:
-    """What to say of an option that ``owner`` does not have."""
+    """The message for an option that ``owner`` does not have."""
     return f"{owner} has no option {name!r}. {did_you_mean(name, known)}"
 
 
@@ -72,6 +72,6 @@ def _are_initials(name: str, candidate: str) -> bool:
 
 
 def _are_words(name: str, candidate: str) -> bool:
-    """Whether the words of ``name`` are some of the candidate's, in that order."""
+    """Whether the words of ``name`` are some of the candidate's, in the same order."""
     rest = iter(candidate.split("_"))
     return all(word in rest for word in name.split("_"))

@@ -1,4 +1,4 @@
-"""Options that several signatures have: what each means, and what it can be, said once."""
+"""Options that several signatures share: the meaning and the values of each, declared once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Candidates = Annotated[Tensor | None, option("further ids to read the logits of;
 
 # ── how the logits are read ──────────────────────────────────────────────────────────────────────
 
-# What logits may be divided by: beyond that ordinary ones leave fp32, or pass -1e30, where a class is masked.
+# The smallest divisor of logits: below it ordinary logits overflow fp32, or pass -1e30, which masks a class.
 LOWEST_DIVISOR, HIGHEST_DIVISOR = 1e-20, 1e20
 Temperature = Annotated[
     float | Tensor,

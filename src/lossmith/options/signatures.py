@@ -1,4 +1,4 @@
-"""``strict_options``: a signature that holds its callers to what it says."""
+"""``strict_options``: checks every call against the annotated signature."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Declared:
     """One option as a signature or a dataclass declares it.
 
     Attributes:
-        name: what it is called.
-        default: its value when nobody sets it; MISSING where somebody has to.
+        name: the option's name.
+        default: its default; MISSING if the option is required.
         hint: its annotation.
-        kind: what its value can be.
+        kind: the values that it can take.
     """
 
     name: str
@@ -34,22 +34,22 @@ class Declared:
 
     @property
     def type(self) -> Any:
-        """Its annotation alone; one of a few texts is text."""
+        """Its annotation alone; a Literal of texts becomes str."""
         return plain_type(self.hint)
 
     @property
     def meaning(self) -> str:
-        """One line of what it is for."""
+        """One line on what it is for."""
         return self.kind.declared.meaning
 
     @property
     def choices(self) -> tuple[str, ...] | None:
-        """The texts that it can be, or None."""
+        """The allowed texts, or None."""
         return next((form.choices for form in self.kind.forms if form.choices), None)
 
 
 def options_of(owner: Any) -> dict[str, Declared]:
-    """The options that a strict function or class takes, or a dataclass of options has, by name.
+    """The options of a strict function, a strict class or a dataclass of options, by name.
 
     Example:
         >>> import lossmith
@@ -75,20 +75,20 @@ def strict_options(owner: C, /) -> C: ...
 @overload
 def strict_options(*, also: Any = None, name: str | None = None) -> Callable[[C], C]: ...
 def strict_options(owner: Any = None, /, *, also: Any = None, name: str | None = None) -> Any:
-    """Hold the callers of a function, a method or a class to its annotated signature.
+    """Check every call of a function, a method or a class against its annotated signature.
 
-    An unknown option is answered with the nearest name, and a value of a wrong type or out of range with what
-    is expected. A scalar of NumPy is a number; a bool is none. A tensor that nothing is declared of is data
-    and not looked at, nor is what has no annotation.
+    The error for an unknown option names the nearest; the error for a value of the wrong type or out of range
+    says what is expected. NumPy scalars count as numbers; bools do not. Tensors without a declaration are
+    data and are not checked, nor are arguments without an annotation.
 
     Args:
-        owner: the function, or a dataclass, whose constructor is meant.
+        owner: the function; or a dataclass, for its constructor.
         also: a strict function or class that further options are passed on to; they are checked too.
-        name: what messages call it; by default its own name, or that of the class that is made. Where it is
-            empty they begin with the option.
+        name: its name in messages; by default its own name, or that of the class being made. If empty,
+            messages begin with the option.
 
     Raises:
-        TypeError: from the wrapped function: an unknown option, or a value of another type.
+        TypeError: from the wrapped function: an unknown option, or a value of the wrong type.
         ValueError: likewise: a value out of range.
     """
     if owner is None:
@@ -118,7 +118,7 @@ def _checked(
     fits_by_position = [fits.get(name, _is_there) for name in by_position]
 
     def mended(name: str, value: Any, args: tuple[Any, ...]) -> Any:
-        """A value that fits, of one that may not; or an error that says why not."""
+        """A converted value that fits; or an error that says why it cannot."""
         own = type(args[0]).__name__ if function.__name__ == "__init__" else function.__qualname__
         owner = own if said is None else said
         if name in options:
@@ -127,7 +127,7 @@ def _checked(
             return value
         raise TypeError(unknown_option(owner, name, options))
 
-    # Of what it closes over torch.compile must understand what every call runs through: no class of ours.
+    # torch.compile must be able to trace what every call runs, so the closure holds no class of ours.
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         for fit, value in zip(fits_by_position, args):  # noqa: B905, PyTorch to 2.9 takes False for True
@@ -148,7 +148,7 @@ def _checked(
 
 
 def _with_further(function: Callable[..., Any], further: Mapping[str, Declared]) -> inspect.Signature:
-    """The signature with the options that are passed on listed, in place of ``**options``."""
+    """The signature with ``**options`` replaced by the options that are passed on."""
     signature = inspect.signature(function)
     own = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
     listed = [

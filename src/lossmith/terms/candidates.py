@@ -1,6 +1,6 @@
-"""Which tokens would repeat something: candidate ids [N, K] for unlikelihood, -1 where there is none.
+"""Tokens that would repeat something: candidate ids [N, K] for unlikelihood, -1 where there is none.
 
-Vectorised over how far back one looks: integer tensors [B, T, offsets], no loop over tokens.
+Vectorised over offsets into the past: integer tensors [B, T, offsets], no loop over tokens.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ NONE = -1
 
 
 def context(batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
-    """What has been read at each position, x [B, T], and which document of the row it belongs to, [B, T],
-    or None where a row is one.
+    """The token read at each position, x [B, T], and the document of the row it belongs to, [B, T], or None
+    if each row is one document.
 
-    x[t] is the last token seen where y[t] is predicted: the input, or without it the target that it was.
-    -1 where nothing is known, which matches nothing.
+    x[t] is the last token seen when y[t] is predicted: the input or, without inputs, the preceding target.
+    It is -1, which matches nothing, where the token is unknown.
     """
     if batch.input_ids is not None:
         tokens = batch.rows(batch.input_ids)
     else:
         targets = batch.rows(batch.targets)
-        ahead = max(batch.shift, 1)  # targets that are aligned already are the next tokens
+        ahead = max(batch.shift, 1)  # aligned targets are already the next tokens
         before = torch.roll(targets, ahead, dims=-1)
         before[:, :ahead] = NONE
         tokens = before.masked_fill(before == batch.ignore_index, NONE)
@@ -35,18 +35,18 @@ def context(batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
 
 
 def ngram_candidates(batch: TokenBatch, *, ngram_size: int, window: int) -> Tensor:
-    """[N, at most window - ngram_size + 1] tokens that would complete an n-gram of the last ``window`` again.
+    """[N, at most window - ngram_size + 1] tokens that would repeat an n-gram of the last ``window`` tokens.
 
         { x[j+n-1] : max(0, m-w) <= j <= m-n,  x[j..j+n-2] = x[m-n+1..m-1] },   m = t + 1 tokens seen
 
     Args:
         batch: the batch.
-        ngram_size: n >= 1; 1 makes candidates of all tokens in the window.
-        window: w >= n, how many of the last tokens are looked at.
+        ngram_size: n >= 1; 1 makes every token in the window a candidate.
+        window: w >= n, how many of the last tokens it looks at.
     """
     tokens, segments = context(batch)
     num_offsets = min(window - ngram_size + 1, tokens.shape[-1])
-    # Offset s: the n - 1 tokens up to t are those up to t - s, so that x[t + 1 - s] would come again
+    # Offset s matches if the n - 1 tokens up to t equal those up to t - s: x[t + 1 - s] would be a repeat
     is_match = _looking_back(tokens, num_offsets, since=0) >= 0
     for run in _runs(tokens, ngram_size - 1, batch.num_classes):
         is_match &= _looking_back(run, num_offsets) == run.unsqueeze(-1)
@@ -59,8 +59,8 @@ def ngram_candidates(batch: TokenBatch, *, ngram_size: int, window: int) -> Tens
 
 
 def _runs(tokens: Tensor, length: int, num_classes: int | None) -> Iterator[Tensor]:
-    """Numbers [B, T] that are equal where the ``length`` tokens up to there are, as few as can hold them, and
-    that equal no other where one of the tokens is not known."""
+    """Numbers [B, T] that are equal where the ``length`` tokens up to there are equal, as few tensors as can
+    hold them. A number is unique where one of the tokens is unknown."""
     per_number = 1 if num_classes is None else max(1, int(62 / math.log2(num_classes + 1)))
     positions = torch.arange(tokens.shape[-1], device=tokens.device)
     for first in range(0, length, per_number):
@@ -75,8 +75,8 @@ def _runs(tokens: Tensor, length: int, num_classes: int | None) -> Iterator[Tens
 def _listed(tokens: Tensor, is_match: Tensor) -> Tensor:
     """[B, T, K] the tokens [B, T] at offsets S - 1 to 0 where there is a match [B, T, S], -1 elsewhere.
 
-    On a CPU they are listed, since there are few; an accelerator would have to tell the host how many, and
-    everybody would wait.
+    A CPU lists only the matches, which are few; an accelerator keeps all offsets, since telling the host the
+    number of matches would be a synchronisation.
     """
     if tokens.device.type != "cpu" or torch.compiler.is_compiling():
         found = _looking_back(tokens, is_match.shape[-1], since=0)
@@ -91,7 +91,7 @@ def _listed(tokens: Tensor, is_match: Tensor) -> Tensor:
 
 
 def immediate_candidates(batch: TokenBatch, *, threshold: int) -> Tensor:
-    """[N, 1] the last token, where it has come ``threshold`` times in a row or more.
+    """[N, 1] the last token, if it has come at least ``threshold`` times in a row.
 
     Args:
         batch: the batch.
@@ -112,11 +112,11 @@ def early_eos_candidates(batch: TokenBatch, *, eos_token_id: int, min_length: in
 
     Args:
         batch: the batch.
-        eos_token_id: the end of sequence.
-        min_length: supervised tokens before which it is early.
+        eos_token_id: the id of the end of sequence.
+        min_length: the end is early before this many supervised tokens.
 
     Raises:
-        ValueError: the end of sequence is no class.
+        ValueError: the id is outside the vocabulary.
     """
     if batch.num_classes is not None and eos_token_id >= batch.num_classes:
         raise ValueError(
@@ -136,7 +136,7 @@ def early_eos_candidates(batch: TokenBatch, *, eos_token_id: int, min_length: in
 
 
 def _candidates(batch: TokenBatch, ids: Tensor) -> Tensor:
-    """Ids [B, T, K] as candidates [N, K]: each id once, and never the target or an ignored position's."""
+    """Ids [B, T, K] as candidates [N, K]: each id once, never the target, and none at ignored positions."""
     ids = ids.reshape(len(batch.targets), -1)
     if ids.shape[-1] > 1:
         ids = ids.sort(-1, descending=True).values
@@ -154,10 +154,10 @@ def _looking_back(values: Tensor, num_offsets: int, *, since: int = 1) -> Tensor
 
 
 def _moved(values: Tensor, by: int, *, fill: float | bool) -> Tensor:
-    """values[:, t - by] at t, ``fill`` at the beginning."""
+    """values[:, t - by] at t, and ``fill`` at the beginning."""
     if by == 0:
         return values
-    # not by assigning to a part: Inductor writes C++ for parts of masks that does not compile (torch 2.13)
+    # not by slice assignment: Inductor's C++ for slices of masks does not compile (torch 2.13)
     positions = torch.arange(values.shape[1], device=values.device)
     is_before = (positions < by).reshape(-1, *[1] * (values.dim() - 2))
     return values.roll(by, 1).masked_fill(is_before, fill)

@@ -1,4 +1,4 @@
-"""Confidence penalty: pays for distributions that are too sure of themselves."""
+"""Confidence penalty: penalises overconfident distributions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Confidence weighting: tokens that the model is sure of count more, others less."""
+"""Confidence weighting: tokens that the model is sure of count more, the others less."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
 
-# Name of the input, [..., T] in [0, 1], with the scores of a confidence head.
+# The input with the scores of a confidence head, [..., T] in [0, 1].
 SCORES = "confidence_scores"
 
 
 def confidence(stats: TokenStats, batch: TokenBatch) -> Tensor:
-    """c, [N]: the supplied scores, or the largest probability of the prediction; detached."""
+    """c, [N]: the supplied scores, or the top probability of the prediction; detached."""
     scores = batch.features.get(SCORES)
     if scores is None:
         return stats.unscaled.top_prob.detach()
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would wait
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait
         outside = ((scores < 0) | (scores > 1)) & batch.valid
         if outside.nonzero().numel():
             raise ValueError(
@@ -29,7 +29,7 @@ def confidence(stats: TokenStats, batch: TokenBatch) -> Tensor:
 def confidence_weight(
     confidence: Tensor, *, threshold: float = 0.7, weight_range: tuple[float, float] = (0.5, 1.5)
 ) -> Tensor:
-    """The weight [N] of tokens predicted with a confidence c: linear from (0, lo) to (tau, 1) to (1, hi).
+    """The weight [N] of tokens predicted with confidence c: linear from (0, lo) to (tau, 1) to (1, hi).
 
         lo + (1 - lo) c / tau                    c <= tau
         1 + (hi - 1) (c - tau) / (1 - tau)       c > tau
@@ -48,8 +48,8 @@ def confidence_weight(
 def calibration(stats: TokenStats, batch: TokenBatch) -> Tensor:
     """Binary cross-entropy [N] of the supplied confidence against "the most likely token was right".
 
-    0 where no scores are supplied. It is what a confidence head learns from: its weights alone would
-    teach it to lower the loss by lowering itself.
+    0 without supplied scores. A confidence head learns from this loss. Through the weights alone it would
+    learn to lower the loss by lowering its own scores.
     """
     scores = batch.features.get(SCORES)
     if scores is None:
@@ -62,7 +62,7 @@ def calibration(stats: TokenStats, batch: TokenBatch) -> Tensor:
 def check_weight_range(weight_range: tuple[float, float], name: str = "weight_range") -> None:
     """
     Raises:
-        ValueError: a range that does not hold 1.
+        ValueError: a range that does not contain 1.
     """
     low, high = weight_range
     if not low <= 1 <= high:

@@ -19,10 +19,10 @@ SmoothingMode = Annotated[
 
 
 def cross_entropy(stats: TokenStats, target_weight: Tensor | None = None) -> Tensor:
-    """-log p_y, [N], times ``target_weight`` [N], the class weights of the targets."""
+    """-log p_y, [N], times ``target_weight`` [N], the targets' class weights."""
     if target_weight is None:
         return stats.nll
-    return scaled(stats.nll, target_weight)  # also where the loss is infinite
+    return scaled(stats.nll, target_weight)  # safe where the loss is infinite
 
 
 def smooth(
@@ -34,16 +34,16 @@ def smooth(
     smoothing_mode: SmoothingMode = "uniform",
     special_tokens: Sequence[int] = (),
 ) -> Tensor:
-    """A loss [N] of the targets, with a share of it given to the other classes.
+    """Smooth a loss [N] of the targets: give a share of it to the other classes.
 
         (1 - eps) loss + eps / V  sum_i w_i (-log p_i)                  uniform
         (1 - eps) loss + eps / (V - 1)  sum_{i != y} w_i (-log p_i)     exclude_target
 
-    with V the number of classes whose logit is finite: a masked class gets no mass. Of
-    :func:`cross_entropy` this makes label smoothing.
+    V is the number of classes with a finite logit: a masked class gets no mass. Applied to
+    :func:`cross_entropy`, this is label smoothing.
 
     Args:
-        loss: [N] what the targets cost.
+        loss: [N] the loss of the targets.
         stats: statistics whose ``total_nll`` carries the batch's class weights.
         batch: the tokens.
         label_smoothing: eps in [0, 1).
@@ -52,7 +52,7 @@ def smooth(
         special_tokens: target ids that are not smoothed.
 
     Raises:
-        ValueError: a special token that is no class.
+        ValueError: a special token outside the vocabulary.
 
     Source: Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2015.
     """
@@ -66,7 +66,7 @@ def smooth(
     eps: float | Tensor = label_smoothing
     if special_tokens:
         is_special = torch.zeros_like(batch.valid)
-        for token in special_tokens:  # a tensor of them would be copied to the device in every step
+        for token in special_tokens:  # a tensor of them would be copied to the device at every step
             is_special = is_special | (batch.targets == token)
         eps = label_smoothing * (~is_special).to(loss.dtype)
     return (1 - eps) * loss + eps * total / classes.clamp(min=1)

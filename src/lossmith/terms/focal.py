@@ -10,8 +10,8 @@ from lossmith.engine.statistics.stats import TokenStats
 def focal(stats: TokenStats, loss: Tensor, *, gamma: float) -> Tensor:
     """(1 - p_y)^gamma * loss, [N].
 
-    The power is taken of log(1 - p_y): for gamma < 1 the derivative of x^gamma at x = 0
-    is infinite, and infinity times the vanishing loss is NaN.
+    Computed from log(1 - p_y): for gamma < 1 the derivative of x^gamma at x = 0 is infinite, and
+    infinity times the vanishing loss is NaN.
 
     Args:
         stats: statistics that give p_y.

@@ -1,4 +1,4 @@
-"""Unlikelihood: pays for probability on tokens that should not come."""
+"""Unlikelihood: penalises probability on tokens that should not come."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def unlikelihood(stats: TokenStats) -> Tensor:
     """sum over the candidates c of -log(1 - p_c), [N], at temperature 1.
 
     Args:
-        stats: statistics with candidates in view; a candidate of -1 is none.
+        stats: statistics that include candidates; -1 means no candidate.
 
     Source: Welleck et al., Neural Text Generation with Unlikelihood Training, 2019.
     """

@@ -1,8 +1,8 @@
 """Objectives in Hugging Face's models and Trainer.
 
-``attach(model, loss)`` puts an objective inside a causal model's forward, ``detach(model)`` takes it out;
-``compute_loss_func(loss)`` is for the Trainer's argument of that name; ``LossTrainer(loss=...)`` is a Trainer
-that does all of it.
+``attach(model, loss)`` puts an objective inside a causal model's forward, and ``detach(model)`` takes it out.
+``compute_loss_func(loss)`` makes the Trainer's argument of that name. ``LossTrainer(loss=...)`` is a Trainer
+that does all of this.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ __all__ = ["LossTrainer", "attach", "compute_loss_func", "detach"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the Trainer when it is first used: `attach` need not load it."""
+    """Import the Trainer on first use: `attach` does not need it."""
     if name != "LossTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lossmith.integrations.huggingface.trainer import LossTrainer

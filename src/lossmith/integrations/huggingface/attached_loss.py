@@ -1,4 +1,4 @@
-"""``AttachedLoss``: an objective inside a model, fed with what the model was called with and made of it."""
+"""``AttachedLoss``: an objective inside a model, fed with the model's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lossmith.objectives.objective import Objective
 from lossmith.options import nearest
 
 NAME = "attached_loss"
-# What a caller may pass besides the objective's own inputs.
+# Inputs that a caller may pass besides the objective's own.
 PER_BATCH = ("denominator", "segment_ids", "token_weight")
-# What an objective calls by one name and a model by another.
+# An objective's name for an input -> the model's name for it.
 OTHER_NAMES = {"targets": "labels", "mask": "attention_mask"}
 
 
 class AttachedLoss(nn.Module):
-    """An objective as a part of a model. Its parameters are the model's, so that whatever wraps the model
-    trains and synchronises them, but the model's ``state_dict`` does not have them."""
+    """An objective as a submodule of a model. Its parameters count as the model's, so that whatever wraps the
+    model trains and synchronises them, but the model's ``state_dict`` leaves them out."""
 
     def __init__(self, objective: Objective, known: frozenset[str], fused: FusedHead, shift: int) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class AttachedLoss(nn.Module):
         self.known = known  # names of the inputs that the model takes
         self.fused = fused  # the model's head
         self.shift = shift  # how many steps ahead the model's logits predict its labels
-        self.leaves_out_logits = False  # also where the model is evaluated
-        # Of the last batch, detached: what its loss was made of, and what `observe` makes of its output.
+        self.leaves_out_logits = False  # in evaluation too
+        # Of the last batch, detached: the parts of its loss, and what `observe` returned for its output.
         self.parts: dict[str, Tensor] | None = None
         self.observe: Callable[[LossOutput], Tensor] | None = None
         self.observed: Tensor | None = None
-        # For detach: the model's own forward and loss_type, if it has them, and what was frozen.
+        # For detach: the model's own forward and loss_type, if any, and the parameters that were frozen.
         self.inner: Callable[..., Any] | None = None
         self.loss_type: Any = None
         self.frozen: list[nn.Parameter] = []
@@ -49,11 +49,11 @@ class AttachedLoss(nn.Module):
     def run(
         self, model: Any, forward: Callable[..., Any], inputs: dict[str, Any], given: Mapping[str, Any]
     ) -> Any:
-        """What the model returns for a batch with labels: its own output, with the objective's loss in it.
+        """The model's output for a batch with labels: its own output, with the objective's loss in it.
 
         Args:
-            model, forward: the model that this is a part of, and as it is without the loss.
-            inputs, given: what the model was called with, and what else the caller has for the objective.
+            model, forward: the model that holds this, and its forward without the loss.
+            inputs, given: the model's inputs, and what else the caller passes to the objective.
         """
         self._check_names({**inputs, **given})
         labels, num_items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
@@ -71,8 +71,8 @@ class AttachedLoss(nn.Module):
         leaves_out = model.training or self.leaves_out_logits
         output, hidden, predictions = self.fused.run(
             model,
-            lambda: forward(**inputs),  # it sees no labels, and so adds no loss of its own
-            # a tuple's places stay, and the caller's hidden states may be others than the head's
+            lambda: forward(**inputs),  # without labels it adds no loss of its own
+            # a tuple keeps its places, and the caller's hidden states may differ from the head's
             leaves_out=leaves_out and as_dict and given.get("hidden_states") is None,
             listens="hidden_states" in wanted,
         )
@@ -89,7 +89,7 @@ class AttachedLoss(nn.Module):
             "segment_ids": segments(inputs.get("position_ids"), labels),
         }
         own = {name: value for name, value in given.items() if value is not None}
-        used = {"segment_ids", *wanted} - own.keys()  # what the caller has goes first
+        used = {"segment_ids", *wanted} - own.keys()  # the caller's come first
         own |= {name: value for name, value in made.items() if value is not None and name in used}
         loss = self._evaluate(predictions, labels, num_items, inputs, own)
         left_out = () if were_asked or not asks_routers else ("router_logits", "aux_loss")
@@ -119,7 +119,7 @@ class AttachedLoss(nn.Module):
         inputs: Mapping[str, Any],
         own: dict[str, Any],
     ) -> Tensor:
-        """The loss of a batch, with what is to be known of it kept."""
+        """The loss of a batch; records its parts and what `observe` returns."""
         ids = inputs.get("input_ids")
         per_token = {
             "mask": label_mask(inputs.get("attention_mask"), labels),
@@ -135,12 +135,12 @@ class AttachedLoss(nn.Module):
         return output.total
 
     def count(self, labels: Tensor, attention_mask: Any = None) -> Tensor:
-        """What the objective divides by, for labels [B, T] as the model takes them."""
+        """What the objective divides by, for the model's labels [B, T]."""
         mask = label_mask(attention_mask, labels)
         return self.objective.count(targets_of(self.objective, labels), mask=mask, shift=self.shift)
 
     def after_forward(self, model: nn.Module, args: Any, inputs: Mapping[str, Any], output: Any) -> None:
-        """A forward hook of the model: refuse labels that a forward in place of ours took."""
+        """A forward hook of the model: refuse labels that another forward in place of ours consumed."""
         has_run, self._has_run = self._has_run, False
         if inputs.get("labels") is not None and not has_run:
             raise RuntimeError(
@@ -151,12 +151,12 @@ class AttachedLoss(nn.Module):
 
 
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """The state of a model is that of the model."""
+    """A state_dict hook: leave the loss out of the model's state."""
     for name in [name for name in state_dict if name.startswith(prefix)]:
         del state_dict[name]
 
 
 def _expect_nothing(module: nn.Module, incompatible_keys: Any) -> None:
-    """And nothing of the loss is missing where a model's state is loaded."""
+    """A load hook: report nothing of the loss as missing from a model's state."""
     missing = incompatible_keys.missing_keys
     missing[:] = [name for name in missing if f".{NAME}." not in f".{name}"]

@@ -21,7 +21,7 @@ from lossmith.objectives.objective import Objective
 
 Model = TypeVar("Model", bound=nn.Module)
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
-# What models take by their ``**kwargs`` and no signature shows.
+# Inputs that models take through ``**kwargs``, so that no signature shows them.
 TAKEN_BY_ALL = {"return_dict", "output_hidden_states", "output_attentions", "use_cache", "cache_position"}
 OTHER_TASKS = ("MASKED_LM", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING")
 
@@ -34,38 +34,37 @@ def attach(
     strategy: Strategy = "auto",
     memory_budget: int | None = None,
 ) -> Model:
-    """Let ``model(input_ids, ..., labels=...)`` return what ``loss`` makes of it; without labels it is as
-    before.
+    """Let ``model(input_ids, ..., labels=...)`` return ``loss``; without labels it works as before.
 
-    The output is the model's own with ``.loss`` in it. In training its logits are None: they are never there
-    all at once (see :func:`lossmith.linear_cross_entropy`), unless the head is no plain linear layer. Labels
-    are Hugging Face's: -100 where there is none, and shifted as in the model's own loss, or by the
-    objective's ``shift`` where that is more than 0. The objective gets, as far as it takes them:
+    The output is the model's own with ``.loss`` in it. In training its logits are None: they never exist all
+    at once (see :func:`lossmith.linear_cross_entropy`), unless the head is not a plain linear layer. Labels
+    are Hugging Face's: -100 marks a token without one, and they are shifted as in the model's own loss, or by
+    the objective's ``shift`` if that is more than 0. The objective gets those of the following that it takes:
     ``input_ids``; ``attention_mask``, as the mask of the labels; ``segment_ids``, which change where
-    ``position_ids`` start again; ``denominator=`` or, if it divides by tokens, ``num_items_in_batch``;
-    ``hidden_states``, what the model's head sees; ``lm_head_weight``; ``gate_logits`` of a mixture of
-    experts, whose own auxiliary loss is not added; and whatever else the caller passes of its
-    ``input_names``, with ``token_weight`` and ``segment_ids``.
+    ``position_ids`` restart; ``denominator=`` or, if it divides by tokens, ``num_items_in_batch``;
+    ``hidden_states``, the input of the model's head; ``lm_head_weight``; ``gate_logits`` of a mixture of
+    experts, whose own auxiliary loss is not added; and any other of its ``input_names`` that the caller
+    passes, with ``token_weight`` and ``segment_ids``.
 
-    The loss becomes a submodule: its parameters are among ``model.parameters()``, so make the optimizer, and
-    wrap the model (DDP, FSDP, ``torch.compile``), afterwards. ``state_dict`` and ``save_pretrained`` are as
-    before; ``loss.state_dict()`` is the loss's own. A loss attached before is replaced.
+    The loss becomes a submodule: its parameters are among ``model.parameters()``, so make the optimizer and
+    wrap the model (DDP, FSDP, ``torch.compile``) afterwards. ``state_dict`` and ``save_pretrained`` work as
+    before; ``loss.state_dict()`` has the loss's own state. A loss attached earlier is replaced.
 
-    The model is run once on a few tokens, to see how its own loss reads labels and what it does to its
-    logits; nothing of that stays. With a process group every rank has to attach.
+    The model runs once on a few tokens, which shows how its own loss reads labels and what it does to its
+    logits; this leaves no trace. With a process group, every rank must attach.
 
     Args:
-        model: a causal language model of transformers, or one in a PEFT model.
-        loss: the objective; it is moved to the device of the model's head.
-        materialize_logits: compute the logits as the model does, and the loss from them.
+        model: a causal language model of transformers, or one inside a PEFT model.
+        loss: the objective; it moves to the device of the model's head.
+        materialize_logits: compute all the logits as the model does, and the loss from them.
         strategy, memory_budget: see :func:`lossmith.linear_cross_entropy`.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: no such model, or no objective.
-        ValueError: a model or an objective that cannot be put together.
+        TypeError: not such a model, or not an objective.
+        ValueError: a model and an objective that cannot be combined.
 
     Example:
         >>> import torch, transformers, lossmith
@@ -92,8 +91,8 @@ def attach(
     attached.frozen = [] if head is None else _unused(loss)
     for parameter in attached.frozen:
         parameter.requires_grad_(False)
-    # By this the Trainer knows whether position 0 has a target. GPT-2 has none of it, and Bart's decoder one
-    # that is wrong.
+    # The Trainer reads this to know whether position 0 has a target. GPT-2 does not have it, and the one of
+    # Bart's decoder is wrong.
     attached.loss_type = vars(base).get("loss_type")
     base.loss_type = "ForCausalLM" if shift else None
     attached.inner = vars(base).pop("forward", None)
@@ -107,7 +106,7 @@ def attach(
 
 
 def detach(model: Model) -> Model:
-    """Take out what :func:`attach` put in, if anything.
+    """Undo :func:`attach`, if it was called.
 
     Args:
         model: the model that was given to it.
@@ -130,19 +129,19 @@ def detach(model: Model) -> Model:
     if attached.inner is not None and "forward" not in vars(base):
         base.forward = attached.inner
     original = vars(type(base)).get("without_loss")
-    if original is not None:  # else something made a class of its own of it, as FSDP does
+    if original is not None:  # else something else replaced the class, as FSDP does
         base.__class__ = original
     return model
 
 
 def attached_to(model: Any) -> AttachedLoss | None:
-    """What :func:`attach` put into a model, or None."""
+    """The loss that :func:`attach` put into a model, or None."""
     attached = getattr(_inside(model), NAME, None)
     return attached if isinstance(attached, AttachedLoss) else None
 
 
 def _inside(model: Any) -> Any:
-    """The model in a PEFT model, or itself."""
+    """The model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -153,13 +152,13 @@ def _inside(model: Any) -> Any:
 def _with_loss(original: type, extras: tuple[str, ...]) -> type:
     """The class ``original`` with a loss in its forward, under the same name.
 
-    A class rather than an attribute of the model: copies of the model, and replicas, call their own.
+    A class rather than an attribute of the model, so that copies and replicas of the model call their own.
     """
     names = [name for name in inspect.signature(original.forward).parameters if name != "self"]
 
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
         attached: AttachedLoss | None = getattr(self, NAME, None)
-        if attached is None:  # detached, and a wrapper holds on to this function
+        if attached is None:  # detached, but a wrapper still holds this function
             return original.forward(self, *args, **inputs)
         plain = functools.partial(original.forward, self) if attached.inner is None else attached.inner
         inputs.update(zip(names, args, strict=False))
@@ -185,21 +184,21 @@ def _with_loss(original: type, extras: tuple[str, ...]) -> type:
 
     body = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     body |= {"forward": forward, "without_loss": original, "__reduce_ex__": reduce}
-    body["accepts_loss_kwargs"] = True  # what the Trainer asks before it passes num_items_in_batch
+    body["accepts_loss_kwargs"] = True  # the Trainer checks this before it passes num_items_in_batch
     made = type(original.__name__, (original,), body)
     return made
 
 
 def _restore(make: Any, original: type, extras: tuple[str, ...], args: tuple[Any, ...]) -> Any:
-    """A model's empty shell, for a copy or out of a pickle; no module has the class under its name."""
+    """An empty instance, for copies and pickles: no module holds the class under its name."""
     return make(_with_loss(original, extras), *args)
 
 
 def _signature(original: type, extras: tuple[str, ...]) -> inspect.Signature:
-    """The model's, and the loss's inputs: the Trainer keeps the columns of a data set that it finds in it."""
+    """The model's signature plus the loss's inputs: the Trainer keeps the dataset columns it finds there."""
     own = inspect.signature(original.forward)
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in extras]
-    # by kind, as **kwargs come last; sorting leaves the rest in order
+    # by kind, since **kwargs come last; sorting is stable
     return own.replace(parameters=sorted([*own.parameters.values(), *more], key=lambda p: p.kind))
 
 
@@ -207,7 +206,7 @@ def _signature(original: type, extras: tuple[str, ...]) -> inspect.Signature:
 
 
 def _causal_model(model: Any) -> Any:
-    """The causal language model that ``model`` is, or has inside."""
+    """The causal language model that ``model`` is or contains."""
     from transformers import PreTrainedModel
 
     base = _inside(model)
@@ -230,8 +229,8 @@ def _causal_model(model: Any) -> Any:
 
 
 def _predicts_something_else(name: str) -> bool:
-    """Whether transformers knows the class as one that predicts masked tokens, classes or spans: of a masked
-    one, a loss of the next token would be computed without complaint."""
+    """Whether transformers lists the class as one that predicts masked tokens, classes or spans. A masked
+    model would otherwise compute a next-token loss without complaint."""
     from transformers.models.auto import modeling_auto
 
     def does(task: str) -> bool:
@@ -241,7 +240,7 @@ def _predicts_something_else(name: str) -> bool:
 
 
 def _known_inputs(model: Any) -> frozenset[str]:
-    """Names that the model, or the model without its head, takes."""
+    """Names of inputs that the model, or the model without its head, takes."""
     from transformers.utils.generic import TransformersKwargs
 
     known = TAKEN_BY_ALL | set(TransformersKwargs.__annotations__)
@@ -251,9 +250,8 @@ def _known_inputs(model: Any) -> frozenset[str]:
 
 
 def _steps_of(base: Any, loss: Objective, trial: Trial) -> int:
-    """How many steps ahead the model's logits predict its labels: as many as the objective asks for, or else
-    as many as in the model's own loss. ``shift=False`` asks for nothing where that is known. Says what is
-    not."""
+    """How many steps ahead the model's logits predict its labels: the objective's ``shift`` if that is more
+    than 0, else that of the model's own loss, else the objective's or one step. Warns of what is unknown."""
     name, assumed = type(base).__name__, ""
     shift = steps_of_loss_function(base) if trial.shift is None else trial.shift
     said = None if loss.shift is None else num_steps(loss.shift)
@@ -279,7 +277,7 @@ def _steps_of(base: Any, loss: Objective, trial: Trial) -> int:
 
 
 def _check_experts(model: Any, loss: Objective) -> None:
-    """Refuse an objective that would count other choices of experts than the model makes."""
+    """Refuse an objective that would count more or fewer experts per token than the model uses."""
     per_token = getattr(model.config, "num_experts_per_tok", None)
     for module in loss.modules() if "gate_logits" in loss.wanted_inputs else ():
         if isinstance(module, MoEBalance) and isinstance(per_token, int) and module.top_k != per_token:
@@ -290,14 +288,14 @@ def _check_experts(model: Any, loss: Objective) -> None:
 
 
 def _unused(loss: Objective) -> list[nn.Parameter]:
-    """Unembeddings that give way to the model's own: without a gradient, DDP would wait for theirs."""
+    """Unembeddings that the model's own replaces: they get no gradient, and DDP would wait for one."""
     heads = [module for module in loss.modules() if isinstance(module, MTP) and module.shared_projection]
     spare: Any = [head.unembedding.weight for head in heads if head.unembedding is not None]
     return [parameter for parameter in spare if parameter.requires_grad]
 
 
 def _hide_buffers_from_ddp(module: nn.Module, attached: AttachedLoss) -> None:
-    """DDP would overwrite every rank's with the first's, and some hold what a rank has counted."""
+    """DDP would overwrite every rank's buffers with the first's, and some hold a rank's own counts."""
     prefix = next(name for name, found in module.named_modules() if found is attached)
     buffers = [f"{prefix}.{name}" for name, _ in attached.named_buffers()]
     if buffers:
@@ -305,7 +303,7 @@ def _hide_buffers_from_ddp(module: nn.Module, attached: AttachedLoss) -> None:
 
 
 def _show_buffers_to_ddp(module: nn.Module) -> None:
-    """As it was before."""
+    """Undo :func:`_hide_buffers_from_ddp`."""
     others = [name for name in vars(module).pop(IGNORED_BY_DDP, ()) if NAME not in name.split(".")]
     if others:
         setattr(module, IGNORED_BY_DDP, others)

@@ -1,4 +1,4 @@
-"""``FusedHead``: a model's head, left out of its forward: the loss makes the logits a few at a time."""
+"""``FusedHead``: a model's head, left out of its forward; the loss makes the logits chunk by chunk."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lossmith.engine.head.plan import Strategy, check_strategy
 from lossmith.integrations.huggingface.trial import LENGTH, ROWS, AfterHead, Trial, agreed, made_up_logits
 from lossmith.objectives.inputs import scaled_head
 
-# What a forward returned, what the head saw in it, or would have, and the predictions: logits, or their head.
+# The output of a forward, the hidden states before the head, and the predictions: logits or a linear head.
 Forward = tuple[Any, Tensor | None, Tensor | LinearHead]
 
 
 class FusedHead:
-    """A model's head [V, D], watched in its forward, and left out of it where that can be.
+    """A model's head [V, D], hooked in the model's forward, and left out of it where possible.
 
-    Left out, the head is given no positions at all, and so costs nothing. What the model does to its logits
-    has to be known first: from a trial before the training, or else from the first batch, where the head is
-    given a few positions, and made-up logits go on in place of theirs.
+    A head that is left out gets no positions and so costs nothing. That requires knowing what the model does
+    to its logits: from a trial before training, or else from the first batch, in which the head gets a few
+    positions and made-up logits replace its output.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class FusedHead:
     ) -> None:
         check_strategy(strategy, memory_budget)
         self.strategy, self.memory_budget = strategy, memory_budget
-        self.after: AfterHead | None = None  # what the model does to its logits, once that is known
-        # Why the logits have to be there after all; None while they do not.
+        self.after: AfterHead | None = None  # what the model does to its logits, once known
+        # Why the logits must be materialised; None if they need not be.
         self.why_not = "it was asked to" if materialize else _unusual(model.get_output_embeddings())
         self._listens = self._skips = False
         self._hidden: Tensor | None = None
@@ -48,20 +48,20 @@ class FusedHead:
             self._conclude(trial.after)
 
     def watch(self, model: Any) -> list[RemovableHandle]:
-        """Hook the model's head, if it shows one."""
+        """Hook the model's head, if it exposes one."""
         head = model.get_output_embeddings()
         if head is None:
             return []
         before = head.register_forward_pre_hook(self._on_head)
-        # first, as other hooks do something to its logits
+        # first, since other hooks may change the logits
         return [before, head.register_forward_hook(self._on_logits, prepend=True)]
 
     def run(
         self, model: Any, forward: Callable[[], Any], *, leaves_out: bool, listens: bool = False
     ) -> Forward:
-        """A forward of the model without labels, with the head left out if it is to be and can be;
-        ``listens``: what the head sees is wanted in any case."""
-        # A compiled forward cannot find out what is done to the logits.
+        """Run the model without labels, with the head left out if that is wanted and possible; ``listens``
+        asks for the hidden states in any case."""
+        # A compiled forward cannot find out what happens to the logits.
         is_known = self.after is not None
         leaves_out = leaves_out and self.why_not is None and (is_known or not torch.compiler.is_compiling())
         if leaves_out and not is_known:
@@ -76,7 +76,7 @@ class FusedHead:
         return output, hidden, scaled_head(hidden, head.weight, head.bias, scale=after.scale, **options)
 
     def _run(self, forward: Callable[[], Any], listens: bool, skips: bool) -> tuple[Any, Tensor | None]:
-        """What the forward returns, and what the head saw."""
+        """The forward's output, and the input of the head."""
         self._listens, self._skips, self._hidden = listens, skips, None
         try:
             return forward(), self._hidden
@@ -85,27 +85,27 @@ class FusedHead:
             self._hidden = None
 
     def _run_first(self, forward: Callable[[], Any], listens: bool) -> tuple[Any, Tensor | None, bool]:
-        """The same, and whether the head was left out: what the model does after it shows in this forward, or
-        the forward is made again with all logits."""
+        """The same, and whether the head was left out. This forward shows what the model does after its head;
+        if it does not, it runs again with all logits."""
         seen = output = hidden = None
         try:
-            with torch.set_grad_enabled(torch.is_grad_enabled()):  # as the hook finds it
+            with torch.set_grad_enabled(torch.is_grad_enabled()):  # restored after the hook changes it
                 output, hidden = self._run(forward, True, True)
             if self._given is not None and isinstance(output["logits"], Tensor):
                 seen = AfterHead.seen(self._given, output["logits"])
-        except Exception:  # of made-up logits; what the caller did wrong, the next forward raises again
+        except Exception:  # due to made-up logits; the next forward raises the caller's own mistakes again
             seen = None
         finally:
             self._given = None
         if seen is None:
             output, hidden = self._run(forward, listens, False)
         self._conclude(agreed(Trial(after=seen)).after)
-        if self.why_not is not None and seen is not None:  # another rank's model does something else
+        if self.why_not is not None and seen is not None:  # another rank's model differs
             output, hidden = self._run(forward, listens, False)
         return output, hidden, self.why_not is None
 
     def _conclude(self, after: AfterHead | None) -> None:
-        """Settle whether the head can be left out, by what was seen of the model."""
+        """Decide whether the head can be left out, from what the model was seen to do."""
         self.after = after
         if after is None:
             self.why_not = "it makes something else of its logits than is known of it"
@@ -131,7 +131,7 @@ class FusedHead:
             return None
         torch.set_grad_enabled(True)  # the graph shows whether anything else goes into the model's logits
         self._given = made_up_logits(logits)
-        return self._given.clone()  # which may be changed in place
+        return self._given.clone()  # the model may change it in place
 
 
 def _unusual(head: Any) -> str | None:
@@ -139,7 +139,7 @@ def _unusual(head: Any) -> str | None:
     if head is None:
         return "it shows no head"
     if type(head) is not nn.Linear:
-        return f"its head is a {type(head).__name__}"  # LoRA's, a quantised one
+        return f"its head is a {type(head).__name__}"  # from LoRA, or quantised
     if hasattr(head, "_hf_hook"):
         return "its head is moved between devices"
     if "forward" in vars(head):

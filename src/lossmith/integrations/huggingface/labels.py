@@ -1,5 +1,4 @@
-"""What Hugging Face calls labels and what it counts, read as an objective reads them; ``compute_loss_func``,
-which has nothing else to read."""
+"""Hugging Face's labels and counts, read for an objective; ``compute_loss_func``, which sees no more."""
 
 from __future__ import annotations
 
@@ -15,30 +14,30 @@ from lossmith.equation.output import LossOutput
 from lossmith.modifiers.base import ModelMode
 from lossmith.objectives.objective import Objective
 
-IGNORED = -100  # Hugging Face's, whatever an objective has
+IGNORED = -100  # Hugging Face's, whatever the objective's own
 NEXT_TOKEN = 1
-# In the names of outputs whose labels belong to the logits at their own position.
+# Words in the names of outputs whose labels are aligned with their logits.
 ALIGNED = ("MaskedLM", "Classif", "Seq2Seq")
 
 
 def compute_loss_func(loss: Objective) -> Callable[..., Tensor]:
     """``(outputs, labels, num_items_in_batch=None) -> loss``, for ``Trainer(compute_loss_func=...)``.
 
-    The objective's ``shift`` says which logits predict a label. Where it is None, the output does: those of
-    masked models, token classifiers and encoder-decoders have labels at their own positions, a sequence
-    classifier has one a sample, and all others predict the next token. The sum is divided by
-    ``num_items_in_batch``, which the Trainer counts over micro-batches and ranks. There is nothing here but
-    the model's output and the labels: labels have to be -100 at padding, repetition penalties see the labels
-    as their context, and components find ``gate_logits`` and ``hidden_states`` where the output has
-    ``router_logits`` and ``hidden_states``. :class:`LossTrainer` has none of these limits.
+    The objective's ``shift`` says which logits predict a label. If it is None, the output decides: those of
+    masked models, token classifiers and encoder-decoders have aligned labels, a sequence classifier has one
+    label per sample, and all others predict the next token. The sum is divided by ``num_items_in_batch``,
+    which the Trainer counts over micro-batches and ranks. The function sees only the model's output and the
+    labels: labels must be -100 at padding, repetition penalties take the labels as their context, and
+    components find ``gate_logits`` and ``hidden_states`` only if the output has ``router_logits`` and
+    ``hidden_states``. :class:`LossTrainer` has none of these limits.
 
     Args:
-        loss: an objective without parameters: nothing would train or save them.
+        loss: an objective without parameters, which nothing would train or save.
 
     Raises:
-        TypeError: no objective; in a batch, labels that are no ids.
-        ValueError: an objective with parameters to train, or one that divides by something else than tokens;
-            in a batch, a shift where there is no sequence.
+        TypeError: not an objective; in a batch, labels that are not ids.
+        ValueError: an objective with parameters to train, or one that does not divide by tokens; in a batch,
+            a shift without a sequence.
 
     Example:
         >>> import torch, lossmith
@@ -70,10 +69,9 @@ def compute_loss_func(loss: Objective) -> Callable[..., Tensor]:
 def evaluate(
     loss: Objective, predictions: Tensor | LinearHead, labels: Tensor, num_items: Any, **inputs: Any
 ) -> LossOutput:
-    """The loss of labels as Hugging Face has them, divided by ``num_items`` tokens where no other denominator
-    is among the inputs."""
+    """The loss at Hugging Face's labels, divided by the inputs' denominator or by ``num_items`` tokens."""
     if num_items is not None and inputs.get("denominator") is None:
-        check_num_items(loss)  # for every batch: modifiers may have been switched on
+        check_num_items(loss)  # for every batch: modifiers may be switched on later
         inputs["denominator"] = num_items
     return loss.evaluate(predictions, targets_of(loss, labels.to(predictions.device)), **inputs)
 
@@ -82,7 +80,7 @@ def evaluate(
 
 
 def check_objective(loss: Any, modes: Collection[ModelMode] = (ModelMode.LANGUAGE_MODEL,)) -> None:
-    """Refuse what is no objective, one whose loss is no number, and a pipeline of another mode."""
+    """Refuse anything but an objective, one whose loss is not a scalar, and a pipeline of another mode."""
     if not isinstance(loss, Objective):
         raise TypeError(f"loss must be a lossmith.Objective; got {type(loss).__name__}")
     mode: ModelMode | None = getattr(loss, "model_mode", None)
@@ -97,7 +95,7 @@ def check_objective(loss: Any, modes: Collection[ModelMode] = (ModelMode.LANGUAG
 
 
 def check_num_items(loss: Objective) -> None:
-    """Refuse ``num_items_in_batch``, a number of tokens, where it is not what the objective divides by."""
+    """Refuse ``num_items_in_batch``, a number of tokens, if the objective divides by something else."""
     if loss.resolved_reduction == "sequence_mean":
         divides_by = "samples (reduction='sequence_mean')"
     elif loss.class_weight is not None:
@@ -115,14 +113,14 @@ def check_num_items(loss: Objective) -> None:
 
 
 def targets_of(loss: Objective, labels: Tensor) -> Tensor:
-    """Labels with the objective's own id where there is none."""
+    """Labels with -100 replaced by the objective's own ``ignore_index``."""
     own = loss.ignore_index
     return labels if own == IGNORED else labels.masked_fill(labels == IGNORED, own)
 
 
 def label_mask(attention_mask: Any, labels: Tensor) -> Tensor | None:
-    """[B, T] bool, False at padding. None where the mask is neither [B, T] nor, with a cache of S positions
-    before, [B, S + T]: others, of a kernel, say who sees whom, not which tokens are padding."""
+    """[B, T] bool, False at padding. None unless the mask is [B, T] or, after a cache of S positions,
+    [B, S + T]: attention kernels' masks say which tokens attend to which, not which are padding."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
     if len(attention_mask) != len(labels) or attention_mask.shape[1] < labels.shape[1]:
@@ -131,8 +129,8 @@ def label_mask(attention_mask: Any, labels: Tensor) -> Tensor | None:
 
 
 def segments(position_ids: Any, labels: Tensor) -> Tensor | None:
-    """[B, T] the number of the document that each token of a packed row belongs to: positions start again
-    where one begins. None where the positions are neither [B, T] nor [1, T]."""
+    """[B, T] the number of the document that each token of a packed row belongs to: positions restart where
+    one begins. None unless the positions are [B, T] or [1, T]."""
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
         return None
     if position_ids.shape[1] != labels.shape[1] or position_ids.shape[0] not in (1, labels.shape[0]):
@@ -165,7 +163,7 @@ def _steps_ahead(loss: Objective, outputs: Any, labels: Any) -> int:
 
 
 def _made(loss: Objective, outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the output has of the inputs that the objective wants."""
+    """The inputs that the objective wants and the output has."""
     wanted, made = loss.wanted_inputs, {}
     if "gate_logits" in wanted and outputs.get("router_logits"):
         made["gate_logits"] = list(outputs["router_logits"])

@@ -1,5 +1,4 @@
-"""``LossTrainer``: Hugging Face's Trainer with an objective; ``ObjectiveTrainer``: what any Trainer does with
-an objective, wherever the loss is computed."""
+"""``LossTrainer``: Hugging Face's Trainer with an objective; ``ObjectiveTrainer``: its base."""
 
 from __future__ import annotations
 
@@ -31,11 +30,11 @@ LOSS_FILE = "lossmith_loss.pt"
 class ObjectiveTrainer(Trainer):
     """Hugging Face's Trainer for a model whose forward computes an objective.
 
-    It passes on what the loss is divided by, logs the parts and what modifiers measure, and saves and
+    It passes on the denominator of the loss, logs the parts and what modifiers measure, and saves and
     restores the state. Subclasses set ``loss``, the objective, before they call ``__init__``.
 
     Args:
-        args, options: of :class:`transformers.Trainer`.
+        args, options: see :class:`transformers.Trainer`.
     """
 
     loss: Objective
@@ -49,17 +48,17 @@ class ObjectiveTrainer(Trainer):
     # ── the loss ──────────────────────────────────────────────────────────────────────────────────
 
     def parts_of(self, outputs: Any) -> Mapping[str, Tensor]:
-        """What the loss of the last batch, of which the model returned ``outputs``, was made of, detached."""
+        """The detached parts of the loss of the last batch, for which the model returned ``outputs``."""
         raise NotImplementedError
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        # With use_liger_kernel the Trainer passes skip_logits in evaluation, to a forward not in use here.
+        # With use_liger_kernel the Trainer passes skip_logits in evaluation, for a forward not used here.
         inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
         if num_items_in_batch is not None:
-            inputs["denominator"] = num_items_in_batch  # by its own name: num_items_in_batch are tokens
-        # a subclass may compute another loss here
+            inputs["denominator"] = num_items_in_batch  # num_items_in_batch would mean tokens
+        # a subclass may compute another loss
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         if model.training:
             is_multiplied = self.args.average_tokens_across_devices and num_items_in_batch is not None
@@ -85,7 +84,7 @@ class ObjectiveTrainer(Trainer):
         super().log(logs, *args, **options)
 
     def _mean_parts(self) -> dict[str, float]:
-        """The parts a step, a mean over ranks, since the last time."""
+        """The parts per step since the last time, averaged over ranks."""
         num_steps = max(self.state.global_step - self._summed_since, 1)
         sums, self._sums = self._sums, {}
         stacked = torch.stack([value.float() for value in sums.values()])
@@ -112,8 +111,8 @@ class ObjectiveTrainer(Trainer):
         self.load_loss(self.state.best_model_checkpoint)
 
     def _load_renamed(self, folder: Any) -> bool:
-        """Whether the weights were loaded here. FSDP and DeepSpeed keep another copy of them, under the
-        model's own names."""
+        """Load renamed weights and return whether it did. FSDP and DeepSpeed keep another copy of them, under
+        the model's own names."""
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         return not is_sharded and load_renamed(self.model, folder)
 
@@ -136,26 +135,26 @@ class ObjectiveTrainer(Trainer):
 
 
 class LossTrainer(ObjectiveTrainer):
-    """Hugging Face's Trainer, training with an objective.
+    """Hugging Face's Trainer with an objective as its loss.
 
-    The loss is computed in the model's forward (:func:`attach`) and divided by what the objective itself
-    counts, over all micro-batches and ranks. Its parameters are in the optimizer with the model's, by the
-    same rules of weight decay; its state is in every checkpoint as ``lossmith_loss.pt`` and comes back on
-    resuming. Its parts are logged as ``loss/<part>``, what a pipeline's modifiers measure as
+    The model's forward computes the loss (:func:`attach`) and divides it by the objective's own count over
+    all micro-batches and ranks. The optimizer trains the loss's parameters with the model's, by the same
+    rules of weight decay. Every checkpoint holds the loss's state as ``lossmith_loss.pt``, and resuming
+    restores it. The log has its parts as ``loss/<part>``, and what a pipeline's modifiers measure as
     ``loss_modifiers/<metric>``.
 
-    In training, and in evaluation where only the loss is wanted, the logits are never there all at once.
-    Metrics and :meth:`predict` get them.
+    In training, and in evaluation if only the loss is wanted, the logits never exist all at once. Metrics and
+    :meth:`predict` get them.
 
-    It stands before other subclasses, ``class SFT(LossTrainer, SFTTrainer)``, and goes past their losses.
+    Put it before other subclasses, ``class SFT(LossTrainer, SFTTrainer)``; it bypasses their losses.
 
     Args:
         loss: the objective.
-        materialize_logits, strategy, memory_budget: of :func:`attach`.
-        args, options: of :class:`transformers.Trainer`.
+        materialize_logits, strategy, memory_budget: see :func:`attach`.
+        args, options: see :class:`transformers.Trainer`.
 
     Raises:
-        ValueError: arguments that would make another loss of it.
+        ValueError: arguments that would change the loss.
         FileNotFoundError: on resuming from a checkpoint that lacks the loss's state.
 
     Example:
@@ -191,12 +190,12 @@ class LossTrainer(ObjectiveTrainer):
         self._at_first: dict[str, Any] | None = None
         super().__init__(*args, **options)
         self._check_arguments()
-        # Not before: PEFT would freeze what is in the model, and TRL puts a forward of its own in place.
+        # Not earlier: PEFT would freeze what is in the model, and TRL replaces the forward.
         self._attach(self.model)
         self.model_accepts_loss_kwargs = True
 
     def _check_arguments(self) -> None:
-        """Refuse arguments with which the loss would be another than the one asked for."""
+        """Refuse arguments that would change the loss."""
         if self.compute_loss_func is not None:
             raise ValueError("this Trainer has a loss already; leave out compute_loss_func, or loss")
         other = getattr(self.args, "loss_type", None)  # of TRL's trainers
@@ -228,7 +227,7 @@ class LossTrainer(ObjectiveTrainer):
             )
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """A model made anew has its loss as it was at first."""
+        """Give a newly made model the loss in its initial state."""
         if self._at_first is None:
             self._at_first = copy.deepcopy(self.loss.state_dict())
         self.loss.load_state_dict(self._at_first)
@@ -260,7 +259,7 @@ class LossTrainer(ObjectiveTrainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """As the Trainer's; the logits are left out where nobody asks for them."""
+        """As the Trainer's, but without logits if only the loss is wanted."""
         self._attached.leaves_out_logits = prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -272,8 +271,7 @@ class LossTrainer(ObjectiveTrainer):
 
 
 class _TellTheLoss(TrainerCallback):
-    """Says of each optimizer step that it was made, which does not show where the optimizer has something
-    else in the place of the parameters, as DeepSpeed's has."""
+    """Tells the loss of each optimizer step, since it cannot see those of optimizers such as DeepSpeed's."""
 
     def __init__(self, trainer: ObjectiveTrainer) -> None:
         self.trainer = trainer
@@ -284,12 +282,12 @@ class _TellTheLoss(TrainerCallback):
 
 
 def _whole(value: Any) -> Any:
-    """A tensor that FSDP has sharded, put together; every rank has to call this."""
+    """Gather a tensor that FSDP has sharded; every rank must call this."""
     return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
 
 
 def _load_whole(loss: Objective, state: dict[str, Any]) -> None:
-    """Load the state of :func:`_whole` tensors, into shards where there are some."""
+    """Load a state of :func:`_whole` tensors, into shards if the loss is sharded."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     if any(hasattr(value, "full_tensor") for value in loss.state_dict().values()):
@@ -302,12 +300,12 @@ def _load_whole(loss: Objective, state: dict[str, Any]) -> None:
 
 
 def load_renamed(model: Any, folder: str | Path) -> bool:
-    """Load a checkpoint whose weights are not under the model's names, and say whether it was one: others,
-    and models that are wrapped or have adapters, are left to the Trainer.
+    """Load a checkpoint whose weights are not under the model's names; return whether it was one.
 
-    Transformers saves mixtures of experts under the names they were published with, Mixtral's experts one by
-    one. ``from_pretrained`` reads them. The Trainer looks for the model's own names instead, and leaves the
-    experts as they were made.
+    Other checkpoints, and models that are wrapped or have adapters, are left to the Trainer. Transformers
+    saves mixtures of experts under their published names, with Mixtral's experts one by one, and
+    ``from_pretrained`` reads them. The Trainer looks for the model's own names instead, and leaves the
+    experts at their initial weights.
 
     Raises:
         ValueError: the checkpoint lacks weights of the model.
@@ -322,13 +320,13 @@ def load_renamed(model: Any, folder: str | Path) -> bool:
             f"{folder} lacks {len(names)} weights of this {type(model).__name__}, {names[0]} for one, which "
             "would begin anew in the middle of a run. Resume with the model that was trained there"
         )
-    # Copied: they lie in memory as they did, and sums come out the same to the last bit.
+    # Copied, so that the memory layout stays and sums are the same to the last bit.
     model.load_state_dict(saved.state_dict())
     return True
 
 
 def names_in(folder: Path) -> set[str]:
-    """The names of the weights that a checkpoint has as safetensors."""
+    """The names of a checkpoint's weights in safetensors."""
     whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if whole.is_file():
         with safe_open(whole, framework="pt") as file:

@@ -1,5 +1,4 @@
-"""``try_out``: what a model does with labels and with its head's logits, seen in one forward of a few made-up
-tokens before anything is trained."""
+"""``try_out``: one forward that shows how a model reads labels and what it does to its logits."""
 
 from __future__ import annotations
 
@@ -18,17 +17,17 @@ from lossmith.core.distributed import num_ranks
 
 ROWS, LENGTH = 2, 8
 LABELLED = 4  # the one position of a row that has a label
-KEPT_BUFFER = 2**20  # elements; larger ones are weights in another form, of quantised layers
-LONGEST_REASON = 160  # characters of somebody else's message
+KEPT_BUFFER = 2**20  # elements; larger buffers are the weights of quantised layers
+LONGEST_REASON = 160  # characters of another library's message
 SPREAD = 8.0  # made-up logits reach to +-sinh(8): soft caps show at the ends, scales in the middle
-GOLDEN = 0.6180339887498949  # multiples of it are spread evenly, and neighbours differ
+GOLDEN = 0.6180339887498949  # its multiples spread evenly, and neighbours differ
 TINY, HUGE = 2.0**-40, 2.0**20  # a soft cap leaves the first alone and flattens the second
 TOLERANCE = 64  # of the dtype's eps, relative to each logit
 
 
 @dataclass(frozen=True)
 class AfterHead:
-    """Logits of what the head returns, z: softcap * tanh(scale * z / softcap), or scale * z without a cap."""
+    """Logits from the head's output z: softcap * tanh(scale * z / softcap), or scale * z without a cap."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -40,12 +39,12 @@ class AfterHead:
     @classmethod
     @torch.no_grad()
     def seen(cls, given: Tensor, made: Tensor) -> AfterHead | None:
-        """What a model that returned ``made`` did to ``given``, which its head was made to return (see
-        :func:`made_up_logits`), if a scale and a cap say all of it."""
+        """What a model did to ``given``, the logits put in place of its head's (see :func:`made_up_logits`),
+        when it returned ``made``; None if a scale and a cap do not explain it."""
         if made.shape != given.shape or not _depends_on(made, given):
             return None
         z, found = given.double().flatten(), made.double().flatten()
-        if torch.finfo(made.dtype).bits < 32:  # too coarse to measure by, but it shows that nothing was done
+        if torch.finfo(made.dtype).bits < 32:  # too coarse to measure, but fine to see no change
             return cls() if torch.equal(given.to(made.dtype), made) else None
         scale, end = float(found[0] / z[0]), abs(float(found[1]))
         if not 0 < abs(scale) < torch.inf or not 0 < end < torch.inf:
@@ -57,21 +56,21 @@ class AfterHead:
 
 @dataclass(frozen=True)
 class Trial:
-    """What was seen of a model."""
+    """What the trial showed of a model."""
 
-    shift: int | None = None  # how many steps ahead its own loss takes its logits to predict, if it shows
-    after: AfterHead | None = None  # what it does after its head, unless that is more than a scale and a cap
-    why_not: str | None = None  # why no forward could be made
+    shift: int | None = None  # how many steps ahead logits predict in its own loss, if it shows
+    after: AfterHead | None = None  # what it does after its head, if that is a scale and a cap
+    why_not: str | None = None  # why no forward could run
 
 
 def try_out(model: Any) -> Trial:
-    """Run a model of transformers once, and leave it as it was: its mode, its buffers, the random numbers.
+    """Run a model of transformers once, and leave its mode, its buffers and the random state unchanged.
 
-    The head's product is replaced by made-up logits, so that what comes after it shows whatever the weights
-    are. All ranks come to the same conclusion: each has to call this.
+    Made-up logits replace the head's output, so that the steps after it show for any weights. All ranks reach
+    the same conclusion, so each must call this.
 
     Args:
-        model: with nothing of ours in it.
+        model: without a loss of ours attached.
     """
     why_not = _cannot_run(model)
     trial = Trial(why_not=why_not)
@@ -79,15 +78,14 @@ def try_out(model: Any) -> Trial:
         try:
             with _left_as_it_was(model):
                 trial = _run(model)
-        except Exception as error:  # models fail without their images in many ways
+        except Exception as error:  # multimodal models fail in many ways without images
             reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
             trial = Trial(why_not=f"{type(error).__name__}: {reason}")
     return agreed(trial)
 
 
 def agreed(mine: Trial) -> Trial:
-    """What the ranks saw together: those that could not look follow the others; where two saw different
-    things, nothing is known."""
+    """The ranks' common result: ranks without a trial follow; what two ranks saw differently is unknown."""
     if num_ranks() == 1:
         return mine
     found: list[Any] = [None] * num_ranks()
@@ -106,7 +104,7 @@ def agreed(mine: Trial) -> Trial:
 
 
 def _cannot_run(model: nn.Module) -> str | None:
-    """Why a forward of this model is not to be tried, or None."""
+    """Why this model must not run a trial forward, or None."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_meta:
             return "its weights are not there yet (meta device)"
@@ -129,7 +127,7 @@ def _run(model: Any) -> Trial:
     def after_head(module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
         given.append(made_up_logits(logits, label))
         torch.set_grad_enabled(True)  # from here on, and until the no_grad around it ends
-        return given[-1].clone()  # which may be changed in place
+        return given[-1].clone()  # the model may change it in place
 
     head = model.get_output_embeddings()
     handle = None if head is None else head.register_forward_hook(after_head, prepend=True)
@@ -147,10 +145,10 @@ def _run(model: Any) -> Trial:
 
 
 def _steps_ahead(loss: Any, logits: Tensor, label: int) -> int | None:
-    """How far before its label the logits are that the loss would raise the label in, if it is one place.
+    """How many steps before its label the loss raises the label's logit, if at exactly one position.
 
-    Whatever else is in the loss (a balance of experts, a z-loss), a label's own logit is raised where, and
-    only where, the label is to be predicted.
+    Whatever else the loss contains (a balance of experts, a z-loss), it raises a label's own logit only at
+    the position that should predict the label.
     """
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         return None
@@ -163,7 +161,7 @@ def _steps_ahead(loss: Any, logits: Tensor, label: int) -> int | None:
 
 
 def steps_of_loss_function(model: Any) -> int | None:
-    """The same of the ``loss_function`` that a model's forward hands its logits to, without the forward."""
+    """The same from the ``loss_function`` that a model's forward calls, without the forward."""
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
     if code is None or "loss_function" not in code.co_names:
         return None
@@ -175,12 +173,12 @@ def steps_of_loss_function(model: Any) -> int | None:
         with torch.enable_grad():
             loss = model.loss_function(logits=logits, labels=labels, vocab_size=size)
             return _steps_ahead(loss, logits, size - 1)
-    except Exception:  # somebody's own, with other arguments
+    except Exception:  # a custom function, with other arguments
         return None
 
 
 def _made_up_ids(model: Any) -> tuple[Tensor, int]:
-    """Ids [ROWS, LENGTH] that stand for nothing but text, and one more."""
+    """Ids [ROWS, LENGTH] of ordinary text tokens, and one more id."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     sizes = [getattr(embeddings, "num_embeddings", 0), getattr(head, "out_features", 0)]
     size = min([size for size in sizes if size] or [model.config.get_text_config().vocab_size])
@@ -193,7 +191,7 @@ def _made_up_ids(model: Any) -> tuple[Tensor, int]:
 
 
 def _special_ids(config: Any) -> set[int]:
-    """Ids that a configuration names: of images, of the end of a text, of padding."""
+    """Ids that a configuration names: image, end-of-text and padding tokens."""
     found: set[int] = set()
     for name, value in config.items():
         if isinstance(value, dict):
@@ -208,9 +206,9 @@ def _special_ids(config: Any) -> set[int]:
 
 
 def made_up_logits(like: Tensor, label: int | None = None) -> Tensor:
-    """Logits of many magnitudes, a leaf that asks for a gradient: in the shape of ``like``, with ``label``
-    improbable at every position, and in fp64 where the device has it, whatever the model's dtype, so that
-    what is done to them can be measured."""
+    """Logits of many magnitudes in the shape of ``like``, a leaf that requires a gradient, with ``label``
+    improbable at every position. They are in fp64 if the device has it, whatever the model's dtype, so that
+    changes to them can be measured."""
     index = torch.arange(like.numel(), dtype=torch.float64)
     z = ((index * GOLDEN % 1) * 2 - 1).mul(SPREAD).sinh().reshape(like.shape)
     if label is not None:
@@ -221,7 +219,7 @@ def made_up_logits(like: Tensor, label: int | None = None) -> Tensor:
 
 
 def _depends_on(made: Tensor, given: Tensor) -> bool:
-    """Whether ``made`` came from ``given`` and from nothing that learns: a learned scale may be 1 today."""
+    """Whether ``made`` depends on ``given`` and on no parameter: a learned scale may be 1 only today."""
     leaves, waiting, seen = [], [made.grad_fn], set()
     while waiting:
         node: Any = waiting.pop()
@@ -239,7 +237,7 @@ def _depends_on(made: Tensor, given: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and nobody else's numbers used; afterwards everything as before."""
+    """The model in evaluation mode, the random state forked; afterwards everything is as before."""
     from transformers.utils import logging
 
     modes = [(module, module.training) for module in model.modules()]
@@ -255,7 +253,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.random.fork_rng(sorted(indices), device_type=kind))
         stack.enter_context(torch.random.fork_rng([]))
         stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # nobody waits to compile a few tokens
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # not worth compiling
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
         model.eval()
@@ -273,7 +271,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _accelerators(model: nn.Module) -> dict[str, set[int]]:
-    """The indices of the devices that the model is on, by their kind, less the CPU."""
+    """The indices of the devices that the model is on, by device type, without the CPU."""
     found: dict[str, set[int]] = {}
     for parameter in model.parameters():
         if parameter.device.type not in ("cpu", "meta"):

@@ -1,4 +1,4 @@
-"""``SequenceScorerCorrelationModifier``: a scorer that ranks the wrong way round pays more."""
+"""``SequenceScorerCorrelationModifier``: raises the loss of a scorer that ranks badly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lossmith.core.metrics import Source
 from lossmith.modifiers.scores.scorer_modifier import ScorerModifier
 from lossmith.options import option
 
-# Above it the parabola through the three points falls below 1 before c = 1.
+# Above this alpha, the parabola through the three points falls below 1 before c = 1.
 LARGEST_QUADRATIC_ALPHA = 9
 
 
@@ -43,16 +43,15 @@ class Settings:
 
 
 class SequenceScorerCorrelationModifier(ScorerModifier):
-    """Multiplies the loss by a falling function of the correlation of predictions and targets.
+    """Multiplies the loss by a decreasing function of the correlation of predictions and targets.
 
         c = Pearson correlation over the batch, detached
         factor = A c^2 + B c + C      "quadratic"
                  alpha^((1 - c) / 2)  "geometric"
         A = (alpha - 2 sqrt(alpha) + 1) / 2, B = (1 - alpha) / 2, C = sqrt(alpha)
 
-    Both are 1 at c = 1, sqrt(alpha) at 0, alpha at -1. A batch of 1, or constant targets or
-    predictions, have no correlation: the factor is 1 for a batch of 1 and for constant targets; constant
-    predictions count as c = 0.
+    Both are 1 at c = 1, sqrt(alpha) at 0, alpha at -1. Where the correlation is undefined, the factor is 1
+    for a batch of 1 and for constant targets, and constant predictions count as c = 0.
 
     Args:
         config, parameters: in a mapping or by name, ``enabled`` and the parameters ``alpha``, ``mapping``,
@@ -84,14 +83,14 @@ class SequenceScorerCorrelationModifier(ScorerModifier):
         return factor, metrics
 
     def _correlation(self, predictions: Tensor, targets: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-        """Pearson's c, 0 where predictions are constant, and whether there is anything to rank."""
+        """Pearson's c, 0 for constant predictions, and whether there is anything to rank."""
         scope, eps = self.settings.stats_scope, self.settings.eps
         x = predictions - masked_mean(predictions, where, scope)
         mean = masked_mean(targets, where, scope)
         y = targets - mean
         xy, xx, yy = (masked_mean(product, where, scope) for product in (x * y, x * x, y * y))
         count = sum_over_ranks(where.sum(), scope)
-        # the mean of equal numbers may be a rounding error away from them
+        # the mean of equal numbers may differ from them by a rounding error
         rounding = 8 * torch.finfo(targets.dtype).eps * mean.abs()
         is_defined = (count > 1) & (yy.sqrt() > eps + rounding)
         c = xy / (xx.sqrt().clamp(min=eps) * yy.sqrt().clamp(min=eps))

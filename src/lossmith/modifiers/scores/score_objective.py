@@ -27,13 +27,13 @@ class ScoreObjective:
         L = (product of the modifiers' factors) * mean_b (p[b] - y[b])^2
 
     Args:
-        call: the modifiers, and what else the pipeline was given.
+        call: the modifiers and the other arguments of the pipeline.
     """
 
     call: Call
 
     def count(self, targets: Tensor, *, mask: Tensor | None = None, shift: Any = None) -> Tensor:
-        """How many sequences count; they have no rows to shift along."""
+        """How many sequences count; ``shift`` has no meaning for them."""
         return torch.full((), targets.numel(), device=targets.device) if mask is None else mask.bool().sum()
 
     def evaluate(
@@ -53,12 +53,12 @@ class ScoreObjective:
         Args:
             predictions: [B] or [B, 1].
             targets: [B].
-            mask: [B], 0 where a sequence does not count.
+            mask: [B], 0 where a sequence is ignored.
             denominator, scalars: as for :meth:`lossmith.LossModifierPipeline.evaluate`.
             token_weight, shift: refused; further inputs are for custom modifiers.
 
         Raises:
-            TypeError: predictions that are missing or not floating point, or what belongs to tokens.
+            TypeError: predictions that are missing or not floating point, or an input that belongs to tokens.
             ValueError: shapes that do not match.
         """
         if not isinstance(predictions, Tensor):
@@ -80,7 +80,7 @@ class ScoreObjective:
         call = self.call
         dtype = torch.promote_types(predictions.dtype, torch.float32)
         scores, truth = predictions.reshape(-1).to(dtype), targets.reshape(-1).to(dtype)
-        # 0 where a sequence does not count, whatever stands there
+        # 0 for ignored sequences, whatever their values
         losses = torch.where(valid, scores - truth, 0.0).square().reshape(targets.shape)
         losses = losses if call.per_position_loss is None else call.per_position_loss
 
@@ -100,7 +100,7 @@ class ScoreObjective:
             nothing, metrics = loss.new_zeros(0, 0), Metrics({"loss": total.sum})
             return LossOutput(total, {name: total}, valid, None, None, nothing, metrics)
 
-        replaced: dict[int, Tensor] = {}  # by the custom modifier at this position
+        replaced: dict[int, Tensor] = {}  # by position of the custom modifier
 
         def arguments(position: int, _: LossOutput) -> dict[str, Any]:
             earlier = [p for p in replaced if p < position]

@@ -16,12 +16,12 @@ from lossmith.modifiers.summary import loss_metrics
 
 
 class ScorerModifier(BuiltInModifier):
-    """The base of the modifiers of SEQUENCE_SCORER: they say by what to multiply the loss."""
+    """The base of the modifiers of SEQUENCE_SCORER: each gives a factor for the loss."""
 
     modes = (ModelMode.SEQUENCE_SCORER,)
 
     def idle_because(self, batch: int) -> str | None:
-        """As of every modifier; of a batch it is told the number of scores."""
+        """As for every modifier; here ``batch`` is the number of scores."""
         is_local = getattr(self.settings, "stats_scope", None) == "local"
         if is_local and self.seen.only_singles(batch):
             return ALONE.format(what="its factor is a statistic of a batch")
@@ -31,14 +31,14 @@ class ScorerModifier(BuiltInModifier):
     def factor(
         self, predictions: Tensor, targets: Tensor, where: Tensor
     ) -> tuple[Tensor, Mapping[str, Source]]:
-        """The factor, a scalar, and metrics, from detached predictions [B] and targets [B], ``where`` (bool)
-        they count."""
+        """The factor, a scalar, and metrics, from detached predictions [B] and targets [B]; ``where`` (bool)
+        marks those that count."""
 
     def on_scores(self, predictions: Tensor, targets: Tensor, where: Tensor, loss: Tensor) -> Tensor:
-        """The factor of a batch whose loss, detached, is ``loss`` before it; its metrics are kept.
+        """The factor for a batch, and store its metrics; ``loss`` is the detached loss before the factor.
 
         Raises:
-            TypeError: :meth:`factor` gives no factor with metrics.
+            TypeError: :meth:`factor` does not return a factor and metrics.
         """
         self.look_at(predictions.numel())
         answer: Any = self.factor(predictions, targets, where)

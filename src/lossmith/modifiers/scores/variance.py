@@ -1,4 +1,4 @@
-"""``SequenceScorerVarianceModifier``: a scorer whose predictions cramp together pays more."""
+"""``SequenceScorerVarianceModifier``: raises the loss of a scorer whose predictions vary too little."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Settings:
 
 
 class SequenceScorerVarianceModifier(ScorerModifier):
-    """Multiplies the loss while the targets vary more than the predictions.
+    """Multiplies the loss by a factor above 1 while the targets vary more than the predictions.
 
         r      = var(targets) / max(var(predictions), eps)       population variances over the batch
         factor = 1 + (scale - 1) (1 - exp(-alpha relu(r - 1)))   detached; 1 for a batch of 1

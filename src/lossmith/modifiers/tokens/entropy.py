@@ -45,12 +45,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class EntropyReport:
-    """One batch in words; tensors until then, so that logging that nobody listens to does not wait for the
-    device.
+    """One batch in words; tensors until it is printed, so that unread logs do not wait for the device.
 
     Attributes:
-        irregular: how often there was something, by what is said of it.
-        metrics: what came of the batch.
+        irregular: how many positions were irregular, by message.
+        metrics: the metrics of the batch.
     """
 
     irregular: Mapping[str, Tensor]
@@ -71,11 +70,11 @@ class EntropyReport:
 
 
 def irregularities(stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
-    """How many positions of a batch are out of the ordinary, by what is said of them."""
+    """How many positions of a batch are irregular, by message."""
     entropy, num_wrong = stats.wrong_entropy, stats.num_wrong
     relative = entropy / num_wrong.clamp(min=2).to(entropy.dtype).log()
     is_finite, has_several = torch.isfinite(entropy), num_wrong > 1
-    # rounding alone takes a uniform distribution past 1
+    # rounding alone can take a uniform distribution past 1
     is_outside = (relative < -1e-6) | (relative > 1 + 1e-6)
     where = {
         "positions with no wrong answer probability": stats.target_prob >= 1,
@@ -88,7 +87,7 @@ def irregularities(stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class EntropyMeasured(Measured):
-    """With what the verbose mode reports."""
+    """With the report of the verbose mode."""
 
     irregular: Mapping[str, Tensor] | None = None
 
@@ -141,7 +140,7 @@ class EntropyModifier(SampleWeigher):
         return None
 
     def measure(self, stats: TokenStats, batch: TokenBatch) -> Measured:
-        plain = stats.unscaled  # a temperature of the loss is none of the model's
+        plain = stats.unscaled  # the temperature belongs to the loss, not to the model
         entropy = batch.rows(plain.normalized_wrong_entropy)  # [B, T]
         is_defined = batch.rows(batch.valid & (plain.num_wrong > 1)) & torch.isfinite(entropy)
         num_defined = is_defined.sum(-1)
@@ -175,7 +174,7 @@ class EntropyModifier(SampleWeigher):
         return EntropyMeasured(weight if self.weighs else None, metrics, irregular)
 
     def _weights(self, entropy: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """[B] normalised weights, and the raw ones before their upper limit."""
+        """[B] normalised weights, and the raw weights before the upper limit."""
         s = self.settings
         level = entropy.clamp(min=s.threshold) + s.eps
         raw = level if s.direction == "uniform" else 1 / level
@@ -183,7 +182,7 @@ class EntropyModifier(SampleWeigher):
         relative = limited / self._mean(limited, counts).clamp(min=torch.finfo(raw.dtype).tiny)
         weight = torch.relu(1 + s.weight * (relative - 1))
         weight = weight / self._mean(weight, counts).clamp(min=torch.finfo(raw.dtype).tiny)
-        # a sample without wrong answers to speak of has no entropy: it stays as it is
+        # a sample without probability on wrong answers has no entropy: its weight stays 1
         return torch.where(counts, weight, 1.0), torch.where(counts, raw, 0.0)
 
     def _mean(self, values: Tensor, where: Tensor) -> Tensor:
@@ -202,5 +201,5 @@ class EntropyModifier(SampleWeigher):
 
 
 def _has_no_entropy(batch: TokenBatch) -> bool:
-    """Whether no token can have two wrong answers."""
+    """Whether the vocabulary is too small for two wrong answers."""
     return batch.num_classes is not None and batch.num_classes <= 2

@@ -1,4 +1,4 @@
-"""``SequenceScoringJudgeWeightModifier``: weighs samples by what a judge thinks of the model's output."""
+"""``SequenceScoringJudgeWeightModifier``: weighs samples by a judge's score of the model's output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def expected_wrongness(ratio: Tensor) -> Tensor:
-    """y(x) = x^4 - 2 x^3 + 2 x, what a sequence scorer is trained to say of a corrupted share x."""
+    """y(x) = x^4 - 2 x^3 + 2 x, the score that a sequence scorer learns for a corrupted share x."""
     return ((ratio - 2) * ratio**2 + 2) * ratio
 
 
@@ -50,15 +50,15 @@ class Settings:
 
 
 class SequenceScoringJudgeWeightModifier(SampleWeigher):
-    """Weighs samples by how wrong a judge finds what the model would write in the supervised places.
+    """Weighs samples by how wrong a judge finds what the model would write at the supervised positions.
 
         x[b] = supervised tokens of sample b / its positions
         s[b] = clamp((wrongness[b] / max(y(x[b]), eps))^exponent, min_factor, max_factor)
         y(x) = x^4 - 2 x^3 + 2 x
 
-    One token is drawn at every supervised position, at temperature 1; elsewhere the known token
-    stays when ``input_ids`` are given, and one is drawn too when they are not. The judge sees the
-    result, after its CLS token if it has one, up to the length that it can read.
+    One token is sampled at every supervised position, at temperature 1. Elsewhere the known token stays if
+    ``input_ids`` are given, and one is sampled if not. The judge reads the result, after its CLS token if it
+    has one, up to its maximum length.
 
     Args:
         config, parameters: in a mapping or by name, ``enabled`` and the parameters ``checkpoint``,
@@ -68,7 +68,7 @@ class SequenceScoringJudgeWeightModifier(SampleWeigher):
 
     Raises:
         ValueError: neither a checkpoint nor a judge, or one that cannot be used; the message names it.
-        TypeError: a judge that cannot be called.
+        TypeError: a judge that is not callable.
 
     Example:
         >>> import torch, lossmith
@@ -114,7 +114,7 @@ class SequenceScoringJudgeWeightModifier(SampleWeigher):
                 f"{self.name} needs a judge: pass checkpoint (in a flat configuration "
                 "judge_weight_checkpoint), the folder of a sequence scorer"
             )
-        # Reading checkpoints takes Hugging Face's transformers, which the core does not depend on.
+        # Reading checkpoints needs Hugging Face's transformers, on which the core does not depend.
         integration = import_module("lossmith.integrations.judge")
         judge = integration.load_judge(self.settings.checkpoint, **self._place)
         object.__setattr__(self, "judge", judge)
@@ -125,7 +125,7 @@ class SequenceScoringJudgeWeightModifier(SampleWeigher):
 
     def on_batch(self, batch: TokenBatch, draw: Callable[[], Tensor]) -> Measure:
         if not self.weighs:
-            return lambda stats: Measured()  # and not a random number is drawn
+            return lambda stats: Measured()  # without drawing a random number
         s = self.settings
         if self.judge is None:  # it was disabled, or is a copy
             self._load()
@@ -144,7 +144,7 @@ class SequenceScoringJudgeWeightModifier(SampleWeigher):
         return one_limit("min_factor", "max_factor") if has_one else None
 
     def _check_judge(self, batch: TokenBatch) -> None:
-        """Refuse a judge whose attributes cannot be, or that does not know the model's vocabulary."""
+        """Refuse a judge with impossible attributes, or one that does not know the model's vocabulary."""
         for name in ("vocab_size", "block_size"):
             value = getattr(self.judge, name, None)
             if value is not None and not (_is_whole(value) and value >= 1):
@@ -161,7 +161,7 @@ class SequenceScoringJudgeWeightModifier(SampleWeigher):
             )
 
     def _sequences(self, batch: TokenBatch, drawn: Tensor) -> Tensor:
-        """[B, L] what the model would write in the supervised places."""
+        """[B, L] what the model would write at the supervised positions."""
         drawn = batch.rows(drawn)[:, : batch.num_positions]
         if batch.input_ids is None:
             return drawn
@@ -172,7 +172,7 @@ class SequenceScoringJudgeWeightModifier(SampleWeigher):
 
     @torch.no_grad()
     def _wrongness(self, ids: Tensor) -> Tensor:
-        """[B] the judge's word, in [0, 1]."""
+        """[B] the judge's score, in [0, 1]."""
         assert self.judge is not None
         cls_token_id = getattr(self.judge, "cls_token_id", None)
         if cls_token_id is not None:

@@ -1,4 +1,4 @@
-"""``MetricsCollectorModifier``: watches, and changes nothing."""
+"""``MetricsCollectorModifier``: measures, and changes nothing."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Settings:
 class MetricsCollectorModifier(TokenModifier):
     """Metrics of the unmodified model in every mode; the loss stays as it is.
 
-        nll, perplexity, accuracy, entropy, num_tokens            where there are tokens
+        nll, perplexity, accuracy, entropy, num_tokens            for models of tokens
         mean_absolute_error,
         mean_absolute_relative_error = mean |p - y| / max(|y|, eps), and its running average (..._ema)
-                                                                  of a sequence scorer
+                                                                  for a sequence scorer
 
     Args:
         config, parameters: in a mapping or by name, ``enabled`` and the parameters ``ema_decay``, ``eps``.
@@ -83,9 +83,9 @@ class MetricsCollectorModifier(TokenModifier):
         """Record the errors of a sequence scorer; see :class:`lossmith.modifiers.ScorerModifier`."""
         error = (predictions - targets).abs()
         relative = masked_mean(error / targets.abs().clamp(min=self.settings.eps), where)
-        if torch.is_grad_enabled():  # an evaluation is no part of the running average
+        if torch.is_grad_enabled():  # evaluation does not enter the running average
             self._take_in(relative, where.any() & torch.isfinite(relative))
-        # the average of a few batches weighs the zero that it started from
+        # after few batches the average is still biased towards its initial zero
         started = 1 - self.settings.ema_decay ** self.num_batches.clamp(min=1)
         self._metrics = {
             "mean_absolute_error": masked_mean(error, where),

@@ -31,12 +31,12 @@ class Settings:
 
 
 class TargetSmoothingModifier(TokenModifier):
-    """Label smoothing: cross-entropy against targets that hold ``factor`` back for the other classes.
+    """Label smoothing: cross-entropy against targets that give ``factor`` to the other classes.
 
         (1 - factor) ell + factor / V  sum_i (-log p_i)                  "uniform"
         (1 - factor) ell + factor / (V - 1)  sum_{i != y} (-log p_i)     "exclude_target"
 
-    with ell the token's loss so far, -log p_y unless something else was given.
+    ell is the token's loss so far, -log p_y unless something else was given.
 
     Args:
         config, parameters: in a mapping or by name, ``enabled`` and the parameters ``factor``, ``mode``,

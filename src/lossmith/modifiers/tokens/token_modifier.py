@@ -1,8 +1,8 @@
 """``TokenModifier``: a modifier of losses that are summed over tokens, as a part of the one equation.
 
-It may drop targets, put another loss in a token's place, and weigh samples. Weights come from
-the statistics of the unmodified model, detached, so neither the order of modifiers nor what
-another one does to the loss can change them.
+It may drop targets, replace the loss of tokens, and weigh samples. Weights come from the detached
+statistics of the unmodified model, so neither the order of modifiers nor what another one does to
+the loss can change them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from lossmith.modifiers.configured_modifier import BuiltInModifier
 
 @dataclass(frozen=True)
 class Measured:
-    """What a modifier saw in a batch.
+    """What a modifier measured on a batch.
 
     Attributes:
-        weight: [B] what each sample's loss is multiplied by, or None for 1.
+        weight: [B] the factor of each sample's loss, or None for 1.
         metrics: by name.
     """
 
@@ -39,8 +39,8 @@ class SampleLosses:
 
     Attributes:
         unmodified: of the token loss, before any modifier.
-        produced: of the token loss, after the modifiers that put another in its place.
-        total: of all the objective's terms, made of the latter.
+        produced: of the token loss, after the modifiers that replace it.
+        total: of all the objective's terms, built on ``produced``.
     """
 
     unmodified: Tensor
@@ -55,8 +55,8 @@ class TokenModifier(BuiltInModifier):
     """The base of the modifiers of LANGUAGE_MODEL and TOKEN_CLASSIFIER; override what applies.
 
     Attributes:
-        reads: names of the statistics that ``token_loss`` and what ``on_batch`` returns read; None for every
-            one, still in one pass.
+        reads: names of the statistics that ``token_loss`` and the function from ``on_batch`` read; None for
+            all, still in one pass.
     """
 
     modes = (ModelMode.LANGUAGE_MODEL, ModelMode.TOKEN_CLASSIFIER)
@@ -64,12 +64,12 @@ class TokenModifier(BuiltInModifier):
 
     @property
     def changes_loss(self) -> bool:
-        """Whether it does more than measure, as its parameters are set."""
+        """Whether it does more than measure, with its current parameters."""
         return True
 
     @property
     def weighs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether it weighs samples, as its parameters are set."""
+        """Whether it weighs samples, with its current parameters."""
         return False
 
     def keeps(self, targets: Tensor) -> Tensor | None:
@@ -77,18 +77,18 @@ class TokenModifier(BuiltInModifier):
         return None
 
     def token_loss(self, loss: Tensor, stats: TokenStats, batch: TokenBatch) -> Tensor:
-        """[N] the loss of each token, in place of ``loss``."""
+        """[N] the loss of each token, which replaces ``loss``."""
         return loss
 
     def on_batch(self, batch: TokenBatch, draw: Callable[[], Tensor]) -> Measure:
-        """Called once a batch, before its statistics are there.
+        """Called once per batch, before its statistics are computed.
 
         Args:
             batch: the aligned batch.
-            draw: -> [N] ids, one drawn at every position from the model's distribution.
+            draw: -> [N] ids, one sampled at every position from the model's distribution.
 
         Returns:
-            What measures the statistics (detached).
+            A function that measures the (detached) statistics.
         """
         return lambda stats: self.measure(stats, batch)
 
@@ -97,7 +97,7 @@ class TokenModifier(BuiltInModifier):
         return Measured()
 
     def record(self, measured: Measured, losses: SampleLosses) -> None:
-        """Keep the metrics of a batch."""
+        """Store the metrics of a batch."""
         self.keep_metrics({**measured.metrics, **self.loss_metrics(measured, losses)})
 
     def loss_metrics(self, measured: Measured, losses: SampleLosses) -> Mapping[str, Source]:

@@ -25,11 +25,11 @@ from lossmith.objectives.wrapped import WrappedObjective
 
 
 class TokenObjective(WrappedObjective):
-    """An objective of tokens with the modifiers of one call; it is made for a single batch.
+    """An objective of tokens with the modifiers of one call; it serves a single batch.
 
     Args:
-        base: the objective that is modified.
-        call: the modifiers, and what else the pipeline was given.
+        base: the objective to modify.
+        call: the modifiers and the other arguments of the pipeline.
     """
 
     def __init__(self, base: Objective, call: Call) -> None:
@@ -38,13 +38,13 @@ class TokenObjective(WrappedObjective):
         self.reduction, self.ignore_index = call.reduction, call.ignore_index
         self._of_call: Any = {"reduction": call.reduction, "ignore_index": call.ignore_index}
         self.token_modifiers: list[TokenModifier] = call.built_in
-        # a loss that is given may have gradients of its own, which one sweep of a linear head would lose
+        # a loss passed in may have its own graph, whose gradients one sweep of a linear head would lose
         self._needs_all = call.per_position_loss is not None or any(m.weighs for m in self.token_modifiers)
-        self._replaced: dict[int, Tensor] = {}  # by the custom modifier at this position
+        self._replaced: dict[int, Tensor] = {}  # by position of the custom modifier
         self._measures: list[tuple[TokenModifier, Measure]] = []
         self._measured: list[tuple[TokenModifier, Measured]] = []
         self._token_losses: tuple[Tensor, Tensor] | None = None  # [N], before and after the modifiers
-        self._stats: TokenStats | None = None  # of the batch, flat, once they are known
+        self._stats: TokenStats | None = None  # of the batch, flat, once computed
 
     # ── which targets count, and for how much ─────────────────────────────────────────────────────
 
@@ -69,7 +69,7 @@ class TokenObjective(WrappedObjective):
         return self.base.count(self.kept(targets, self.ignore_index), **self._of_call, **options)
 
     def _refuse_flat(self, targets: Tensor) -> None:
-        """A ValueError where a modifier weighs samples, and there is one, since the targets are flat."""
+        """Raise a ValueError if a modifier weighs samples but flat targets [N] make a single sample."""
         for modifier in self.token_modifiers:
             if targets.dim() <= 1 and modifier.weighs:
                 raise ValueError(
@@ -83,7 +83,7 @@ class TokenObjective(WrappedObjective):
         return self._weigh if self._needs_all else self.base.weigh
 
     def _weigh(self, stats: TokenStats, batch: TokenBatch) -> Tensor | None:
-        """[N] the product of the samples' weights, and what the base makes of a token's."""
+        """[N] the product of the samples' weights, and of the base's weight of each token."""
         weight = None if self.base.weigh is None else self.base.weigh(stats, batch)
         product = self._measure(stats, batch)
         if product is None:
@@ -99,7 +99,7 @@ class TokenObjective(WrappedObjective):
         losses = (self._unmodified(stats, batch).detach(), self.token_loss(stats, batch).detach())
         before, after = (torch.where(batch.scale == 0, 0.0, loss * batch.scale) for loss in losses)
         self._token_losses = (before, after)
-        # in an order of their own, so that the last digit does not depend on that of the list
+        # in a fixed order, so that the last digit does not depend on the order of the list
         ordered = sorted(self._measured, key=lambda found: found[0].name)
         weights = [measured.weight for _, measured in ordered if measured.weight is not None]
         return reduce(operator.mul, weights) if weights else None
@@ -138,10 +138,10 @@ class TokenObjective(WrappedObjective):
     # ── the batch ─────────────────────────────────────────────────────────────────────────────────
 
     def check_inputs(self, inputs: Iterable[str], more: Iterable[str] = ()) -> None:
-        """The pipeline has checked them; custom modifiers may take any."""
+        """Checks nothing: the pipeline has, and custom modifiers may take any input."""
 
     def look_at(self, targets: Tensor, **given: Any) -> None:
-        """Let the modifiers see targets; ``given`` as for :func:`lossmith.equation.batch.align`."""
+        """Show the targets to the modifiers; ``given`` as for :func:`lossmith.equation.batch.align`."""
         seen = self.kept(targets, self.ignore_index)
         batch = self._align(seen, ignore_index=self.ignore_index, **given)
         for modifier in self.token_modifiers:
@@ -165,7 +165,7 @@ class TokenObjective(WrappedObjective):
         call, custom, once_more = self.call, self.call.custom, super().evaluate_batch
         self._stats = call.stats_of(batch)
         if custom:
-            predictions = Logits(predictions.logits())  # which they look at
+            predictions = Logits(predictions.logits())  # custom modifiers read them
         for modifier in self.token_modifiers:
             modifier.look_at(batch)
 
@@ -175,12 +175,12 @@ class TokenObjective(WrappedObjective):
         self._measures = [(modifier, modifier.on_batch(batch, draw)) for modifier in self.token_modifiers]
 
         def evaluated() -> LossOutput:
-            """With all modifiers but the custom ones that work on the reduced loss."""
+            """The output with all modifiers except custom ones that change the reduced loss."""
             output = once_more(predictions, batch, inputs, scalars, self._stats)
             assert output.stats is not None
-            if not self._needs_all:  # then nothing waits for what modifiers measure
+            if not self._needs_all:  # then no later step uses what modifiers measure
                 self._measure(output.stats.detach(), batch)
-            self._stats = output.all_stats  # what is known is not computed again
+            self._stats = output.all_stats  # do not compute them again
             return output
 
         def arguments(position: int, so_far: LossOutput) -> dict[str, Any]:
@@ -205,10 +205,10 @@ class TokenObjective(WrappedObjective):
         return output
 
     def _record(self, output: LossOutput, batch: TokenBatch) -> None:
-        """Let every modifier keep its metrics."""
+        """Let every modifier store its metrics."""
         if self._token_losses is None:
             return
-        # means of this batch alone, also where it is a part of a larger one, or its losses are summed
+        # means over this batch alone, even if it is a micro-batch, or its losses are summed
         is_mean = isinstance(batch.share, Tensor) or self.reduction not in ("sum", "none")
         divisor = torch.as_tensor(batch.share if is_mean else batch.count, device=output.contributions.device)
         divisor = torch.where(divisor == 0, 1.0, divisor)
@@ -218,12 +218,12 @@ class TokenObjective(WrappedObjective):
 
 
 def _flat(loss: Tensor, batch: TokenBatch) -> Tensor:
-    """[N] losses that were given of each position."""
+    """[N] the given per-position losses."""
     return loss.reshape(batch.targets.shape).to(batch.scale.dtype)
 
 
 def _checked(modifier: TokenModifier, measured: Any, batch: TokenBatch) -> Measured:
-    """What a modifier has measured."""
+    """What a modifier measured, checked."""
     if not isinstance(measured, Measured):
         raise TypeError(f"{modifier.name}.measure must return a Measured; got {type(measured).__name__}")
     num_samples = len(batch.row_counts)

@@ -67,7 +67,7 @@ class DataKeys:
 
 @dataclass
 class ModelKeys:
-    """The model: Llama's architecture or Mixtral's, or ModernBERT's where it sees both ways."""
+    """The model: Llama's architecture or Mixtral's, or ModernBERT's if it is bidirectional."""
 
     model: Annotated[
         Literal["llama", "moe"],
@@ -144,7 +144,7 @@ ModifierKeys = keys_class(
 class TrainConfig(
     ModifierKeys, NVAMPKeys, UnifiedKeys, RunKeys, OptimizerKeys, LossKeys, ModelKeys, DataKeys, TaskKeys
 ):
-    """Everything `lossmith train` can be told."""
+    """All keys of `lossmith train`."""
 
     @property
     def is_language_model(self) -> bool:

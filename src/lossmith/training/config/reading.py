@@ -112,7 +112,7 @@ def resolve(settings: list[Setting]) -> TrainConfig:
         # The libraries expand `~` too, and all have to agree.
         values["out_dir"] = os.path.expanduser(values["out_dir"])
     if "learning_rate" in values and "min_lr" not in values:
-        # Else a low learning rate would be refused because of a default that nobody chose.
+        # Else a low learning rate would be refused because of a default that the user did not choose.
         values["min_lr"] = values["learning_rate"] / MIN_LR_DIVISOR
     return TrainConfig(**values)
 
@@ -181,13 +181,13 @@ def take_value(name: str, rest: list[str]) -> str:
 
 
 def parse_text(name: str, text: str) -> Any:
-    """A flag's text as a value; text that is no literal stays text."""
+    """A flag's text as a value; text that is not a literal stays text."""
     kind = TYPES.get(key_of(name))
     if kind is str:
         return text
     if kind is bool and text.lower() in BOOLEAN_WORDS:
         return BOOLEAN_WORDS[text.lower()]
-    # int and float also read "007" and "nan", which are no literals.
+    # int and float also read "007" and "nan", which are not literals.
     readers = (ast.literal_eval,) if kind is bool else (int, float, ast.literal_eval)
     for read in readers:
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -217,7 +217,7 @@ def read_config_file(path: Path) -> list[Setting]:
 
 
 def read_assignment(statement: ast.stmt, origin: str) -> Setting:
-    """Read one statement of a config file; a UserError if it is no such assignment."""
+    """Read one statement of a config file; a UserError if it is not one."""
     target = value = None
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
         target, value = statement.targets[0], statement.value

@@ -1,5 +1,4 @@
-"""The rules that a configuration obeys: values are in range, and every key applies to the mode, model and
-loss."""
+"""The rules for a configuration: values are in range, and every key applies to the mode, model and loss."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

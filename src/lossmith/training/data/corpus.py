@@ -10,7 +10,7 @@ from pathlib import Path
 from lossmith.training.errors import UserError
 
 HELD_OUT_SHARE = 0.1
-CUT_WITHIN = 0.01  # of the text: how far from there to look for the end of a line
+CUT_WITHIN = 0.01  # share of the text within which to look for the end of a line
 COMMONPLACE = 40  # characters; shorter paragraphs, such as "Note:", recur without being quotations
 TRAIN_NAMES = ("train",)
 HELD_OUT_NAMES = ("val", "valid", "validation", "test")

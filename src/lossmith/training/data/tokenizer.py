@@ -34,7 +34,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, *, or_fewer: bool = False) 
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,  # no padding token, whose embedding would get no gradient
+        eos_token=END_OF_TEXT,  # no padding token: its embedding would get no gradient
         mask_token=MASK,
         cls_token=CLS,
         clean_up_tokenization_spaces=False,

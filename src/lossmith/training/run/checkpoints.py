@@ -23,14 +23,14 @@ from lossmith.training.tasks.models import EXPERTS, SIZES
 T = TypeVar("T")
 KEPT = 2
 MODEL_FILES = "model*.safetensors"  # large models have several
-# Without these two the Trainer would resume all the same, with an optimizer that remembers nothing.
+# Without these two the Trainer would still resume, but with a fresh optimizer.
 FILES_OF_THE_OPTIMIZER = ("optimizer.pt", "scheduler.pt")
 
 
 class KeepCheckpoints(TrainerCallback):
     """Claims a checkpoint before it is written, and deletes the run's older ones.
 
-    The Trainer's own rotation would delete any folder called `checkpoint-N`, whoever made it.
+    The Trainer's own rotation would delete any folder called `checkpoint-N`, even a foreign one.
     """
 
     def __init__(self, folder: RunFolder):
@@ -71,8 +71,7 @@ def checkpoint_of(out_dir: Path) -> tuple[int, Path]:
 
 
 def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
-    """Raise UserError if a file of a checkpoint is missing or damaged, or of another model than the
-    configuration's."""
+    """Raise UserError if a file of a checkpoint is missing, damaged, or not of the configuration's model."""
     saved = read_json(checkpoint / "config.json")
     require_architecture(saved.get("architectures"), checkpoint, config)
     said = {key: getattr(config, key) for key in SIZES}

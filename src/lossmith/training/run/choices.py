@@ -1,6 +1,6 @@
-"""Defaults that give way to what is there, each with a sentence that says so.
+"""Defaults that adapt to the data and folders of a run, each with a sentence that says so.
 
-What the user asked for is never changed; it is done or refused.
+What the user asked for is never changed: it is done or refused.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ def choose_sizes(
     is_default = {name: name not in config.changed([name]) for name in ("vocab_size", "block_size")}
     tokenizer = train_tokenizer(corpus, config.vocab_size, or_fewer=is_default["vocab_size"])
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer)}
-    # A longer text has enough tokens for sure, and encoding it takes a while.
+    # A longer text certainly has enough tokens, and encoding it takes a while.
     longest = max(map(len, tokenizer.get_vocab()))
     if is_default["block_size"] and sum(map(len, corpus.train)) <= config.block_size * longest:
         num_tokens = len(encode(tokenizer, corpus.train))
@@ -46,7 +46,7 @@ def choose_sizes(
 
 
 def choose_judge(config: TrainConfig) -> tuple[TrainConfig, str | None]:
-    """Replace a judge that is named by its run's folder by its newest checkpoint, which resuming then keeps.
+    """If the judge is given as a run's folder, use its newest checkpoint; resuming then keeps that one.
 
     Returns:
         The configuration, and what to say about it, if anything.

@@ -1,8 +1,8 @@
-"""The folder of a run, in which nothing is touched that the run did not write.
+"""The folder of a run, which touches only what it wrote itself.
 
-`lossmith_run.json` lists what the run wrote. A name is added before its file is created. Whatever has one of
-our names but is not listed belongs to somebody else: it is never overwritten, moved or deleted, and a run
-that would have to is refused. An earlier run is moved aside as a whole.
+`lossmith_run.json` lists what the run wrote. A name is added before its file is created. A file that has one
+of our names but is not listed is foreign: it is never overwritten, moved or deleted, and a run that would
+have to do so is refused. An earlier run is moved aside as a whole.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ LAST_FILE_OF_A_CHECKPOINT = "trainer_state.json"
 
 @dataclass(frozen=True)
 class SetAside:
-    """An earlier run that was moved: where to, and which names."""
+    """An earlier run that was moved: its new place and the names moved."""
 
     folder: Path
     names: list[str]
@@ -44,7 +44,7 @@ class RunFolder:
         self.has_list, self.written = read_list(path / RUN_FILE)
 
     def owns(self, name: str) -> bool:
-        """Whether the run wrote what has this name."""
+        """Whether the run wrote the file or folder with this name."""
         path = self.path / name
         if name not in self.written or path.is_symlink():  # a run creates no links
             return False
@@ -60,7 +60,7 @@ class RunFolder:
             self.written.add(TENSORBOARD_FOLDER)
 
     def require_room(self, names: Iterable[str], after_step: int = sys.maxsize) -> None:
-        """Raise UserError if one of the names, or a checkpoint of a later step, belongs to somebody else."""
+        """Raise UserError if one of the names, or a checkpoint of a later step, is foreign."""
         later = [path.name for step, path in numbered(self.path, "checkpoint") if step > after_step]
         taken = [n for n in (*names, *later) if os.path.lexists(self.path / n) and not self.owns(n)]
         if taken:
@@ -72,7 +72,7 @@ class RunFolder:
             )
 
     def claim(self, *names: str) -> None:
-        """List names before they are written; a UserError if one belongs to somebody else."""
+        """List names before they are written; a UserError if one is foreign."""
         self.require_room(names)
         self.written |= {*names}
         self._write_list()
@@ -80,8 +80,8 @@ class RunFolder:
     def set_aside(self) -> SetAside | None:
         """Move an earlier run, if there is one, to `previous-1/`, `previous-2/` and so on.
 
-        Training again should just work, as in nanoGPT, but must not cost somebody a long run that they
-        forgot to resume.
+        Training again should just work, as in nanoGPT, but must not cost users a long run that they forgot
+        to resume.
         """
         names = in_order(name for name in self.written if "/" not in name and self.owns(name))
         self.written = set()
@@ -119,13 +119,13 @@ class RunFolder:
         """Delete the listed files of a checkpoint, and its folder if nothing else is in it."""
         files = {name for name in self.written if name.startswith(f"{checkpoint.name}/")}
         last = f"{checkpoint.name}/{LAST_FILE_OF_A_CHECKPOINT}"
-        for name in sorted(files, key=lambda name: name != last):  # first, so that the rest is no checkpoint
+        for name in sorted(files, key=lambda name: name != last):  # first: the rest is not a checkpoint
             with contextlib.suppress(OSError):
                 (self.path / name).unlink(missing_ok=True)
                 self.written.discard(name)
         folders = {parent for name in files for parent in (self.path / name).parents} - {*self.path.parents}
         for folder in sorted(folders - {self.path}, reverse=True):  # the inner ones first
-            with contextlib.suppress(OSError):  # it holds somebody else's files
+            with contextlib.suppress(OSError):  # it holds foreign files
                 folder.rmdir()
         if not checkpoint.exists():
             self.written.discard(checkpoint.name)
@@ -226,7 +226,7 @@ def lines_of(log: Path) -> list[str]:
 
 
 def step_in(line: str) -> int | None:
-    """The step of a line of the log; None for a line that is truncated or no row."""
+    """The step of a line of the log; None for a line that is truncated or not a row."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):

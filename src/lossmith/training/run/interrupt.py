@@ -42,7 +42,7 @@ class StopOnSignal(TrainerCallback):
             say(self.console, "Finishing this step and saving; once more to stop at once.", "yellow")
         elif time.monotonic() - self.received_at > REPEATED_S:
             raise KeyboardInterrupt
-        # Else it is the same Ctrl-C, which reaches a rank from the terminal and from torchrun.
+        # Otherwise it is the same Ctrl-C, which a rank gets from the terminal and from torchrun.
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.received = on_any_rank(self.received, args)

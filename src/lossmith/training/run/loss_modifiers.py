@@ -1,4 +1,4 @@
-"""The loss modifiers of a run: built from its keys, shown, and their logging."""
+"""The loss modifiers of a run: building them from its keys, showing them, and their logging."""
 
 import contextlib
 import logging

@@ -16,7 +16,7 @@ from lossmith.training.run.terminal import say
 from lossmith.training.tasks.measures import Figure
 from lossmith.training.tasks.task import Task
 
-PARTS = "loss/"  # what the names of parts begin with in all that a Trainer with an objective logs
+PARTS = "loss/"  # the prefix of parts in the logs of a Trainer with an objective
 
 
 class Stopwatch(TrainerCallback):
@@ -55,7 +55,7 @@ class Stopwatch(TrainerCallback):
 
 
 class LogFile(TrainerCallback):
-    """Writes `log.jsonl`; a resumed run drops the rows of steps that it takes again."""
+    """Writes `log.jsonl`; a resumed run drops the rows of the steps that it repeats."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -87,7 +87,7 @@ def log_row(step: int, logs: dict[str, Any]) -> dict[str, Any] | None:
     row: dict[str, Any] = {"step": step}
     for name, value in logs.items():
         if name == "epoch":
-            continue  # there are none: blocks are random
+            continue  # random blocks have no epochs
         name = OF_EVALUATION.get(name, name.removeprefix("eval_"))
         # JSON has neither NaN nor infinity.
         row[name] = None if isinstance(value, float) and not math.isfinite(value) else value

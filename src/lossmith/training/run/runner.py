@@ -50,8 +50,7 @@ def run(config: TrainConfig, console: Console, command: str = "python train.py")
         The exit code: 0, or 128 plus the signal's number if a signal ended the run.
 
     Raises:
-        UserError: something is missing or impossible; only a loss that is not finite raises it during
-        training.
+        UserError: something is missing or impossible. During training, only a non-finite loss raises it.
     """
     with quiet_libraries(), saying_warnings(console):
         return evaluate_saved(config, console) if config.eval_only else train(config, console, command)
@@ -100,7 +99,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             with stop, contextlib.closing(display), verbose_modifiers(config, console):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-            # 4. What came of it.
+            # 4. Results.
             step = trainer.state.global_step
             if stop.received and step < config.max_iters:
                 say(console, f"Stopped after step {step} of {config.max_iters}; checkpoint saved. To go on:")
@@ -148,7 +147,7 @@ def where_to_begin(config: TrainConfig, folder: RunFolder | None) -> tuple[int, 
     """The step after which a run begins and its checkpoint, if it is resumed.
 
     Raises:
-        UserError: nothing to resume, nothing left to train, or somebody else's files in the way.
+        UserError: nothing to resume, nothing left to train, or foreign files in the way.
     """
     first_step, checkpoint = last_checkpoint(Path(config.out_dir)) if config.resume else (0, None)
     if first_step >= config.max_iters:

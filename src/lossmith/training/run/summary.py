@@ -62,7 +62,7 @@ def no_effect(names: list[str]) -> str:
 
 
 def show_first_loss(console: Console, task: Task, model: PreTrainedModel) -> None:
-    """Compare the untrained model's loss with that of knowing nothing."""
+    """Compare the untrained model's loss with that of a model that knows nothing."""
     some = range(min(task.config.batch_size, len(task.held_out)))  # pyright: ignore[reportArgumentType]
     first = task.evaluate(model, DataLoader(Subset(task.held_out, some), batch_size=len(some)))["loss"]
     nothing = task.knowing_nothing()

@@ -1,7 +1,7 @@
-"""``say``: the only way to the terminal, which shows text without obeying it.
+"""``say``: the only way to print to the terminal; it shows control sequences instead of sending them.
 
 File names, flags, samples and error messages may contain escape sequences that rename the window or
-overwrite a line, marks that change the direction of writing, and what `rich` takes for markup.
+overwrite a line, marks that change the direction of writing, and text that `rich` takes for markup.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ OBEYED = re.compile(
 
 
 def visible(text: str) -> str:
-    r"""The text with what a terminal would act on escaped, such as `\x1b`."""
+    r"""The text with characters that a terminal would act on escaped, such as `\x1b`."""
     return OBEYED.sub(spelled_out, text)
 
 
@@ -42,8 +42,7 @@ def spelled_out(found: re.Match[str]) -> str:
 
 
 def say(console: Console, what: RenderableType = "", style: str | None = None) -> None:
-    """Print text, or anything else that `rich` prints, literally; text is not wrapped where a pipe has no
-    width."""
+    """Print text, or anything that `rich` prints, literally; text is not wrapped if a pipe has no width."""
     if isinstance(what, str | Text):
         console.print(shown(what), style=style, soft_wrap=True)
     else:
@@ -72,7 +71,7 @@ def saying_warnings(console: Console) -> Iterator[None]:
 
 
 def shown(what: RenderableType) -> RenderableType:
-    """What is printed in place of something."""
+    """A renderable made safe to print."""
     if isinstance(what, str):
         return Text(visible(what))
     if isinstance(what, Text):

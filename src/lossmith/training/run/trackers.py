@@ -75,7 +75,7 @@ def tensorboard(config: TrainConfig, first_step: int) -> Tracker:
     """TensorBoard's event files in the run's folder."""
     from torch.utils.tensorboard import SummaryWriter
 
-    # Hide what a killed run wrote after its last checkpoint: those steps are taken again.
+    # Hide what a killed run wrote after its last checkpoint: those steps will be repeated.
     purge = first_step + 1 if first_step else None
     folder = Path(config.out_dir) / TENSORBOARD_FOLDER
     writers: list[SummaryWriter] = []  # made on the first write, since it creates the folder

@@ -1,8 +1,8 @@
 """Hugging Face's Trainer for a task.
 
-The loop, the optimizer, accumulation, mixed precision, checkpoints and resuming are the library's. Ours are
-the order of the blocks, the denominator of the loss, the evaluation (the Trainer averages means of batches,
-which weighs tokens unevenly) and what is logged.
+The library provides the loop, the optimizer, accumulation, mixed precision, checkpoints and resuming. Ours
+are the order of the blocks, the denominator of the loss, the evaluation (the Trainer averages batch means,
+which weighs tokens unevenly) and the log.
 """
 
 import math
@@ -88,8 +88,8 @@ class TaskTrainer(ObjectiveTrainer):
         chosen = range(len(held_out))  # pyright: ignore[reportArgumentType]
         if self.config.eval_iters and not everything:
             chosen = chosen[:: math.ceil(len(chosen) / (self.config.eval_iters * self.args.eval_batch_size))]
-        # The ranks' sums are added, so that nothing counts twice, as it would if a distributed sampler
-        # padded the last batch.
+        # Add up the ranks' sums, so that nothing counts twice; a distributed sampler would pad the last
+        # batch.
         share = chosen[self.args.process_index :: self.args.world_size]
         batches = DataLoader(Subset(held_out, share), batch_size=self.args.eval_batch_size)
         with self.accelerator.autocast():
@@ -131,7 +131,7 @@ class TaskTrainer(ObjectiveTrainer):
 
 
 class SettingsOfThisRun(TrainerCallback):
-    """Restores this run's settings after a checkpoint has brought those of the run before."""
+    """Restores this run's settings after a checkpoint has loaded those of the earlier run."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -180,7 +180,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         seed=config.seed,
         logging_steps=config.log_interval,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # else a loss that is not finite would be averaged away
+        logging_nan_inf_filter=False,  # else the Trainer would filter out non-finite losses
         eval_strategy="steps",
         eval_steps=config.eval_interval,
         save_strategy="steps",

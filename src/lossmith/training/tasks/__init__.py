@@ -1,4 +1,4 @@
-"""What each mode trains, a file each; `make_task` picks it by the keys."""
+"""What each mode trains, one file per mode; `make_task` picks it by the keys."""
 
 from importlib import import_module
 
@@ -10,7 +10,7 @@ from lossmith.training.tasks.task import Task
 
 
 def task_class(config: TrainConfig) -> type[Task]:
-    """The task that `mode` and `objective` name."""
+    """The task for the keys `mode` and `objective`."""
     module, name = MODES[config.mode, config.objective].split(".")
     return getattr(import_module(f"lossmith.training.tasks.{module}"), name)
 

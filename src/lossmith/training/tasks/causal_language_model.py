@@ -41,7 +41,7 @@ class CausalLanguageModel(TokenTask):
         return MixtralForCausalLM if config.experts else cls.model_class
 
     def build_model(self) -> PreTrainedModel:
-        # The tokenizer of an older run knows only the end of text.
+        # The tokenizer of an older run has only the end-of-text token.
         others = [token for token in self.tokenizer.all_special_ids if token != self.end_of_text]
         return make_language_model(self.config, self.end_of_text, never_generated=others)
 

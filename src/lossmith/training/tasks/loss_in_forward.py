@@ -9,17 +9,16 @@ from transformers import PreTrainedModel
 
 from lossmith.integrations.huggingface.fused_head import FusedHead
 
-# (`logits` or the head's inputs, labels, the model's other inputs, denominator) -> `loss` and what else is
-# wanted
+# (`logits` or the head's inputs, labels, the model's other inputs, denominator) -> `loss` and further outputs
 Loss = Callable[[Mapping[str, Any], Tensor, dict[str, Any], Tensor | None], dict[str, Tensor]]
 
 
 def with_loss(model: PreTrainedModel, loss: Loss, fused: FusedHead | None = None) -> PreTrainedModel:
-    """Let `model(..., labels=...)` return what `loss` makes of its logits; without labels it stays as it was.
+    """Let `model(..., labels=...)` return the `loss` of its logits; without labels it works as before.
 
-    Whatever wraps the model (DistributedDataParallel, `torch.compile`, mixed precision) calls its forward,
-    so that a loss in there has the right gradients under all of them. The model sees no labels and computes
-    no loss of its own. Parameters, `state_dict` and `save_pretrained` are untouched.
+    Wrappers of the model (DistributedDataParallel, `torch.compile`, mixed precision) call its forward, so a
+    loss inside it has the right gradients under all of them. The model sees no labels and computes no loss of
+    its own. Parameters, `state_dict` and `save_pretrained` are untouched.
 
     Args:
         model: a model whose output has `logits`; it is returned.

@@ -22,9 +22,9 @@ RIGHT, WRONG = Mark("«", "»", "bold green", "right"), Mark("‹", "›", "bold
 
 
 class MaskedLanguageModel(CorruptedTask, TokenTask):
-    """Predict masked tokens, with a new share masked in each row, as in discrete diffusion: every number of
-    masked
-    tokens from 1 to all is equally likely, and so is every choice of them.
+    """Predict masked tokens, with a new share masked in each row, as in discrete diffusion.
+
+    Every number of masked tokens from 1 to all is equally likely, and so is every choice of them.
     """
 
     mode = lossmith.ModelMode.LANGUAGE_MODEL

@@ -1,4 +1,4 @@
-"""The figures of a run: their words, and what a model costs that knows nothing."""
+"""The figures of a run in words, and the loss of a model that knows nothing."""
 
 import math
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def perplexity(mean: float) -> float:
 
 @dataclass(frozen=True)
 class KnowingNothing:
-    """What a model costs that knows nothing.
+    """The loss of a model that knows nothing.
 
     Attributes:
         loss: its loss.
@@ -47,6 +47,6 @@ class KnowingNothing:
 
 
 def uniform_guess(num_classes: int, margin: float) -> KnowingNothing:
-    """The cost of giving each class the same probability."""
+    """The loss of giving each class the same probability."""
     loss = math.log(num_classes)
     return KnowingNothing(loss, f"a uniform guess costs log {num_classes} = {loss:.3f}", margin)

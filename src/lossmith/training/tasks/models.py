@@ -23,7 +23,7 @@ INIT_STD = 0.02
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
 GLOBAL_EVERY = 4  # layers of a bidirectional model
-NEIGHBOURS = 4  # tokens that its other layers see, half of them on either side
+NEIGHBOURS = 4  # tokens that its other layers attend to, half on either side
 
 
 # Our keys and their names in the configurations of transformers.
@@ -109,12 +109,12 @@ def make_bidirectional_model(
 ) -> PreTrainedModel:
     """A ModernBERT with any of its heads whose initial loss is close to that of a guess.
 
-    Three layers in four attend to their neighbours alone. With full attention everywhere and the library's
+    Three layers in four attend only to neighbouring tokens. With full attention everywhere and the library's
     narrow initialisation (0.02 at any width), small models learn nothing but token frequencies for hundreds
     of steps.
 
     Args:
-        model_class: the class with the head that is wanted.
+        model_class: the class with the wanted head.
         config: gives the sizes.
         end_of_text, cls: the tokens before every document, and before a sequence.
         num_positions: the longest sequence it can read.

@@ -26,7 +26,7 @@ class SequenceScorer(CorruptedTask):
     """Predict the score y(x) = x^4 - 2 x^3 + 2 x of the share x of tokens that were replaced.
 
     The input is `<|cls|>` and a block, the prediction the sigmoid of the model's one logit, the loss its
-    squared error. Such a checkpoint is what `judge_weight_checkpoint` takes.
+    squared error. `judge_weight_checkpoint` takes such a checkpoint.
     """
 
     mode = lossmith.ModelMode.SEQUENCE_SCORER

@@ -1,6 +1,6 @@
-"""``Task``: what a mode of the trainer trains: its data, model, loss and measures.
+"""``Task``: a mode of the trainer: its data, model, loss and measures.
 
-The runner knows nothing else about a mode, so that another one is a subclass and a line in `MODES` of
+The runner knows nothing else about a mode, so a new mode is a subclass and a line in `MODES` of
 `config/keys.py`.
 """
 
@@ -43,11 +43,11 @@ LOSS_NAMES = {"cross_entropy": "cross-entropy", "nvamp": "NVAMP", "unified": "un
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of a batch that was trained on.
+    """What is known of a training batch.
 
     Attributes:
         parts: the parts of its loss, detached.
-        observed: the sum of what `training_measures` averages, and the number of its terms [2].
+        observed: [2] the sum of what `training_measures` averages, and its number of terms.
     """
 
     parts: Mapping[str, Tensor]
@@ -71,7 +71,7 @@ class Task(ABC):
 
     mode: ClassVar[lossmith.ModelMode]
     model_class: ClassVar[type[PreTrainedModel]]
-    loss_of: ClassVar[str] = ""  # what it predicts, if that has to be said
+    loss_of: ClassVar[str] = ""  # what it predicts, if that is not obvious
     loss_words: ClassVar[str] = "loss {:.3f}"
     step_figure: ClassVar[Figure]  # shown beside the loss of a step
     evaluation_figures: ClassVar[Sequence[Figure]]  # and beside that of an evaluation
@@ -94,7 +94,7 @@ class Task(ABC):
 
     @cached_property
     def train_tokens(self) -> Tensor:
-        """The training text, [N], which most evaluations do not need."""
+        """The training text, [N]; most evaluations do not need it."""
         return encode(self.tokenizer, self.corpus.train)
 
     @cached_property
@@ -145,7 +145,7 @@ class Task(ABC):
         return self.put_loss_into(self.architecture(self.config).from_pretrained(checkpoint))
 
     def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Put the loss, which has its modifiers already, into the model's forward."""
+        """Put the loss, with its modifiers, into the model's forward."""
         return with_loss(model, self.loss)
 
     @abstractmethod
@@ -179,8 +179,7 @@ class Task(ABC):
         """What is logged beside the loss, from the mean of what was observed."""
 
     def part_metrics(self) -> dict[str, float]:
-        """The objective's metrics of its parts in the last batch, such as
-        `moe_balance_loss/max_violation`."""
+        """The metrics of the objective's parts in the last batch: `moe_balance_loss/max_violation` ..."""
         return {}
 
     def describe_loss(self) -> str:
@@ -201,7 +200,7 @@ class Task(ABC):
 
     @abstractmethod
     def knowing_nothing(self) -> KnowingNothing:
-        """What a model costs that knows nothing."""
+        """The loss of a model that knows nothing."""
 
     @abstractmethod
     def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -245,7 +244,7 @@ class TokenTask(Task):
 
     def loss(
         self,
-        predictions: Mapping[str, Any],  # logits [B, T, V], or what makes them
+        predictions: Mapping[str, Any],  # logits [B, T, V], or the head's inputs
         labels: Tensor,  # [B, T]
         inputs: dict[str, Any],
         denominator: Tensor | None,
@@ -256,10 +255,10 @@ class TokenTask(Task):
         return {"loss": output.total, "parts": detached(output.parts), "observed": self.observed(output)}
 
     def observed(self, output: lossmith.LossOutput) -> Tensor:
-        """The sum of what is observed of every token, and their number [2].
+        """[2] the sum of what is observed of every token, and their number.
 
-        The objective's metrics of its parts, those with a slash in their names, are kept until the next
-        batch, unread.
+        The metrics of the objective's parts, those with a slash in their names, are kept unread until the
+        next batch.
         """
         assert output.stats is not None
         self.measured = output.metrics.only(lambda name: "/" in name and name not in output.parts)
@@ -275,7 +274,7 @@ class TokenTask(Task):
         return {} if self.measured is None else self.measured.to_dict()
 
     def observe(self, stats: lossmith.TokenStats) -> Tensor:
-        """What `training_measures` average, [N]: each token's plain negative log-likelihood."""
+        """What `training_measures` averages, [N]: each token's plain negative log-likelihood."""
         return stats.unscaled.nll
 
 
@@ -286,7 +285,7 @@ class CorruptedTask(Task):
 
     @abstractmethod
     def corrupt(self, block: Tensor, generator: Generator) -> Batch:
-        """The example that is made of a block [T]."""
+        """The example made from a block [T]."""
 
     def make_held_out(self, tokens: Tensor) -> Dataset:
         return Corrupted(WholeBlocks(tokens, self.config.block_size), self.corrupt, HELD_OUT)
