@@ -72,7 +72,7 @@ CASES = {
 # Sizes; what changes no loss of one batch; and what the tests below are of.
 OTHERS = {
     *("hidden_size", "num_experts"),
-    *("adaptive_temperature", "temperature_bounds", "track_statistics", "empty"),
+    *("adaptive_temperature", "temperature_bounds", "track_statistics", "empty", "backend"),
 }
 
 

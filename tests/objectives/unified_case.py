@@ -17,6 +17,7 @@ DEFAULTS = {
     "ignore_index": IGNORE,
     "initial_temperature": 1.0,
     "adaptive_temperature": False,
+    "backend": None,
     "temperature_bounds": (0.5, 2.0),
     "use_mtp": False,
     "num_future_tokens": 3,
