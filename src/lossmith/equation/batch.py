@@ -180,9 +180,8 @@ def align(
         pad_token_id = None
     if pad_token_id is not None:
         targets = targets.masked_fill(targets == pad_token_id, ignore_index)
-    is_looked_at = targets.device.type == "cpu" and not torch.compiler.is_compiling()
-    if num_classes is not None and is_looked_at and (shift or class_weight is not None):
-        # before they move, or choose a class weight; the engine looks at all others
+    if num_classes is not None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        # before they move
         check_ids("targets", targets, num_classes, exempt=ignore_index, exempt_name="ignore_index")
     weight = None if token_weight is None else token_weight.detach()
     if shift:

@@ -168,9 +168,11 @@ def _parts(
         return _nothing(stats, batch, per_token), {}, batch.scale.new_zeros(0, len(batch.scale)), weight
     shares = _shares(of_terms, stats, batch)
     weighed = shares if weight is None else scaled(shares, weight.detach())
+    if len(of_terms) == 1:
+        total = weighed.reshape(batch.shape) if per_token else weighed.sum()
+        return total, {of_terms[0][0].name: total}, shares.detach(), weight
     values = weighed.reshape(-1, *batch.shape) if per_token else weighed.sum(-1)
-    total = values.squeeze(0) if len(of_terms) == 1 else values.sum(0)
-    return total, dict(zip(_names(of_terms), values.unbind(), strict=True)), shares.detach(), weight
+    return values.sum(0), dict(zip(_names(of_terms), values.unbind(), strict=True)), shares.detach(), weight
 
 
 def _names(of_terms: Sequence[OfTerm]) -> list[str]:
