@@ -150,7 +150,7 @@ def test_other_numbers_of_tokens_compile_once(name):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ and there is no g++")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own imports
-@pytest.mark.parametrize("name", ["full", "unified"])
+@pytest.mark.parametrize("name", ["full", pytest.param("unified", marks=pytest.mark.slow)])
 def test_with_inductor(name):
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         return LOSSES[name](torch.tanh(hidden) * 2, weight, bias, targets)

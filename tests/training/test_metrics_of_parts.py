@@ -96,6 +96,7 @@ def test_nothing_of_a_batch_is_kept_for_metrics_that_nobody_gives(tiny: list[str
     assert task.part_metrics() == {}
 
 
+@pytest.mark.slow
 def test_a_compiled_run_logs_them_too(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(objective.CONSTRUCTORS, "cross_entropy", Watched)
     go([*tiny, "--max_iters=3", f"--out_dir={tmp_path / 'eager'}"])
