@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.plan import MemoryBudget, Plan, Strategy
 from lossmith.engine.predictions import Logits, Predictions
+from lossmith.engine.rows.backends import BackendName
 from lossmith.engine.statistics.raw import Needs
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
@@ -20,7 +21,6 @@ from lossmith.equation.reduction import Denominator, scaled, token_scale
 from lossmith.objectives.cross_entropy import CrossEntropyLoss, CrossEntropyOptions
 from lossmith.options import option, strict_options
 from lossmith.options.shared import (
-    Backend,
     Candidates,
     IgnoreIndex,
     Mask,
@@ -59,7 +59,7 @@ def token_stats(
     temperature: Temperature = 1.0,
     softcap: Softcap = None,
     ignore_index: IgnoreIndex = -100,
-    backend: Backend = None,
+    backend: BackendName = None,
 ) -> TokenStats:
     """Statistics of each token's distribution and its target: the building blocks of your own loss.
 
@@ -108,7 +108,7 @@ def linear_token_stats(
     softcap: Softcap = None,
     ignore_index: IgnoreIndex = -100,
     memory_budget: MemoryBudget = None,
-    backend: Backend = None,
+    backend: BackendName = None,
 ) -> TokenStats:
     """:func:`lossmith.token_stats` of the logits hidden @ weight.T + bias, which never exist all at once.
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from lossmith.engine.checks import check_targets, whole_candidates
 from lossmith.engine.predictions import Predictions
+from lossmith.engine.rows.backends import BackendName
 from lossmith.engine.statistics.raw import Needs
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep import Sweep
 from lossmith.options import strict_options
-from lossmith.options.shared import Backend, ClassWeight, Softcap, Temperature
+from lossmith.options.shared import ClassWeight, Softcap, Temperature
 
 
 @strict_options(name="")  # an objective's, whose attributes may have been set since it was made
@@ -24,7 +25,7 @@ class SweepOptions:
     temperature: Temperature = 1.0
     softcap: Softcap = None
     class_weight: ClassWeight = None
-    backend: Backend = None
+    backend: BackendName = None
 
     def sweep(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from lossmith.engine.rows.backends import BackendName
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.reduction import Empty, Reduction
@@ -13,7 +14,6 @@ from lossmith.objectives.objective import Objective
 from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.options import strict_options
 from lossmith.options.shared import (
-    Backend,
     ClassWeight,
     ConfidencePenaltyCoefficient,
     FocalGamma,
@@ -47,7 +47,7 @@ class CrossEntropyOptions(TypedDict, total=False):
     confidence_penalty: ConfidencePenaltyCoefficient
     shift: Shift | None
     empty: Empty
-    backend: Backend
+    backend: BackendName
 
 
 class CrossEntropyLoss(Objective):
@@ -92,7 +92,7 @@ class CrossEntropyLoss(Objective):
         confidence_penalty: ConfidencePenaltyCoefficient = 0.0,
         shift: Shift | None = None,
         empty: Empty = "zero",
-        backend: Backend = None,
+        backend: BackendName = None,
     ) -> None:
         super().__init__(
             reduction=reduction,

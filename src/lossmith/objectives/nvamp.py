@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lossmith.core.distributed import StatsScope, gather_over_ranks, masked_mean, num_ranks, sum_over_ranks
+from lossmith.engine.rows.backends import BackendName
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.output import LossOutput
@@ -18,7 +19,7 @@ from lossmith.objectives.inputs import either
 from lossmith.objectives.objective import Objective
 from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.options import option, strict_options
-from lossmith.options.shared import Backend, ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
+from lossmith.options.shared import ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
 
 
 class NVAMPLoss(Objective):
@@ -77,7 +78,7 @@ class NVAMPLoss(Objective):
         temperature: Temperature | AdaptiveTemperature = 1.0,
         softcap: Softcap = None,
         class_weight: ClassWeight = None,
-        backend: Backend = None,
+        backend: BackendName = None,
     ) -> None:
         super().__init__(
             reduction=reduction,

@@ -13,6 +13,7 @@ from lossmith.core.stepping import Stepped
 from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.plan import Plan
 from lossmith.engine.predictions import Predictions
+from lossmith.engine.rows.backends import BackendName
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions, fitting_class_weight
 from lossmith.equation.batch import TokenBatch, align
@@ -30,7 +31,7 @@ from lossmith.objectives.inputs import (
 )
 from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.options import option, strict_options, unknown_option
-from lossmith.options.shared import Backend, ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
+from lossmith.options.shared import ClassWeight, IgnoreIndex, Shift, Softcap, Temperature
 from lossmith.terms.cross_entropy import cross_entropy
 
 
@@ -83,7 +84,7 @@ class Objective(nn.Module):
         temperature: Temperature | AdaptiveTemperature = 1.0,
         softcap: Softcap = None,
         class_weight: ClassWeight = None,
-        backend: Backend = None,
+        backend: BackendName = None,
     ) -> None:
         super().__init__()
         self.reduction: Reduction = reduction
@@ -93,7 +94,7 @@ class Objective(nn.Module):
         self.pad_token_id = self.eos_token_id = None
         self.temperature = temperature
         self.softcap = softcap
-        self.backend: Backend = backend
+        self.backend: BackendName = backend
         self.register_buffer("class_weight", class_weight)
         self._terms = tuple(terms)
         self._shift_was_checked = False

@@ -15,6 +15,7 @@ from lossmith.core.metrics import Metrics
 from lossmith.core.running_means import RunningMeans
 from lossmith.core.warn_user import warn_user
 from lossmith.engine.predictions import Predictions
+from lossmith.engine.rows.backends import BackendName
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import Denominator, Empty, Reduction
@@ -29,7 +30,6 @@ from lossmith.objectives.unified_parts import (
 )
 from lossmith.options import options_of, strict_options
 from lossmith.options.shared import (
-    Backend,
     BalanceMode,
     ConfidenceThreshold,
     CosineMargin,
@@ -194,7 +194,7 @@ class UnifiedLoss(ComposedLoss):
         reduction: Reduction = "mean",
         shift: Shift | None = None,
         empty: Empty = "zero",
-        backend: Backend = None,
+        backend: BackendName = None,
         track_statistics: flags.TrackStatistics = True,
     ) -> None:
         self._make(SimpleNamespace(**{name: v for name, v in locals().items() if name != "self"}))

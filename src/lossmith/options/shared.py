@@ -46,11 +46,6 @@ Softcap = Annotated[
     option("c of c tanh(z / c), which the logits become", low=LOWEST_DIVISOR, high=HIGHEST_DIVISOR),
 ]
 
-Backend = Annotated[
-    Literal["native", "triton", "torch"] | None,
-    option("which arithmetic computes the rows of logits; None for the first that takes them"),
-]
-
 # ── cross-entropy ────────────────────────────────────────────────────────────────────────────────
 
 LabelSmoothing = Annotated[float, option("share of the target that is given to other tokens", low=0, below=1)]

@@ -1,13 +1,13 @@
 """Rows of logits to raw statistics and back, by the arithmetic that was asked for, or by the first of a list
 that takes them.
 
-To add one: a module with what ``Backend`` says, and a line in ``BACKENDS``.
+To add one: a module with what ``Backend`` says, its name in ``BackendName`` and a line in ``BACKENDS``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from lossmith.engine.rows import blocks, native_rows, triton_rows
 from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.statistics.raw import View
 from lossmith.engine.sweep import Maybe, Sweep
+from lossmith.options import option
 
 
 class Backend(Protocol):
@@ -44,6 +45,10 @@ class Backend(Protocol):
         ...
 
 
+BackendName = Annotated[
+    Literal["native", "triton", "torch"] | None,
+    option("which arithmetic computes the rows of logits; None for the first that takes them"),
+]
 # Rows on a CPU, compiled; rows on a GPU, by kernels; and everything, in blocks of PyTorch operations.
 BACKENDS: dict[str, Backend] = {"native": native_rows, "triton": triton_rows, "torch": blocks}
 
