@@ -184,4 +184,4 @@ def test_the_first_lines_say_what_predicts_what(thing):
     """Targets that equal the inputs train a model to copy them, and without input_ids nothing shows that."""
     first = " ".join(inspect.getdoc(thing).split("\n\n")[1].split())
     assert "``logits[t]`` predict ``targets[t]``" in first
-    assert "want ``shift=True``" in first
+    assert "Pass ``shift=True``" in first
