@@ -239,8 +239,7 @@ class Objective(nn.Module):
         """The output plus parts that are not per-token terms, which a subclass may have."""
         if isinstance(self.temperature, AdaptiveTemperature) and torch.is_grad_enabled():
             assert output.stats is not None
-            assert output.batch is not None
-            nll = torch.where(output.batch.valid, output.stats.unscaled.nll.detach(), 0.0)
+            nll = output.stats.unscaled.nll.detach().masked_fill(~output.valid, 0.0)
             self.temperature.observe(nll.sum(), output.num_tokens, output.total)
         return output
 
