@@ -158,3 +158,9 @@ def test_ranking_refuses_what_it_cannot_mean():
         lossmith.ranking_loss(scores, scores, reduction="average")
     with pytest.raises(ValueError, match=r"\[3\].*\[2\]|shape|broadcast"):
         lossmith.ranking_loss(scores, torch.zeros(2))
+
+
+def test_a_mask_of_a_row_of_pairs_counts_every_one():
+    positive, negative = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor(2.5)
+    masked = lossmith.ranking_loss(positive, negative, margin=1.0, mask=torch.tensor([[1], [0]]))
+    torch.testing.assert_close(masked, lossmith.ranking_loss(positive[0], negative, margin=1.0))

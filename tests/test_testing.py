@@ -365,3 +365,9 @@ def test_no_loss_of_a_token_is_forgotten():
             if is_own and "stats" in inspect.signature(value).parameters:
                 found.add(name)
     assert found == set(TERMS)
+
+
+def test_a_term_that_wants_several_tokens_is_told_before_a_head_gives_it_few():
+    third = Term("third", lambda s, b: s.nll + 0 * s.nll[2], reads=("nll",), scope="token")
+    with pytest.raises(AssertionError, match="'third' has scope='token'.*it fails on some tokens alone"):
+        check_term(third)

@@ -330,3 +330,12 @@ def test_another_ignore_index_of_logits_and_of_a_head(rng):
             lossmith.linear_token_stats(hidden, weight, moved, ignore_index=ignored),
         ):
             torch.testing.assert_close(stats.nll, expected)
+
+
+def test_statistics_of_a_head_are_capped_like_those_of_its_logits(rng):
+    hidden, weight = 5 * torch.randn(4, 3, generator=rng), torch.randn(5, 3, generator=rng)
+    targets = torch.tensor([1, 2, 0, 2])
+    expected = lossmith.token_stats(2 * torch.tanh(hidden @ weight.t() / 2), targets).nll
+    torch.testing.assert_close(
+        lossmith.linear_token_stats(hidden, weight, targets, softcap=2.0).nll, expected
+    )

@@ -4,7 +4,15 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from lossmith import CrossEntropyLoss, LossModifierPipeline, NVAMPLoss, TargetSmoothingModifier
+from lossmith import (
+    CrossEntropyLoss,
+    LossModifierPipeline,
+    NVAMPLoss,
+    Objective,
+    TargetSmoothingModifier,
+    token_stats,
+)
+from lossmith.equation.term import TokenLoss
 from ranks import on_two_ranks
 
 IGNORE = -100
@@ -175,3 +183,12 @@ def test_global_statistics_are_those_of_the_whole_batch(tmp_path):
     # without a denominator each rank's loss is a mean, and those are averaged
     largest = naive(logits, targets, alpha=0.0, beta=0.0, gamma=0.5, top_k=3)
     torch.testing.assert_close((found[0][2] + found[1][2]) / 2, largest.detach())
+
+
+def test_an_ignored_token_is_no_largest_loss_where_losses_are_negative():
+    logits, targets = torch.randn(2, 3, 5), torch.tensor([[0, 1, -100], [2, -100, 3]])
+    criterion = NVAMPLoss(alpha=0.0, beta=0.0, gamma=1.0)
+    below = TokenLoss(lambda stats, batch: stats.nll - 100, ("nll",))
+    own = Objective(criterion.terms(below)).evaluate(logits, targets)
+    nll = token_stats(logits, targets).nll[targets >= 0]
+    torch.testing.assert_close(own.total, nll.max() - 100)
