@@ -369,5 +369,5 @@ def test_no_loss_of_a_token_is_forgotten():
 
 def test_a_term_that_wants_several_tokens_is_told_before_a_head_gives_it_few():
     third = Term("third", lambda s, b: s.nll + 0 * s.nll[2], reads=("nll",), scope="token")
-    with pytest.raises(AssertionError, match="'third' has scope='token'.*it fails on some tokens alone"):
+    with pytest.raises(AssertionError, match=r"'third' has scope='token'.*it fails on some tokens alone"):
         check_term(third)
