@@ -46,3 +46,12 @@ def test_a_part_that_came_later_is_a_mean_over_all_batches():
     loss_fn.components["ngram_penalty"].weight = 0.0
     loss_fn(given["logits"], given["targets"])
     assert loss_fn.get_loss_statistics()["ngram_penalty"] == pytest.approx(part.item() / 2)
+
+
+def test_an_evaluation_in_inference_mode_may_come_first():
+    loss_fn = UnifiedLoss(5)
+    logits, targets = torch.randn(2, 3, 5), torch.zeros(2, 3).long()
+    with torch.inference_mode():
+        loss_fn(logits, targets)
+    loss_fn(logits.clone().requires_grad_(), targets).backward()
+    assert loss_fn.get_loss_statistics()["num_batches"] == 2

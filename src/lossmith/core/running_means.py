@@ -36,11 +36,14 @@ class RunningMeans:
         self._move((NUM_BATCHES, NUM_NONFINITE), torch.stack([is_finite, ~is_finite]).long())
 
     def _move(self, names: tuple[str, ...], by: Tensor) -> None:
-        if names not in self._sums:
-            self._sums[names] = torch.zeros_like(by)
-        elif self._sums[names].device != by.device:
-            self._sums[names] = self._sums[names].to(by.device)
-        self._sums[names].add_(by)
+        with torch.inference_mode(
+            False
+        ):  # or training could not add to an evaluation's sums
+            if names not in self._sums:
+                self._sums[names] = torch.zeros_like(by)
+            elif self._sums[names].device != by.device:
+                self._sums[names] = self._sums[names].to(by.device)
+            self._sums[names].add_(by)
 
     def read(self) -> dict[str, Any]:
         """The means as 0-dimensional tensors, and how many batches are in them and how many were left out."""
