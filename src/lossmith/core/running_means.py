@@ -36,9 +36,7 @@ class RunningMeans:
         self._move((NUM_BATCHES, NUM_NONFINITE), torch.stack([is_finite, ~is_finite]).long())
 
     def _move(self, names: tuple[str, ...], by: Tensor) -> None:
-        with torch.inference_mode(
-            False
-        ):  # or training could not add to an evaluation's sums
+        with torch.inference_mode(False):  # or training could not add to an evaluation's sums
             if names not in self._sums:
                 self._sums[names] = torch.zeros_like(by)
             elif self._sums[names].device != by.device:

@@ -2,8 +2,7 @@
 
 Two kernels do what PyTorch's operations do in dozens: the statistics read the logits once, the gradient reads
 them and writes itself. Triton is imported with the first launch. With ``TRITON_INTERPRET=1`` in the
-environment
-the kernels run on CPU tensors, slowly, where ``backend="triton"`` asks for them.
+environment the kernels run on CPU tensors, slowly, where ``backend="triton"`` asks for them.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.checks import check_ids_again
-from lossmith.engine.statistics.raw import View
-from lossmith.engine.sweep import Sweep
+from lossmith.engine.statistics.raw import GROUP_OF, View
+from lossmith.engine.sweep import SAVED, Sweep
 
 TAKES = "fp16, bf16 and fp32 logits on a GPU, where triton is installed (pip install 'lossmith[kernels]')"
 WRITES_EVERY_ROW = True
@@ -30,12 +29,6 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 OLDEST = (8, 0)
 VECTOR_BYTES = 16
 
-OUTPUTS = (
-    "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight",
-    "target_weight", "num_finite", "top_wrong_logit", "top_wrong_id", "num_wrong", "candidate_logits",
-    "rest_log_sum",
-)  # fmt: skip
-READ_BACK = ("reference", "wrong_log_sum", "wrong_entropy", "top_wrong_id", "rest_log_sum")
 GRADS = {
     "g_target": "target_logit",
     "g_log_sum": "wrong_log_sum",
@@ -101,7 +94,7 @@ def fill_stats(logits: Tensor, sweep: Sweep, views: Sequence[View]) -> None:
     arguments: dict[str, Any] = {**rows.arguments(sweep), **candidates_of(sweep)}
     arguments["temperature"] = _number(views[0].temperature, logits)
     for view, suffix in zip([*views, None][:2], ("", "_2"), strict=True):
-        for name in OUTPUTS:
+        for name in GROUP_OF:
             arguments[name + suffix] = None if view is None else view.raw.get(name)
     sizes = sizes_for(logits)
     constants = {
@@ -224,7 +217,7 @@ def candidates_of(sweep: Sweep) -> dict[str, Any]:
 def _read_back(view: View | None, suffix: str) -> dict[str, Tensor | None]:
     """What the gradient is computed from; None where nothing asks for it."""
     found: dict[str, Tensor | None] = {}
-    for name in READ_BACK:
+    for name in SAVED:
         found[name + suffix] = None if view is None else _in_a_row(view.raw.get(name))
     for name, of in GRADS.items():
         found[name + suffix] = None if view is None else _in_a_row(view.grads.get(of))
