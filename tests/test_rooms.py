@@ -31,7 +31,10 @@ OUTSIDE_THE_CORE = {"integrations", "training"}
 CALLED_ALONE = ("lossmith.modifiers.configured_modifier", "lossmith.modifiers.pipeline")
 FILES = sorted(SOURCE.rglob("*.py"))
 # What a GPU needs besides torch, and only once rows are computed there.
-KERNELS = {f"triton_{name}" for name in ("arithmetic", "statistics", "gradient")}
+KERNELS = {
+    f"triton_{name}"
+    for name in ("arithmetic", "statistics", "gradient", "sampling", "derivation", "weighing")
+}
 # Upwards, and only when it is asked for: a judge that is a checkpoint is loaded by the integration.
 ASKED_FOR = {("modifiers", "lossmith.integrations.judge")}
 

@@ -17,6 +17,7 @@ from lossmith.components.token_losses import (
     ZLoss as ZLoss,
 )
 from lossmith.core.metrics import Metrics as Metrics
+from lossmith.core.warm_up import warm_up as warm_up
 from lossmith.engine.head.plan import Plan as Plan
 from lossmith.engine.statistics.stats import TokenStats as TokenStats
 from lossmith.equation.batch import TokenBatch as TokenBatch

@@ -232,5 +232,5 @@ def test_the_compiled_rows_refuse_memory_that_is_not_what_they_take_it_for(place
     logits, targets = batch()
     given = {"targets": targets.reshape(-1), "candidates": None, "class_weight": None} | {place: value}
     gradient = given.pop("gradient", None)
-    with pytest.raises(ValueError, match="the compiled rows take"):
+    with pytest.raises(ValueError, match="the compiled code takes"):
         native_rows.run(logits.detach().reshape(24, V), Sweep(**given), [], gradient)

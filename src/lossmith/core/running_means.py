@@ -29,8 +29,9 @@ class RunningMeans:
             values: its numbers, by name.
             like: a tensor with the device and dtype of the sums.
         """
-        numbers = [source() if callable(source) else source for source in values.values()]
-        seen = torch.stack([torch.as_tensor(n, device=like.device).detach().to(like).sum() for n in numbers])
+        numbers = (source() if callable(source) else source for source in values.values())
+        given = (torch.as_tensor(n, device=like.device).detach().to(like) for n in numbers)
+        seen = torch.stack([value.sum() if value.dim() else value for value in given])
         is_finite = seen.isfinite().all()
         self._move(tuple(values), seen.masked_fill(~is_finite, 0.0))
         self._move((NUM_BATCHES, NUM_NONFINITE), torch.stack([is_finite, ~is_finite]).long())

@@ -111,11 +111,12 @@ class Sweep:
         views = [first] if self.needs_unscaled < 0 else [first, second]
         return views if grads is None else [view for view in views if view.grads]
 
-    def check_ids(self, num_classes: int, shape: torch.Size) -> None:
+    def check_ids(self, num_classes: int, shape: torch.Size, *, by_kernels: bool = False) -> None:
         """
         Args:
             num_classes: V.
             shape: [...] that of the predictions, in which a wrong id's position is given.
+            by_kernels: the values are left to kernels, which look at them and stop.
 
         Raises:
             TypeError: ids of another dtype, which only a caller of the operators can have.
@@ -128,6 +129,8 @@ class Sweep:
         if ids is not None and ids.shape[:-1].numel() != self.targets.numel():
             raise ValueError(f"candidates {list(ids.shape)} are not of targets {list(self.targets.shape)}")
         targets = self.targets.reshape(shape)
+        if by_kernels:
+            return
         check_ids("targets", targets, num_classes, exempt=self.ignore_index, exempt_name="ignore_index")
         if ids is not None:
             ids = ids.reshape(*shape, ids.shape[-1])

@@ -81,8 +81,12 @@ class TokenBatch:
 
     @property
     def can_be_unshifted(self) -> bool:
-        """Whether the inputs are there to compare the targets with; what is shifted cannot be unshifted."""
-        return self.input_ids is not None and not self.shift and not torch.compiler.is_compiling()
+        """Whether the inputs are there to compare the targets with; what is shifted cannot be unshifted, and
+        where a graph is made nobody can wait for an answer."""
+        is_graph = torch.compiler.is_compiling() or (
+            self.targets.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        return self.input_ids is not None and not self.shift and not is_graph
 
     def warn_if_unshifted(self) -> None:
         """Warn where every supervised target is the input at its own position. Waits for the device."""

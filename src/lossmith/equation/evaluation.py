@@ -24,6 +24,7 @@ from lossmith.equation.batch import TokenBatch
 from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import scaled
 from lossmith.equation.term import Reads, Term, Weigh, joined
+from lossmith.equation.weighing import weighed_sums
 
 # What the metrics read.
 METRICS = ("unscaled.nll", "unscaled.correct")
@@ -77,9 +78,9 @@ def evaluate(
         raise ValueError(
             "a term reads the logits of candidate ids, which the given stats do not have; leave stats out"
         )
-    asked = stats.groups_of(
-        joined(*(term.reads for term in terms), reads), has_candidates=candidates is not None
-    )
+    names = joined(*(term.reads for term in terms), reads)
+    stats.announce(names or ())
+    asked = stats.groups_of(names, has_candidates=candidates is not None)
     unless = whole_batch_reason(terms, batch, weigh, per_token)
     swept = None
     if sweep is not None:
@@ -153,10 +154,9 @@ def _supervised(stats: TokenStats, batch: TokenBatch) -> TokenStats:
     return stats if batch.also_read is None else stats.restrict(batch.targets, batch.ignore_index)
 
 
-def _shares(of_terms: Sequence[OfTerm], stats: TokenStats, batch: TokenBatch) -> Tensor:
-    """[K, N] what each token adds to each of the terms, its scale included."""
-    values = [term.values(stats.declared(term.reads, columns), batch) for term, columns in of_terms]
-    return scaled(torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0), batch.scale)
+def _values(of_terms: Sequence[OfTerm], stats: TokenStats, batch: TokenBatch) -> list[Tensor]:
+    """[N] what each token adds to each of the terms, before its scale."""
+    return [term.values(stats.declared(term.reads, columns), batch) for term, columns in of_terms]
 
 
 def _parts(
@@ -166,13 +166,19 @@ def _parts(
     weight = None if weigh is None else weigh(stats.detach(), batch)
     if not of_terms:
         return _nothing(stats, batch, per_token), {}, batch.scale.new_zeros(0, len(batch.scale)), weight
-    shares = _shares(of_terms, stats, batch)
-    weighed = shares if weight is None else scaled(shares, weight.detach())
-    if len(of_terms) == 1:
-        total = weighed.reshape(batch.shape) if per_token else weighed.sum()
-        return total, {of_terms[0][0].name: total}, shares.detach(), weight
-    values = weighed.reshape(-1, *batch.shape) if per_token else weighed.sum(-1)
-    return values.sum(0), dict(zip(_names(of_terms), values.unbind(), strict=True)), shares.detach(), weight
+    values, factor = _values(of_terms, stats, batch), None if weight is None else weight.detach()
+    if per_token:
+        shares = scaled(torch.stack(values), batch.scale)
+        each = (shares if factor is None else scaled(shares, factor)).reshape(-1, *batch.shape)
+        total, shares = each.sum(0), shares.detach()
+    else:
+        total, each, shares = weighed_sums(values, batch.scale, factor, backend=stats.backend)
+    parts = dict(zip(_names(of_terms), each.unbind(), strict=True)) if len(of_terms) > 1 else {}
+    return total, parts or {of_terms[0][0].name: total}, shares, weight
+
+
+def _total(of_terms: Sequence[OfTerm], stats: TokenStats, batch: TokenBatch) -> Tensor:
+    return weighed_sums(_values(of_terms, stats, batch), batch.scale, backend=stats.backend)[0]
 
 
 def _names(of_terms: Sequence[OfTerm]) -> list[str]:
@@ -193,9 +199,10 @@ def _in_one_sweep(
         if shares is None:  # tokens that are not swept add nothing
             shares = batch.scale.new_zeros(len(of_terms), len(batch.scale))
         tokens = batch.select(rows)
-        own = _shares(of_terms, _supervised(some, tokens), tokens)
-        shares[:, rows] = own.detach()
-        return own.sum()
+        some.announce(joined(*(term.reads for term, _ in of_terms)) or ())
+        values = _values(of_terms, _supervised(some, tokens), tokens)
+        total, _, shares[:, rows] = weighed_sums(values, tokens.scale, backend=sweep.backend)
+        return total
 
     try:
         swept = predictions.sweep_once(sweep, loss_of, unless)
@@ -211,7 +218,7 @@ def _in_one_sweep(
     values = shares.sum(-1)
     parts = {
         of_term[0].name: swept.part(
-            value, lambda s, of_term=of_term: _shares([of_term], _supervised(s, batch), batch).sum()
+            value, lambda s, of_term=of_term: _total([of_term], _supervised(s, batch), batch)
         )
         for of_term, value in zip(of_terms, values, strict=True)
     }

@@ -82,6 +82,8 @@ def token_scale(
     if denominator is None and reduction in ("sum", "none"):
         return factor.to(dtype), own
     divisor = own if denominator is None else _as_scalar(denominator, own)
+    if divisor is own and empty == "zero" and (weight is None or reduction == "sequence_mean"):
+        return factor / own.clamp(min=1), own  # a number of tokens, or of samples: one step less
     return factor / _not_zero(divisor, 1.0 if empty == "zero" else torch.nan), own
 
 

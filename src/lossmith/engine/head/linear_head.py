@@ -15,7 +15,8 @@ from lossmith.engine.head.one_sweep import SweptOnce, sweep_once
 from lossmith.engine.head.plan import Plan, Strategy, check_strategy, rows_of_a_chunk
 from lossmith.engine.head.two_sweeps import head_stats_op, stats_of_head
 from lossmith.engine.predictions import LossOf, Predictions
-from lossmith.engine.sampling import draw, uniform_numbers
+from lossmith.engine.rows.backends import looks_at_ids
+from lossmith.engine.sampling import draw, random_numbers
 from lossmith.engine.sweep import Sweep
 from lossmith.options import kind_of
 from lossmith.options.shared import Softcap
@@ -116,8 +117,8 @@ class LinearHead(Predictions):
         softcap, shape = self.capped(softcap), self.hidden.shape[:-1]
         targets = torch.zeros(shape.numel(), dtype=torch.long, device=self.device)
         chunks = Chunks(self.factors, targets, ignore_index=-100)
-        uniform = uniform_numbers(shape.numel(), self.dtype, self.device)
-        drawn = [draw(chunks.logits(chunks.inputs(rows)), uniform[rows], softcap) for rows in chunks.all()]
+        numbers = random_numbers(shape.numel(), self.dtype, self.device)
+        drawn = [draw(chunks.logits(chunks.inputs(rows)), numbers[rows], softcap) for rows in chunks.all()]
         return torch.cat(drawn).reshape(shape)
 
     def fetch(self, sweep: Sweep) -> Sequence[Tensor]:
@@ -126,14 +127,18 @@ class LinearHead(Predictions):
             *arguments, backend = sweep.arguments
             options = (factors.compute_dtype, factors.memory_budget)
             return head_stats_op(*factors.tensors, *arguments, *options, backend=backend)
-        sweep.check_ids(self.num_classes, self.hidden.shape[:-1])
+        self._check_ids(sweep)
         return stats_of_head(factors, sweep)
 
     def sweep_once(self, sweep: Sweep, loss_of: LossOf, unless: str | None) -> SweptOnce | None:
         if self._why_not_once(unless) is not None:
             return None
-        sweep.check_ids(self.num_classes, self.hidden.shape[:-1])
+        self._check_ids(sweep)
         return sweep_once(self.factors, sweep, loss_of, self.needed)
+
+    def _check_ids(self, sweep: Sweep) -> None:
+        by_kernels = looks_at_ids(self.device, self.dtype, sweep.backend)
+        sweep.check_ids(self.num_classes, self.hidden.shape[:-1], by_kernels=by_kernels)
 
     # ── the choice ────────────────────────────────────────────────────────────────────────────────
 

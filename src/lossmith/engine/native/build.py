@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
-_SOURCES = [Path(__file__).with_name(name) for name in ("rows_native.cpp", "products_native.cpp")]
+_SOURCES = [Path(__file__).with_name(f"{name}_native.cpp") for name in ("rows", "tokens", "products")]
 _HEADERS = [Path(__file__).with_name("lanes_native.h")]
 # No contraction: forward and backward must round a logit over its temperature alike.
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from lossmith.engine.rows import blocks, native_rows, triton_rows
@@ -79,6 +80,12 @@ def gradient_of_rows(
     backend = backend_for(logits, sweep)
     views = sweep.views(raw, grads)
     return backend.gradient(logits, sweep, views, in_place=in_place)
+
+
+def looks_at_ids(device: torch.device, dtype: torch.dtype, backend: str | None) -> bool:
+    """Whether the rows of logits there are computed by kernels that stop at an id out of range, so that no
+    launches of their own have to look for one."""
+    return device.type == "cuda" and backend in (None, "triton") and triton_rows.runs_on(device, dtype)
 
 
 def backend_for(logits: Tensor, sweep: Sweep) -> Backend:

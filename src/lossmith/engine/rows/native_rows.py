@@ -16,6 +16,7 @@ from torch import Tensor
 from lossmith.engine.checks import written_over
 from lossmith.engine.memory import fresh
 from lossmith.engine.native.build import library
+from lossmith.engine.native.memory import Memory
 from lossmith.engine.statistics.raw import View, closed, raw_dtype, raw_names
 from lossmith.engine.sweep import Sweep
 
@@ -119,7 +120,7 @@ def run(logits: Tensor, sweep: Sweep, views: Sequence[View], gradient: Tensor | 
     assert compiled is not None
     num_rows, num_classes = sweep.targets.numel(), logits.shape[-1]
     num_candidates = 0 if sweep.candidates is None else sweep.candidates.shape[-1]
-    memory = _Memory()
+    memory = Memory()
     structs = (_View * len(views))()
     for struct, view in zip(structs, views, strict=True):
         struct.needs = int(closed(view.needs))
@@ -175,28 +176,3 @@ def _row_offsets(logits: Tensor) -> Tensor:
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
         offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
     return offsets.reshape(-1)
-
-
-class _Memory:
-    """Where tensors lie, and what had to be copied to lie in a row."""
-
-    def __init__(self) -> None:
-        self._alive: list[Tensor] = []
-
-    def of(
-        self, name: str, tensor: Tensor | None, dtype: torch.dtype, numel: int, *, is_output: bool = False
-    ) -> int | None:
-        """
-        Raises:
-            ValueError: the tensor is not what the library takes it for.
-        """
-        if tensor is None:
-            return None
-        is_expected = tensor.dtype == dtype and tensor.numel() == numel and tensor.device.type == "cpu"
-        if not is_expected or (is_output and not tensor.is_contiguous()):
-            raise ValueError(
-                f"the compiled rows take {name} as {numel} of {dtype} on the CPU, contiguous where they are "
-                f"filled in; got {list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
-            )
-        self._alive.append(tensor if is_output else tensor.resolve_neg().contiguous())
-        return self._alive[-1].data_ptr()

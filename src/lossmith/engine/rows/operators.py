@@ -13,7 +13,8 @@ from torch import Tensor
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
 from lossmith.engine.eager import Tensors, Ways, is_eager, stats_with_gradients
-from lossmith.engine.rows.backends import gradient_of_rows, stats_of_rows
+from lossmith.engine.rows import triton_rows
+from lossmith.engine.rows.backends import backend_for, gradient_of_rows, looks_at_ids, stats_of_rows
 from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.sweep import Maybe, Sweep, saved, unsaved
 
@@ -23,8 +24,14 @@ def stats_of_logits(logits: Tensor, sweep: Sweep) -> Sequence[Tensor]:
     if not is_eager(logits, *sweep.tensors.values()):
         *arguments, backend = sweep.arguments
         return row_stats_op(logits, *arguments, backend=backend)
-    sweep.check_ids(logits.shape[-1], logits.shape[:-1])
+    _check_ids(logits, sweep)
     return stats_with_gradients(_WAYS, (logits,), sweep)
+
+
+def _check_ids(logits: Tensor, sweep: Sweep) -> None:
+    is_kernels = backend_for(logits, sweep) is triton_rows
+    by_kernels = is_kernels and looks_at_ids(logits.device, logits.dtype, sweep.backend)
+    sweep.check_ids(logits.shape[-1], logits.shape[:-1], by_kernels=by_kernels)
 
 
 def _forward(tensors: Tensors, sweep: Sweep) -> tuple[list[Tensor], None]:
@@ -58,7 +65,7 @@ def row_stats_op(
 ) -> typing.List[Tensor]:  # noqa: UP006, the one that PyTorch 2.6 reads in an operator's signature
     rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled, backend)
     sweep = _flat(targets, candidates, *rest)
-    sweep.check_ids(logits.shape[-1], logits.shape[:-1])
+    _check_ids(logits, sweep)
     return stats_of_rows(logits, sweep)
 
 

@@ -66,3 +66,20 @@ def log1p(x):
     """log(1 + x), to the last digits for x near 0."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def tile_of_row(
+    start, first, columns, offsets, target, num_classes, softcap, CAPPED: tl.constexpr, SIZE: tl.constexpr
+):
+    """A tile of logits in fp32, capped; -inf at the target and where there is no class."""
+    given = (columns >= 0) & (columns < num_classes) & (columns != target)
+    is_whole = (first >= 0) & (first + SIZE <= num_classes)
+    if is_whole & ((target < first) | (target >= first + SIZE)):
+        z = tl.load(start + offsets)
+    else:
+        z = tl.load(start + offsets, mask=given, other=float("-inf"))
+    z = z.to(tl.float32)
+    if CAPPED:
+        z = tl.where(given, capped(z, softcap), float("-inf"))
+    return z

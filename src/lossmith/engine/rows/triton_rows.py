@@ -29,6 +29,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 OLDEST = (8, 0)
 VECTOR_BYTES = 16
 
+# A product and a sum are never one operation, so that both directions round alike; and of what ``debug``
+# turns on, only the kernels' own assertions, about ids.
+OPTIONS = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False}
+
 GRADS = {
     "g_target": "target_logit",
     "g_log_sum": "wrong_log_sum",
@@ -71,15 +75,20 @@ SIZES = {
 def takes(logits: Tensor, softcap: float | None, is_asked_for: bool = False) -> bool:
     """Whether the rows of these logits [..., V] are computed here; on a CPU, interpreted, only if asked
     for."""
-    if not HAS_TRITON or logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return False
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         return False
-    if logits.device.type == "cpu":
-        return is_asked_for and is_interpreted()
-    if logits.device.type != "cuda":
+    return runs_on(logits.device, logits.dtype, is_asked_for)
+
+
+def runs_on(device: torch.device, dtype: torch.dtype, is_asked_for: bool = False) -> bool:
+    """Whether the kernels run there; on a CPU, interpreted, only if asked for."""
+    if not HAS_TRITON or dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(logits.device) >= OLDEST
+    if device.type == "cpu":
+        return is_asked_for and is_interpreted()
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def is_interpreted() -> bool:
@@ -123,7 +132,7 @@ def gradient(logits: Tensor, sweep: Sweep, views: Sequence[View], *, in_place: b
     for view, suffix in zip([*views, None][:2], ("", "_2"), strict=True):
         arguments |= _read_back(view, suffix)
         found = None if view is None else view.grads.get("candidate_logits")
-        of_candidates["g_candidates" + suffix] = _in_a_row(found)
+        of_candidates["g_candidates" + suffix] = in_a_row(found)
     has_candidates = any(given is not None and given.numel() for given in of_candidates.values())
 
     ids, values, blocks = candidates_of(sweep), None, 0
@@ -144,6 +153,25 @@ def gradient(logits: Tensor, sweep: Sweep, views: Sequence[View], *, in_place: b
         given = {name: arguments[name] for name in names} | into | ids
         launch(kernels.put_candidates, blocks, logits, {**given, "values": values, "SIZE": sizes.candidates})
     return out
+
+
+def sample(logits: Tensor, seeds: Tensor, softcap: float | None) -> Tensor:
+    """[N] an id of each row of logits [..., V], drawn with its seed."""
+    from lossmith.engine.rows.triton_sampling import sample_of_row
+
+    rows, sizes = Rows.of(logits), sizes_for(logits)
+    ids = torch.empty(rows.num, dtype=torch.int64, device=logits.device)
+    arguments = {
+        **rows.place,
+        "seeds": seeds.contiguous(),
+        "softcap": 1.0 if softcap is None else float(softcap),
+        "ids": ids,
+        "CAPPED": softcap is not None,
+        "LANES": sizes.lanes,
+        "WIDTH": VECTOR_BYTES // logits.itemsize,
+    }
+    launch(sample_of_row, rows.num, logits, arguments)
+    return ids
 
 
 @dataclass(frozen=True)
@@ -177,17 +205,24 @@ class Rows:
         apart.append((self.outer_stride - self.inner * stride) * out.itemsize if outer else 0)
         return all(distance % VECTOR_BYTES == 0 for distance in apart)
 
-    def arguments(self, sweep: Sweep) -> dict[str, Any]:
-        """What all kernels take."""
-        weight = sweep.class_weight
-        if weight is not None:
-            weight = weight.to(self.logits.device, torch.float32).contiguous()
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where they are, as kernels take it."""
         return {
             "logits": self.logits,
             "inner": self.inner,
             "outer_stride": self.outer_stride,
             "inner_stride": self.inner_stride,
             "num_classes": self.logits.shape[-1],
+        }
+
+    def arguments(self, sweep: Sweep) -> dict[str, Any]:
+        """What all kernels of a sweep take."""
+        weight = sweep.class_weight
+        if weight is not None:
+            weight = weight.to(self.logits.device, torch.float32).contiguous()
+        return {
+            **self.place,
             "targets": sweep.targets.contiguous(),
             "ignore_index": sweep.ignore_index,
             "class_weight": weight,
@@ -218,13 +253,13 @@ def _read_back(view: View | None, suffix: str) -> dict[str, Tensor | None]:
     """What the gradient is computed from; None where nothing asks for it."""
     found: dict[str, Tensor | None] = {}
     for name in SAVED:
-        found[name + suffix] = None if view is None else _in_a_row(view.raw.get(name))
+        found[name + suffix] = None if view is None else in_a_row(view.raw.get(name))
     for name, of in GRADS.items():
-        found[name + suffix] = None if view is None else _in_a_row(view.grads.get(of))
+        found[name + suffix] = None if view is None else in_a_row(view.grads.get(of))
     return found
 
 
-def _in_a_row(values: Tensor | None) -> Tensor | None:
+def in_a_row(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.resolve_neg().contiguous()
 
 
@@ -238,11 +273,21 @@ def sizes_for(logits: Tensor) -> Sizes:
     return SIZES[kind, logits.itemsize]
 
 
-def launch(kernel: Any, num_programs: int, logits: Tensor, arguments: Mapping[str, Any]) -> None:
-    """Start a kernel on the logits' device, whichever is current, in its current stream."""
+def launch(
+    kernel: Any, num_programs: int, like: Tensor, arguments: Mapping[str, Any], warps: int | None = None
+) -> None:
+    """Start a kernel on a tensor's device, whichever is current, in its current stream."""
     if not num_programs:
         return
-    guard = torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
+    warps = warps or sizes_for(like).warps
+    guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
     with guard:
-        # a product and a sum are never one operation, so that both directions round alike
-        kernel[(num_programs,)](**arguments, num_warps=sizes_for(logits).warps, enable_fp_fusion=False)
+        try:
+            kernel[(num_programs,)](**arguments, num_warps=warps, **OPTIONS)
+        except Exception as error:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a kernel could not be made while a CUDA graph is captured; before the capture call "
+                    "lossmith.warm_up(loss, ...) with the inputs of a step"
+                ) from error
+            raise

@@ -18,24 +18,8 @@ from lossmith.engine.rows.triton_arithmetic import (
     log1p,
     no_less,
     scaled,
+    tile_of_row,
 )
-
-
-@triton.jit
-def _tile(
-    start, first, columns, offsets, target, num_classes, softcap, CAPPED: tl.constexpr, SIZE: tl.constexpr
-):
-    """A tile of logits in fp32, capped; -inf at the target and where there is no class."""
-    given = (columns >= 0) & (columns < num_classes) & (columns != target)
-    is_whole = (first >= 0) & (first + SIZE <= num_classes)
-    if is_whole & ((target < first) | (target >= first + SIZE)):
-        z = tl.load(start + offsets)
-    else:
-        z = tl.load(start + offsets, mask=given, other=float("-inf"))
-    z = z.to(tl.float32)
-    if CAPPED:
-        z = tl.where(given, capped(z, softcap), float("-inf"))
-    return z
 
 
 @triton.jit
@@ -158,7 +142,7 @@ def _number_beyond(
     for k in range(0, tiles):
         first = (tiles - 1 - k) * SIZE
         column = first - shift
-        z = _tile(
+        z = tile_of_row(
             start + first, column, column + offsets, offsets, target, num_classes, softcap, CAPPED, SIZE
         )
         z = no_less(scaled(z, temperature), MASKED)
@@ -168,7 +152,7 @@ def _number_beyond(
 
 @triton.jit
 def _read_candidates(
-    row, begin, limit, candidates, num_candidates, candidate_logits, softcap, temperature,
+    row, begin, limit, num_classes, candidates, num_candidates, candidate_logits, softcap, temperature,
     CAPPED: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Write the logits of candidates, whose ids are below ``limit``; -inf where there is none."""
@@ -176,6 +160,9 @@ def _read_candidates(
         some = k + tl.arange(0, CANDIDATES)
         there = row * num_candidates + some
         ids = tl.load(candidates + there, mask=some < num_candidates, other=-1)
+        tl.device_assert(
+            (ids >= -1) & (ids < num_classes), "lossmith: one of the candidates is outside [0, V)"
+        )
         known = (ids >= 0) & (ids < limit)
         z = tl.load(begin + ids, mask=known, other=0.0).to(tl.float32)
         if CAPPED:
@@ -232,8 +219,8 @@ def _finish(
         tl.store(num_wrong + row, number.to(tl.float32))
     if candidate_logits is not None:
         _read_candidates(
-            row, start + shift, limit, candidates, num_candidates, candidate_logits, softcap, temperature,
-            CAPPED, CANDIDATES,
+            row, start + shift, limit, num_classes, candidates, num_candidates, candidate_logits, softcap,
+            temperature, CAPPED, CANDIDATES,
         )  # fmt: skip
         tl.store(rest_log_sum + row, rest)
 
@@ -275,6 +262,8 @@ def statistics_of_row(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     is_ignored = target == ignore_index
+    is_id = is_ignored | ((target >= 0) & (target < num_classes))
+    tl.device_assert(is_id, "lossmith: one of the targets is outside [0, V) and not ignore_index")
     target = tl.where(is_ignored, 0, target).to(tl.int32)
     begin = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
     shift = beyond_a_vector(begin)
@@ -287,7 +276,9 @@ def statistics_of_row(
     for tile in range(0, tiles):
         first = tile * SIZE - shift
         columns = first + offsets
-        z = _tile(start + tile * SIZE, first, columns, offsets, target, num_classes, softcap, CAPPED, SIZE)
+        z = tile_of_row(
+            start + tile * SIZE, first, columns, offsets, target, num_classes, softcap, CAPPED, SIZE
+        )
         weight = 1.0
         if class_weight is not None:
             weight = tl.load(class_weight + columns, mask=(columns >= 0) & (columns < num_classes), other=0.0)

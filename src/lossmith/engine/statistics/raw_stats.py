@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import or_
@@ -39,6 +39,8 @@ class RawStats:
         self._fetch = fetch
         self._default_needs = default_needs
         self._values: ByView = ({}, {})
+        # Names of statistics that are going to be read, of each of the two.
+        self.announced: tuple[set[str], set[str]] = (set(), set())
 
     @property
     def has_temperature(self) -> bool:
@@ -62,6 +64,10 @@ class RawStats:
         """The values that are here, without a graph: for pickle and ``copy.deepcopy``."""
         values = tuple({name: value.detach() for name, value in view.items()} for view in self._values)
         return {**self.__dict__, "_values": values, "_fetch": _gone}
+
+    def holds(self, view: int, names: Sequence[str]) -> bool:
+        """Whether these raw statistics of a view have been fetched."""
+        return all(name in self._values[view] for name in names)
 
     def has(self, view: int, needs: Needs) -> bool:
         """Whether these groups of a view have been fetched."""
@@ -93,7 +99,9 @@ class RawStats:
 
         candidates = self.sweep.candidates if keeps_candidates else None
         sweep = replace(self.sweep, targets=targets, ignore_index=ignore_index, candidates=candidates)
-        return RawStats(sweep, fetch)
+        restricted = RawStats(sweep, fetch)
+        restricted.announced = self.announced
+        return restricted
 
 
 def _gone(needs: Needs, needs_unscaled: Needs | None) -> Any:

@@ -35,7 +35,10 @@ class Statistic:
             return self  # type: ignore[return-value]
         known = owner.__dict__ if torch.is_grad_enabled() else owner._without_gradient
         if self.name not in known:
-            known[self.name] = self._of(owner)
+            together = None
+            if owner._attached is None and owner._declared is None:
+                together = owner._derive_with(self.name, known)
+            known.update({self.name: self._of(owner)} if together is None else together)
         return known[self.name]
 
     def _of(self, owner: Any) -> Tensor:

@@ -8,7 +8,7 @@ any loss into gradients of the raw statistics, which the sweep's one backward ta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import or_
@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
+from lossmith.engine.statistics.logarithms import logaddexp, softplus
 from lossmith.engine.statistics.raw import Needs
 from lossmith.engine.statistics.raw_stats import AskedFor, ByView, RawStats
 from lossmith.engine.statistics.statistic import UNSCALED, Columns, Declared, Statistic, derived, statistic
+from lossmith.engine.statistics.together import derived_together
 
 # What costs this much has probability 0, in any dtype; inf would make 0 * inf.
 _WIDE = 1e4
@@ -94,8 +95,14 @@ class TokenStats:
             AttributeError: a name is not a statistic.
         """
         check_names(names)
+        self.announce(names)
         self.add(self.groups_of(names))
         return self
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Say which statistics are going to be read: they are derived together."""
+        for name in names:
+            self._raw.announced[self._view_of(name)].add(name.removeprefix(UNSCALED))
 
     def groups_of(self, names: Iterable[str] | None, *, has_candidates: bool = False) -> AskedFor:
         """The groups, of each temperature, that the named statistics are made of; without names those of all.
@@ -109,10 +116,13 @@ class TokenStats:
             return everything, everything if self._raw.has_temperature else None
         found: list[Needs | None] = [None, None]
         for name in names:
-            plain = name.removeprefix(UNSCALED)
-            view = 1 if self._raw.has_temperature and (plain != name or self._view == 1) else 0
-            found[view] = (found[view] or Needs.CORE) | STATISTICS[plain].needs
+            view = self._view_of(name)
+            found[view] = (found[view] or Needs.CORE) | STATISTICS[name.removeprefix(UNSCALED)].needs
         return found[0], found[1]
+
+    def _view_of(self, name: str) -> int:
+        """At which of the two temperatures a name, ``unscaled.`` or not, is read."""
+        return int(self._raw.has_temperature and (name.startswith(UNSCALED) or self._view == 1))
 
     def add(self, asked: AskedFor) -> None:
         """Compute these groups in one pass, as far as they are not here."""
@@ -166,6 +176,11 @@ class TokenStats:
         return TokenStats(self._raw.restrict(targets, ignore_index, keeps_candidates))
 
     @property
+    def backend(self) -> str | None:
+        """The arithmetic that was asked for."""
+        return self._raw.sweep.backend
+
+    @property
     def targets(self) -> Tensor:
         """The ids that the statistics are of."""
         return self._targets
@@ -194,6 +209,14 @@ class TokenStats:
     def _constant(self, name: str) -> Tensor:
         return self._read(name).detach()
 
+    def _derive_with(self, name: str, known: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """A statistic, and those that were announced with it and are not known, in one step; None where it
+        takes its formula."""
+        found = derived_together(self._raw, self._view, name, known, is_detached=self._detached)
+        if found is None or len(self._shape) == 1:
+            return found
+        return {n: value.reshape((*self._shape, *value.shape[1:])) for n, value in found.items()}
+
     def __repr__(self) -> str:
         known = [name for name, s in sorted(STATISTICS.items()) if self._raw.has(self._view, s.needs)]
         at_one = ", unscaled" if self._view == 1 else ""
@@ -212,8 +235,6 @@ class TokenStats:
         self._targets = self._raw.sweep.targets.reshape(self._shape)
         self._unscaled, self._attached, self._without_gradient = None, None, {}
 
-    # -- derived, measured from the largest wrong logit ------------------------------------
-
     @derived
     def _gap(self) -> Tensor:
         gap = self._read("target_logit") - self._constant("reference")
@@ -227,7 +248,7 @@ class TokenStats:
     @derived
     def _wrong_nll(self) -> Tensor:
         """-log(1 - p_y): what the wrong answers cost together."""
-        return _softplus(-self._against)
+        return softplus(-self._against)
 
     @derived
     def _logsumexp_from_wrong(self) -> Tensor:
@@ -256,7 +277,7 @@ class TokenStats:
 
     @statistic(Needs.CORE)
     def nll(self) -> Tensor:
-        return _softplus(self._against)
+        return softplus(self._against)
 
     @statistic(Needs.CORE)
     def target_prob(self) -> Tensor:
@@ -294,9 +315,9 @@ class TokenStats:
     @statistic(Needs.SUM)
     def mean_logit(self) -> Tensor:
         of_wrong, of_target = self._constant("sum_weight"), self._constant("target_weight")
-        tiny = torch.finfo(of_wrong.dtype).tiny
-        wrong_mean = self._constant("reference") + self._read("centered_sum") / of_wrong.clamp(min=tiny)
-        both = (of_wrong + of_target).clamp(min=tiny)
+        divisor = of_wrong.masked_fill(of_wrong == 0, 1.0)  # of a sum of nothing
+        wrong_mean = self._constant("reference") + self._read("centered_sum") / divisor
+        both = torch.where(of_target == 0, divisor, of_wrong + of_target)
         mean = (of_wrong / both) * wrong_mean + (of_target / both) * self.target_logit
         return torch.where(of_target == 0, wrong_mean, mean)  # 0 * -inf is NaN
 
@@ -343,7 +364,7 @@ class TokenStats:
         is_target = ids == self._targets.unsqueeze(-1)
         is_large = (log_p > -math.log(2)) & ~is_target
         small = torch.where(is_target | is_large, float("-inf"), log_p)
-        without_top = _logaddexp(self._read("rest_log_sum"), self._gap).unsqueeze(-1) - total
+        without_top = logaddexp(self._read("rest_log_sum"), self._gap).unsqueeze(-1) - total
         log1m = torch.where(is_large, without_top, torch.log1p(-small.exp()))
         return torch.where(is_target, self.target_log1m_prob.unsqueeze(-1), log1m)
 
@@ -376,14 +397,3 @@ def check_names(names: Iterable[str]) -> None:
 def unknown_statistic(name: str) -> str:
     """The message for an unknown name."""
     return f"TokenStats has no statistic {name!r}; it has {sorted(STATISTICS)}"
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) to the last digit; PyTorch's default switches to x at 20, 2e-9 off."""
-    return softplus(x, threshold=50.0)
-
-
-def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """log(exp(a) + exp(b)) whose gradient is 0, not NaN, where both are -inf."""
-    neither = (a == float("-inf")) & (b == float("-inf"))
-    return torch.logaddexp(a.masked_fill(neither, 0.0), b).masked_fill(neither, float("-inf"))

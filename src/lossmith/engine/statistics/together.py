@@ -1,0 +1,38 @@
+"""Statistics that were announced, derived from the raw ones in one step when the first of them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from torch import Tensor
+
+from lossmith.engine.statistics.raw_stats import RawStats
+from lossmith.engine.tokens.arithmetic import is_one_step
+from lossmith.engine.tokens.derivation import DERIVED, Derivation
+
+
+def derived_together(
+    raw: RawStats, view: int, name: str, known: Container[str], *, is_detached: bool
+) -> dict[str, Tensor] | None:
+    """A statistic [N], with all that were announced; None where it is not derived in one step.
+
+    Args:
+        raw: what they are made of.
+        view: the temperature that they are of.
+        name: of the one that is read.
+        known: what need not come along.
+        is_detached: they have no gradients.
+    """
+    sweep = raw.sweep
+    if name not in DERIVED or not is_one_step(raw.read(view, DERIVED[name][0]), sweep.backend):
+        return None
+    # what was not fetched along would take a pass of its own
+    names = tuple(
+        n
+        for n in DERIVED
+        if n == name or (n in raw.announced[view] and n not in known and raw.holds(view, DERIVED[n]))
+    )
+    candidates = sweep.candidates if "candidate_log1m_prob" in names else None
+    derivation = Derivation(names, sweep.targets, candidates, sweep.ignore_index, sweep.backend)
+    values = [raw.read(view, of) for of in derivation.made_of]
+    return derivation.of([value.detach() for value in values] if is_detached else values)
