@@ -1,4 +1,4 @@
-"""A function run by two ranks, each a process of its own, and what each of them found."""
+"""A function run by several ranks, each a process of its own, and what each of them found."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ import torch.multiprocessing
 
 def on_two_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """What ``function(rank, *arguments)`` returns on each; ``folder`` is a new one, where they meet."""
-    torch.multiprocessing.spawn(_run, (function, str(folder), arguments), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return on_ranks(2, function, folder, *arguments)
 
 
-def _run(rank: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
+def on_ranks(num: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """The same on any number of ranks."""
+    torch.multiprocessing.spawn(_run, (num, function, str(folder), arguments), nprocs=num)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(num)]
+
+
+def _run(rank: int, num: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     meeting_point = f"file://{folder}/meeting-point"
-    torch.distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=num)
     torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # a process group at exit may abort

@@ -19,6 +19,8 @@ from lossmith.components.token_losses import (
 from lossmith.core.metrics import Metrics as Metrics
 from lossmith.core.warm_up import warm_up as warm_up
 from lossmith.engine.head.plan import Plan as Plan
+from lossmith.engine.shards.layout import VocabShards as VocabShards
+from lossmith.engine.shards.sharded import ShardedHead as ShardedHead, ShardedLogits as ShardedLogits
 from lossmith.engine.statistics.stats import TokenStats as TokenStats
 from lossmith.equation.batch import TokenBatch as TokenBatch
 from lossmith.equation.output import LossOutput as LossOutput

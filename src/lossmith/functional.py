@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.plan import MemoryBudget, Plan, Strategy
-from lossmith.engine.predictions import Logits, Predictions
+from lossmith.engine.predictions import Predictions
 from lossmith.engine.rows.backends import BackendName
+from lossmith.engine.shards.dtensor import head_as_predictions, logits_as_predictions
 from lossmith.engine.statistics.raw import Needs
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
@@ -93,7 +93,7 @@ def token_stats(
         (0.825, True)
     """
     options = SweepOptions(temperature, softcap, backend=backend)
-    return _stats(Logits(logits), targets, candidates, options, ignore_index)
+    return _stats(logits_as_predictions(logits), targets, candidates, options, ignore_index)
 
 
 @strict_options
@@ -137,7 +137,7 @@ def linear_token_stats(
         >>> loss = (stats.compute("nll", "target_prob").nll * (1 - stats.target_prob) ** 2).mean()
         >>> loss.backward()
     """
-    head = LinearHead(hidden, weight, bias, memory_budget=memory_budget)
+    head = head_as_predictions(hidden, weight, bias, memory_budget=memory_budget)
     options = SweepOptions(temperature, softcap, backend=backend)
     return _stats(head, targets, candidates, options, ignore_index)
 

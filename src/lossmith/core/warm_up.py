@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def warm_up(loss: Callable[..., Tensor], *inputs: Any, **named: Any) -> None:
@@ -50,7 +50,7 @@ def _leaf(given: Any) -> Any:
 
 
 def _tensors(given: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
 
 
 def _kept_random_state(device_types: set[str]) -> Any:

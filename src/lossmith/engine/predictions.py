@@ -22,6 +22,7 @@ from lossmith.engine.unchanged import Unchanged
 
 if TYPE_CHECKING:
     from lossmith.engine.head.one_sweep import SweptOnce
+    from lossmith.engine.head.plan import Plan
 
 # (statistics of some tokens, which they are) -> the sum of those tokens' shares of the loss
 LossOf = Callable[[TokenStats, Rows], Tensor]
@@ -92,6 +93,10 @@ class Predictions(ABC):
             ValueError: it was asked for, and is forbidden.
         """
         return None
+
+    def plan(self, targets: Tensor, ignore_index: int, unless: str | None) -> Plan:
+        """How they are going to be swept at ``targets`` [...], for those that are made chunk by chunk."""
+        raise TypeError("only a linear head is swept by a plan; pass hidden_states and lm_head_weight")
 
     def stats(
         self, sweep: Sweep, shape: torch.Size | None = None, default_needs: Needs = Needs.CORE

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from lossmith.engine.head.linear_head import LinearHead
-from lossmith.engine.predictions import Logits, Predictions
+from lossmith.engine.predictions import Predictions
+from lossmith.engine.shards.dtensor import head_as_predictions, logits_as_predictions
 from lossmith.options import kind_of, option
 from lossmith.options.shared import Softcap
 
@@ -66,7 +66,7 @@ def take_predictions(
         for name in given:
             if name not in taken:
                 raise TypeError(f"{name} is for the loss without logits; pass either logits or {name}")
-        return (logits if isinstance(logits, Predictions) else Logits(logits)), rest
+        return (logits if isinstance(logits, Predictions) else logits_as_predictions(logits)), rest
     missing = [name for name in HEAD_INPUTS[:2] if name not in given]
     if missing:
         raise TypeError(
@@ -83,11 +83,11 @@ def take_predictions(
 
 def scaled_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float | Tensor = 1.0, **options: Any
-) -> LinearHead:
+) -> Predictions:
     """The head with its logits multiplied by ``scale``, by scaling the tensors they are made of."""
     if scale != 1:
         hidden, bias = hidden * scale, None if bias is None else bias * scale
-    return LinearHead(hidden, weight, bias, **options)
+    return head_as_predictions(hidden, weight, bias, **options)
 
 
 def given_targets(targets: Tensor | None) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lossmith.core.stepping import Stepped
-from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.plan import Plan
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.rows.backends import BackendName
@@ -292,7 +291,6 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         predictions, rest = take_predictions(None, given, ())
         mask, _ = both_masks(rest.get("mask"), rest.get("attention_mask"))
         batch = self.bind(predictions, targets, mask=mask, shift=rest.get("shift"))
-        assert isinstance(predictions, LinearHead)
         return predictions.plan(batch.targets, batch.ignore_index, self.whole_batch_reason())
 
     def whole_batch_reason(self) -> str | None:

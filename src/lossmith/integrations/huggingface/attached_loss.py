@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lossmith.engine.head.linear_head import LinearHead
+from lossmith.engine.predictions import Predictions
 from lossmith.equation.output import LossOutput
 from lossmith.integrations.huggingface.fused_head import FusedHead
 from lossmith.integrations.huggingface.labels import evaluate, label_mask, segments, targets_of
@@ -93,7 +93,7 @@ class AttachedLoss(nn.Module):
         own |= {name: value for name, value in made.items() if value is not None and name in used}
         loss = self._evaluate(predictions, labels, num_items, inputs, own)
         left_out = () if were_asked or not asks_routers else ("router_logits", "aux_loss")
-        left_out += ("logits",) if isinstance(predictions, LinearHead) else ()
+        left_out += ("logits",) if isinstance(predictions, Predictions) else ()
         values = {name: value for name, value in output.items() if name not in left_out}
         result = type(output)(**{**values, "loss": loss})
         return result if as_dict else result.to_tuple()
@@ -113,7 +113,7 @@ class AttachedLoss(nn.Module):
 
     def _evaluate(
         self,
-        predictions: Tensor | LinearHead,
+        predictions: Tensor | Predictions,
         labels: Tensor,
         num_items: Any,
         inputs: Mapping[str, Any],

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.plan import Strategy, check_strategy
+from lossmith.engine.predictions import Predictions
 from lossmith.integrations.huggingface.trial import LENGTH, ROWS, AfterHead, Trial, agreed, made_up_logits
 from lossmith.objectives.inputs import scaled_head
 
 # The output of a forward, the hidden states before the head, and the predictions: logits or a linear head.
-Forward = tuple[Any, Tensor | None, Tensor | LinearHead]
+Forward = tuple[Any, Tensor | None, Tensor | Predictions]
 
 
 class FusedHead:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmith.engine.head.linear_head import LinearHead
+from lossmith.engine.predictions import Predictions
 from lossmith.equation.batch import num_steps
 from lossmith.equation.output import LossOutput
 from lossmith.modifiers.base import ModelMode
@@ -67,7 +67,7 @@ def compute_loss_func(loss: Objective) -> Callable[..., Tensor]:
 
 
 def evaluate(
-    loss: Objective, predictions: Tensor | LinearHead, labels: Tensor, num_items: Any, **inputs: Any
+    loss: Objective, predictions: Tensor | Predictions, labels: Tensor, num_items: Any, **inputs: Any
 ) -> LossOutput:
     """The loss at Hugging Face's labels, divided by the inputs' denominator or by ``num_items`` tokens."""
     if num_items is not None and inputs.get("denominator") is None:
