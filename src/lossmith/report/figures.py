@@ -108,10 +108,9 @@ def learning_rates(runs: Sequence[Run]) -> list[Figure]:
 
 
 def throughput(runs: Sequence[Run]) -> list[Figure]:
+    axis = {"title": {"text": "tokens per second"}, "rangemode": "tozero"}
     note = "Without evaluations and checkpoints."
-    return drawn(
-        "Throughput", note, of_runs(runs, "tokens_per_second"), "tokens per second", yaxis_rangemode="tozero"
-    )
+    return drawn("Throughput", note, of_runs(runs, "tokens_per_second"), "", yaxis=axis)
 
 
 def gradients(runs: Sequence[Run]) -> list[Figure]:
@@ -133,7 +132,11 @@ def parts(index: int, run: Run, known: Sequence[str]) -> list[Figure]:
         traces.append(line(index, name, y, of=place, **style))
     style = {"line": {"width": 1.2, "dash": "dot", "color": "#888"}}
     traces.append(line(index, "sum: the loss", column(run.steps, "loss"), **style))
-    note = "What each part adds to the loss, with its weight: the areas sum to the dotted line."
+    traces[-1]["meta"]["of_all_parts"] = True
+    note = (
+        "What each part adds to the loss, with its weight: the areas sum to the dotted line. Untick the "
+        "largest at the top of the page to see the others."
+    )
     return drawn("Parts of the loss", note, traces, "weighted contribution")
 
 
@@ -189,8 +192,10 @@ def expert_usage(index: int, run: Run) -> list[Figure]:
         "y": [f"layer {k}" for k in range(len(z))],
         "x": [f"expert {k}" for k in range(max(map(len, z)))],
         "zmin": 0,
-        "colorscale": [[0, "rgba(11,132,198,0.05)"], [1, "rgba(11,132,198,0.95)"]],
+        "zmax": 2 / max(map(len, z)),
+        "colorscale": [[0, "#5a6572"], [1, "#0b84c6"]],  # white is legible on either
         "texttemplate": "%{z:.0%}",
+        "textfont": {"color": "#fff"},
         "showscale": False,
         "meta": {"run": index, "x": None, "part": None},
     }
@@ -214,9 +219,12 @@ def banded(runs: Sequence[Run], key: str) -> list[Trace]:
 
 
 def by_position(runs: Sequence[Run]) -> list[Figure]:
+    traces = banded(runs, "by_position")
+    for trace in traces:  # each band stands at its first position
+        trace["x"] = [label.partition("-")[0] for label in trace["x"]]
     note = "The plain loss at each position of a block: how much the text before helps."
-    axes: dict[str, Any] = {"xaxis": {"title": {"text": "position"}, "type": "category"}}
-    return drawn("Loss by position", note, banded(runs, "by_position"), "nats", **axes)
+    axis = {"title": {"text": "position"}, "type": "linear"}
+    return drawn("Loss by position", note, traces, "nats per token", xaxis=axis)
 
 
 def by_frequency(runs: Sequence[Run]) -> list[Figure]:
@@ -224,7 +232,7 @@ def by_frequency(runs: Sequence[Run]) -> list[Figure]:
     order = ["0", *(f"{10**k}-{10 ** (k + 1) - 1}" for k in range(19))]
     axis = {"title": {"text": "occurrences"}, "type": "category"}
     axis |= {"categoryorder": "array", "categoryarray": order}
-    return drawn("Loss by frequency", note, banded(runs, "by_frequency"), "nats", xaxis=axis)
+    return drawn("Loss by frequency", note, banded(runs, "by_frequency"), "nats per token", xaxis=axis)
 
 
 def calibration(runs: Sequence[Run]) -> list[Figure]:

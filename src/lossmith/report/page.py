@@ -24,7 +24,7 @@ from lossmith.report.reading import Run
 
 # Training rows drawn, of all runs together and of one. plotly.js itself is 4.8 MB of the page.
 ALL_ROWS, ROWS, FEWEST_ROWS = 3000, 1000, 100
-NUM_HARDEST = 20
+NUM_HARDEST = 12
 
 
 def write_page(runs: Sequence[Run], path: Path) -> list[str]:
@@ -88,7 +88,8 @@ def sections(runs: Sequence[Run], thin: Sequence[Run], drawn: Drawn) -> list[str
     known = list(dict.fromkeys(part for run in runs for part in run.parts)) or ["loss"]
     several = len(runs) > 1
     numbered = [(i, run, run.name if several else "") for i, run in enumerate(thin)]
-    differences = [compared(runs, differing(runs))] if several else []
+    tables = [compared("What they came to" if several else "What it came to", runs, results(runs))]
+    tables += [compared("What differs between the configurations", runs, differing(runs))] if several else []
     # The gap is one of all rows: rows that were thinned are no sample of them.
     of_all = [(runs if figure is figures.gap else thin) for figure in figures.OF_ALL]
     overview = [drawn.cards(figure(of)) for figure, of in zip(figures.OF_ALL, of_all, strict=True)]
@@ -107,8 +108,7 @@ def sections(runs: Sequence[Run], thin: Sequence[Run], drawn: Drawn) -> list[str
     analysed = [drawn.cards(figure(thin)) for figure in figures.OF_ALL_ANALYSED]
     return [
         section("Findings", [found(i, run, name) for i, run, name in numbered], ""),
-        section("Results", [compared(runs, results(runs))], ""),
-        section("What differs between the configurations", differences, ""),
+        section("Results", tables),
         section("Over time", overview),
         section("Parts of the loss", of_parts),
         section("Weights and experts", of_each),
@@ -148,16 +148,16 @@ def filters(runs: Sequence[Run]) -> str:
     return "".join(shown)
 
 
-def compared(runs: Sequence[Run], table: Table) -> str:
+def compared(title: str, runs: Sequence[Run], table: Table) -> str:
     """A table with a column a run."""
     if not table:
-        return '<p class="note">Nothing.</p>'
+        return card(title, '<p class="note">Nothing.</p>')
     heads = "".join(f'<th data-run="{i}">{escape(run.name)}</th>' for i, run in enumerate(runs))
     rows = []
     for key, values in table:
         cells = "".join(f'<td data-run="{i}" class="number">{text(v)}</td>' for i, v in enumerate(values))
         rows.append(f"<tr><th>{escape(key)}</th>{cells}</tr>")
-    return f'<div class="card scroll"><table><tr><th></th>{heads}</tr>{"".join(rows)}</table></div>'
+    return card(title, f'<div class="scroll"><table><tr><th></th>{heads}</tr>{"".join(rows)}</table></div>')
 
 
 def found(index: int, run: Run, name: str) -> str:
