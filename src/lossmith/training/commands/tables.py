@@ -46,10 +46,11 @@ def show_losses(console: Console, name: str | None) -> None:
     everything = {each: value for classes in known.values() for each, value in classes.items()}
     by_lower = {each.lower(): each for each in everything}
     if name.lower() not in by_lower:
-        from lossmith.options import did_you_mean
+        from lossmith.options import nearest
 
-        hint = did_you_mean(name, everything).replace("It has", "There are")
-        raise UserError(f"there is no loss, component or modifier {name!r}. {hint.rstrip('?.')}.")
+        guess = nearest(name, by_lower)
+        hint = f"Did you mean {by_lower[guess]}?" if guess else "`lossmith losses` lists them."
+        raise UserError(f"there is no loss, component or modifier {name!r}. {hint}")
     found = everything[by_lower[name.lower()]]
     say(console, inspect.getdoc(found) or "")
     rows = options_in(found)
