@@ -82,6 +82,12 @@ def _speed(run: Run) -> str:
     return f"{median(speeds):,.0f}" if speeds else "-"
 
 
+def _repeats(run: Run) -> str:
+    """How much the sample repeats itself, and how much the text does."""
+    found = run.analysis.get("repetition")
+    return "{seq_rep_4:.3f} (the text: {text_seq_rep_4:.3f})".format(**found) if found else "-"
+
+
 def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
@@ -99,6 +105,7 @@ MEASURES: dict[str, Callable[[Run], str]] = {
     "mean absolute error": _last("mean_absolute_error", "{:.4f}"),
     "validation less training loss": _gap,
     "calibration error (ECE)": _analysed("calibration", "ece"),
-    "seq-rep-4 of the sample": _analysed("repetition", "seq_rep_4"),
+    "entropy of the predictions": _analysed("entropy"),
+    "seq-rep-4 of the sample": _repeats,
     "tokens per second (median)": _speed,
 }

@@ -65,27 +65,24 @@ def of_runs(runs: Sequence[Run], key: str, along: str = STEPS) -> list[Trace]:
 # ── of all runs together ──────────────────────────────────────────────────────────────────────────
 
 
+def in_training_and_validated(runs: Sequence[Run], key: str, key_of_evaluations: str) -> list[Trace]:
+    """Faint curves of the training steps and bold ones of the evaluations."""
+    faint = [trace | {"opacity": 0.45} for trace in of_runs(runs, key)]
+    bold = of_runs(runs, key_of_evaluations, EVALUATIONS)
+    for trace in bold:
+        trace |= {"name": f"{trace['name']}, validation", "mode": "lines+markers"}
+        trace["line"]["width"] = 2.5
+    return faint + bold
+
+
 def losses(runs: Sequence[Run]) -> list[Figure]:
-    traces = of_runs(runs, "loss")
-    for trace in traces:
-        trace["opacity"] = 0.45
-    for i, run in enumerate(runs):
-        more = {"mode": "lines+markers", "line": {"width": 2.5}}
-        traces.append(
-            line(i, f"{run.name}, validation", column(run.evaluations, "val_loss"), EVALUATIONS, **more)
-        )
+    traces = in_training_and_validated(runs, "loss", "val_loss")
     note = "Faint: the objective in training, with its options. Bold: the plain loss of held-out text."
     return drawn("Loss", note, traces, "nats per token")
 
 
 def perplexities(runs: Sequence[Run]) -> list[Figure]:
-    traces = of_runs(runs, "perplexity")
-    for trace in traces:
-        trace["opacity"] = 0.45
-    for i, run in enumerate(runs):
-        y = column(run.evaluations, "perplexity")
-        more = {"mode": "lines+markers", "line": {"width": 2.5}}
-        traces.append(line(i, f"{run.name}, validation", y, EVALUATIONS, **more))
+    traces = in_training_and_validated(runs, "perplexity", "perplexity")
     note = "exp of the plain loss, in training (faint) and on held-out text; a logarithmic axis."
     axis = {"title": {"text": "perplexity"}, "type": "log", "dtick": "D2"}
     return drawn("Perplexity", note, traces, "", yaxis=axis)
@@ -146,7 +143,7 @@ def pulls(index: int, run: Run, known: Sequence[str]) -> list[Figure]:
         line(index, n, column(run.steps, PULLS + n), of=known.index(n) if n in known else k, part=n)
         for k, n in enumerate(names)
     ]
-    note = "How hard each part pulls: the size of its gradient, beside its share of the loss."
+    note = "How hard each part pulls on the model, as the log has it."
     return drawn("Pull", note, traces, "pull")
 
 

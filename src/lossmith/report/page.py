@@ -107,7 +107,7 @@ def sections(runs: Sequence[Run], thin: Sequence[Run], drawn: Drawn) -> list[str
     ]
     analysed = [drawn.cards(figure(thin)) for figure in figures.OF_ALL_ANALYSED]
     return [
-        section("Findings", [found(i, run, name) for i, run, name in numbered], ""),
+        section("Findings", [findings(i, run, name) for i, run, name in numbered], ""),
         section("Results", tables),
         section("Over time", overview),
         section("Parts of the loss", of_parts),
@@ -160,7 +160,7 @@ def compared(title: str, runs: Sequence[Run], table: Table) -> str:
     return card(title, f'<div class="scroll"><table><tr><th></th>{heads}</tr>{"".join(rows)}</table></div>')
 
 
-def found(index: int, run: Run, name: str) -> str:
+def findings(index: int, run: Run, name: str) -> str:
     """What was found of a run, in words."""
     items = "".join(f"<li>{escape(finding)}</li>" for finding in run.findings)
     return card("Found", f"<ul>{items}</ul>", index, name) if items else ""

@@ -1,5 +1,6 @@
 """``watch``: a run's log in the terminal while it grows."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def watch_run(console: Console, path: Path, *, seconds: float) -> None:
     if not seconds:
         say(console, frame(run))
         return
-    with Live(shown(frame(run)), console=console, auto_refresh=False) as live:
+    live = Live(shown(frame(run)), console=console, auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), live:  # which stops the watching, not the run
         while not is_over(run):
             time.sleep(seconds)
             run = read_run(path)
