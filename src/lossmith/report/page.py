@@ -107,10 +107,10 @@ def sections(runs: Sequence[Run], thin: Sequence[Run], drawn: Drawn) -> list[str
     ]
     analysed = [drawn.cards(figure(thin)) for figure in figures.OF_ALL_ANALYSED]
     return [
-        section("Findings", [findings(i, run, name) for i, run, name in numbered], ""),
+        section("Findings", [findings(i, run, name) for i, run, name in numbered]),
         section("Results", tables),
         section("Over time", overview),
-        section("Parts of the loss", of_parts),
+        section("Parts of the loss", of_parts, "grid pairs"),
         section("Weights and experts", of_each),
         section("Tokens", analysed),
         section("Hardest tokens", [hardest(i, run, name) for i, run, name in numbered]),
