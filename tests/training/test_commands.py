@@ -109,6 +109,11 @@ def test_report_writes_a_page(capsys: pytest.CaptureFixture[str], out: Path, tmp
     assert "Hardest tokens" in page.read_text()
     code, _, complaint = call(capsys, "report", out, "-o", tmp_path / "no" / "page.html")
     assert (code, complaint.startswith("error: ")) == (2, True)
+    assert call(capsys, "report", out, "-o", page)[0] == 0  # again
+    page.write_text("mine")
+    code, _, complaint = call(capsys, "report", out, "-o", page)
+    assert (code, page.read_text()) == (2, "mine")
+    assert "there is a file that is no page of lossmith's. Pass another --output." in complaint
 
 
 def test_demo_trains_and_ends_with_the_page(

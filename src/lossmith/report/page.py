@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from errno import EEXIST
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -25,6 +26,7 @@ from lossmith.report.reading import Run
 # Training rows drawn, of all runs together and of one. plotly.js itself is 4.8 MB of the page.
 ALL_ROWS, ROWS, FEWEST_ROWS = 3000, 1000, 100
 NUM_HARDEST = 12
+GENERATOR = '<meta name="generator" content="lossmith report">'
 
 
 def write_page(runs: Sequence[Run], path: Path) -> list[str]:
@@ -36,7 +38,13 @@ def write_page(runs: Sequence[Run], path: Path) -> list[str]:
 
     Returns:
         What a reader should know, such as that curves were thinned.
+
+    Raises:
+        FileExistsError: there is another file, which is no such page.
+        OSError: the file cannot be written.
     """
+    if path.exists() and not is_page(path):
+        raise FileExistsError(EEXIST, "there is a file that is no page of lossmith's", str(path))
     limit = max(FEWEST_ROWS, min(ROWS, ALL_ROWS // len(runs)))
     thin = [run.thinned(limit) for run in runs]
     notes = [
@@ -65,6 +73,12 @@ def write_page(runs: Sequence[Run], path: Path) -> list[str]:
     page = re.sub(r"\{\{(\w+)\}\}", lambda hole: holes[hole[1]], template)
     path.write_text(page, encoding="utf-8", errors="replace")
     return notes
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that was written here, and may be overwritten."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return GENERATOR in file.read(2000)
 
 
 class Drawn:

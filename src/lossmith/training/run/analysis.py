@@ -32,6 +32,7 @@ from lossmith.report.reading import ANALYSIS_FILE
 from lossmith.training.config.saved_run import write_whole
 from lossmith.training.data.blocks import IGNORED
 from lossmith.training.data.tokenizer import encode
+from lossmith.training.errors import UserError
 from lossmith.training.run.folder import RunFolder
 from lossmith.training.tasks.causal_language_model import CausalLanguageModel
 from lossmith.training.tasks.task import Task, TokenTask
@@ -156,10 +157,18 @@ def as_text(sample: RenderableType) -> str:
 
 
 def save_analysis(folder: RunFolder, step: int, found: dict[str, Any]) -> None:
-    """Write `analysis.json` into the checkpoint that was analysed, with which it is moved and deleted."""
+    """Write `analysis.json` into the checkpoint that was analysed, with which it is moved and deleted.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     name = f"checkpoint-{step}"
     if not found or not (folder.path / name).is_dir():
         return
     if f"{name}/{ANALYSIS_FILE}" not in folder.written:
         folder.claim(f"{name}/{ANALYSIS_FILE}")
-    write_whole(folder.path / name / ANALYSIS_FILE, json.dumps({"step": step, **found}, indent=1) + "\n")
+    path = folder.path / name / ANALYSIS_FILE
+    try:
+        write_whole(path, json.dumps({"step": step, **found}, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"the run is complete, but {path} cannot be written: {error.strerror}.") from None

@@ -108,9 +108,9 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
                 return 128 + stop.received
             measures = trainer.evaluate(everything=True)
         sample = task.sample(model)
+        show_results(console, task, measures, sample, aside)
         if folder:
             save_analysis(folder, step, analyse(task, model, sample, num_batches=config.eval_iters))
-        show_results(console, task, measures, sample, aside)
         return 0
 
 
