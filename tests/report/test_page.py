@@ -68,7 +68,9 @@ def test_a_run_without_parts_shows_its_loss(tmp_path: Path):
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (figure,) = parts(0, read_run(folder), [])
     assert [trace["y"] for trace in figure["data"]] == [[2.0, 1.0], [2.0, 1.0]]
-    assert "<h3>Pull" not in page_of(tmp_path, folder)
+    page = page_of(tmp_path, folder)
+    assert "<h3>Pull" not in page
+    assert "<nav" not in page  # nothing to choose
 
 
 def test_an_empty_run_has_a_page(tmp_path: Path):

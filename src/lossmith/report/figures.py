@@ -130,10 +130,9 @@ def parts(index: int, run: Run, known: Sequence[str]) -> list[Figure]:
     style = {"line": {"width": 1.2, "dash": "dot", "color": "#888"}}
     traces.append(line(index, "sum: the loss", column(run.steps, "loss"), **style))
     traces[-1]["meta"]["of_all_parts"] = True
-    note = (
-        "What each part adds to the loss, with its weight: the areas sum to the dotted line. Untick the "
-        "largest at the top of the page to see the others."
-    )
+    note = "What each part adds to the loss, with its weight: the areas sum to the dotted line."
+    if len(of) > 1:
+        note += " Untick the largest at the top of the page to see the others."
     return drawn("Parts of the loss", note, traces, "weighted contribution")
 
 

@@ -147,19 +147,20 @@ def card(title: str, inside: str, index: int | None = None, name: str = "") -> s
 
 
 def filters(runs: Sequence[Run]) -> str:
-    """Boxes that choose runs and parts."""
+    """Boxes that choose runs and parts; nothing where there is no choice."""
     parts = list(dict.fromkeys(part for run in runs for part in run.parts))
-    groups = [("run", "Runs", [(str(i), run.name) for i, run in enumerate(runs)])]
-    if len(parts) > 1:
-        groups.append(("part", "Parts", [(part, part) for part in parts]))
+    of_runs = [(str(i), run.name) for i, run in enumerate(runs)]
+    groups = [("run", "Runs", of_runs), ("part", "Parts", [(part, part) for part in parts])]
     shown = []
     for kind, title, boxes in groups:
+        if len(boxes) < 2:
+            continue
         shown.append(f"<b>{title}</b>")
         for k, (value, name) in enumerate(boxes):
             box = f'<input type="checkbox" name="{kind}" value="{escape(value)}" checked>'
             dot = f'<span class="dot" style="background:{figures.colour(k)}"></span>'
             shown.append(f"<label>{box}{dot}{escape(name)}</label>")
-    return "".join(shown)
+    return f'<nav class="filters"><div>{"".join(shown)}</div></nav>' if shown else ""
 
 
 def compared(title: str, runs: Sequence[Run], table: Table) -> str:
