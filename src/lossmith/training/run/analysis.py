@@ -34,6 +34,7 @@ from lossmith.training.data.blocks import IGNORED
 from lossmith.training.data.tokenizer import encode
 from lossmith.training.errors import UserError
 from lossmith.training.run.folder import RunFolder
+from lossmith.training.run.terminal import say
 from lossmith.training.tasks.causal_language_model import CausalLanguageModel
 from lossmith.training.tasks.task import Task, TokenTask
 
@@ -152,7 +153,7 @@ def as_text(sample: RenderableType) -> str:
     if isinstance(sample, str | Text):
         return str(sample)
     console = Console(file=io.StringIO(), width=100)
-    console.print(sample)
+    say(console, sample)
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
