@@ -13,8 +13,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 help:            ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/'
 
-demo: $(VENV)/.train  ## train a language model on CPython's own documentation
-	$(BIN)/python train.py $(ARGS)
+demo: $(VENV)/.train  ## train a language model on CPython's own documentation, and write a page about it
+	$(BIN)/lossmith demo $(ARGS)
 
 test: $(VENV)/.dev    ## run the tests, but for the slowest
 	$(TESTS) -m "not slow" $(ARGS)
@@ -33,11 +33,11 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml
-	$(PIP) install -c constraints.txt -e '.[train]'
+	$(PIP) install -c constraints.txt -e '.[train,report]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install -c constraints.txt -e '.[train,track,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,report,track,dev]'
 	@touch $@ $(VENV)/.train
 
 clean:           ## remove the environment and the caches

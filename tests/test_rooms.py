@@ -22,11 +22,13 @@ ORDER = [
     {"modifiers"},
     {"functional"},
     {"perplexities", "testing"},
+    {"analysis"},
     {"integrations"},
+    {"report"},
     {"training"},
 ]
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-OUTSIDE_THE_CORE = {"integrations", "training"}
+OUTSIDE_THE_CORE = {"integrations", "report", "training"}
 # Of one's own room, inside a method: a modifier that is called alone is applied by a pipeline of it.
 CALLED_ALONE = ("lossmith.modifiers.configured_modifier", "lossmith.modifiers.pipeline")
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""The command line: `lossmith train`, which is also `python train.py`.
+"""The command line: `lossmith train`, which is also `python train.py`, and the commands for what it leaves.
 
 `main` checks that the extra's packages are installed before it imports them.
 """
@@ -16,11 +16,33 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NEEDED = ("rich", "yaml", "tokenizers", "safetensors", "transformers", "accelerate")
-REMEDY = "pip install 'lossmith[train]'"
+TO_READ_RUNS = ("rich", "yaml", "typer", "plotly")
+# What each command needs: its extras and their packages.
+EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "demo": ("train,report", (*NEEDED, *TO_READ_RUNS)),
+    "report": ("report", TO_READ_RUNS),
+    "compare": ("report", TO_READ_RUNS),
+    "watch": ("report", TO_READ_RUNS),
+    "analyze": ("train,report", (*NEEDED, *TO_READ_RUNS)),
+    "sample": ("train,report", (*NEEDED, *TO_READ_RUNS)),
+    "losses": ("train,report", (*NEEDED, *TO_READ_RUNS)),
+}
 HELP = ("--help", "-h")
 USAGE = """Usage: lossmith train [config.py] [--key=value ...]
+       lossmith COMMAND ...
 
-Training objectives of language models. `lossmith train --help` lists the keys."""
+Training objectives of language models. `lossmith train --help` lists the keys.
+
+  train     train a model on a text
+  demo      the same, and then a page about it
+  report    a page about one or several runs: lossmith report RUN [RUN ...] -o report.html
+  compare   what several runs came to and how their configurations differ
+  watch     a run while it trains
+  analyze   losses token by token, calibration, repetition: lossmith analyze RUN --text=FILE
+  sample    text of a trained model: lossmith sample RUN --prompt="Once upon"
+  losses    every loss, component and modifier, and the options of one: lossmith losses [NAME]
+
+A RUN is a run's folder or one of its checkpoints."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -28,11 +50,15 @@ def main(args: list[str] | None = None) -> None:
     # OpenMP's threads spin while they wait, which on a busy machine makes a step several times as long.
     # OpenMP reads this once, when PyTorch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    args = sys.argv[1:] if args is None else args
+    extras, packages = EXTRAS.get(args[0] if args else "", ("train", NEEDED))
+    missing = dict.fromkeys(name for name in packages if importlib.util.find_spec(name) is None)
     if missing:
-        print(f"error: the trainer needs {', '.join(missing)}; {REMEDY}", file=sys.stderr)
+        needs = f"lossmith {args[0]}" if args and args[0] in EXTRAS else "the trainer"
+        remedy = f"pip install 'lossmith[{extras}]'"
+        print(f"error: {needs} needs {', '.join(missing)}; {remedy}", file=sys.stderr)
         raise SystemExit(2)
-    raise SystemExit(command(sys.argv[1:] if args is None else args))
+    raise SystemExit(command(args))
 
 
 def command(args: list[str]) -> int:
@@ -49,12 +75,19 @@ def command(args: list[str]) -> int:
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     errors = Console(stderr=True, quiet=console.quiet)
     try:
-        if args[:1] == ["train"]:
-            return train_command(args[1:], console)
+        if args[:1] in (["train"], ["demo"]):
+            return train_command(args[1:], console, report=args[0] == "demo")
         if not args or args[0] in HELP:
             say(console, USAGE)
             return 0 if args else 2
-        raise UserError(f"there is no command {args[0]!r}; expected `train`. Write lossmith train --help.")
+        if args[0] in EXTRAS:
+            from lossmith.training.commands.app import run_command
+
+            return run_command(args, console)
+        raise UserError(
+            f"there is no command {args[0]!r}; expected train, {', '.join(EXTRAS)}. Write lossmith --help, "
+            "or lossmith train --help."
+        )
     except UserError as error:
         say_error(errors, str(error))
         return 2
@@ -66,8 +99,8 @@ def command(args: list[str]) -> int:
         return 1
 
 
-def train_command(args: list[str], console: Console) -> int:
-    """Run `lossmith train` and return the exit code."""
+def train_command(args: list[str], console: Console, *, report: bool = False) -> int:
+    """Run `lossmith train`, with a report at its end if asked for, and return the exit code."""
     with console.status("Loading the libraries ..."):  # PyTorch too, which the losses' keys need
         from lossmith.training.config.reading import load_config
     if any(word in HELP for word in args):
@@ -76,7 +109,12 @@ def train_command(args: list[str], console: Console) -> int:
     config = load_config(args)
     with console.status("Loading the libraries ..."):
         from lossmith.training.run.runner import run
-    return run(config, console, command=how_started())
+    code = run(config, console, command=how_started())
+    if report and not code and not console.quiet:
+        from lossmith.training.commands.app import run_command
+
+        return run_command(["report", config.out_dir, "-o", f"{config.out_dir}/report.html"], console)
+    return code
 
 
 def how_started() -> str:

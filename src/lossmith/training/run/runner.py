@@ -19,6 +19,7 @@ from lossmith.training.config.reading import read_saved_config, resolve
 from lossmith.training.config.saved_run import save_config
 from lossmith.training.data.corpus import load_corpus
 from lossmith.training.errors import UserError
+from lossmith.training.run.analysis import analyse, save_analysis
 from lossmith.training.run.checkpoints import (
     KeepCheckpoints,
     checkpoint_of,
@@ -106,7 +107,10 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
                 say(console, f"  {command} --out_dir={shlex.quote(config.out_dir)} --resume", "bold")
                 return 128 + stop.received
             measures = trainer.evaluate(everything=True)
-        show_results(console, task, measures, task.sample(model), aside)
+        sample = task.sample(model)
+        show_results(console, task, measures, sample, aside)
+        if folder:
+            save_analysis(folder, step, analyse(task, model, sample, num_batches=config.eval_iters))
         return 0
 
 

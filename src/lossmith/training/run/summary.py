@@ -1,6 +1,7 @@
 """What a run prints before and after training."""
 
 import math
+import shlex
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -91,5 +92,6 @@ def show_results(
     said = task.describe(log_row(step, measures) or {})
     say(console, f"\nAll held-out text, after step {step}: {said}", "bold")
     say(console, f"Saved {checkpoint} (model, tokenizer), {out_dir / LOG_FILE}, {out_dir / CONFIG_FILE}")
+    say(console, f"A page about it: lossmith report {shlex.quote(str(out_dir))}")
     if aside:
         say(console, f"The earlier run was moved to {aside.folder}: {', '.join(aside.names)}")

@@ -80,25 +80,42 @@ class CausalLanguageModel(TokenTask):
             "tokens": int(num_tokens),
         }
 
-    @torch.no_grad()
     def sample(self, model: PreTrainedModel) -> Text | None:
         """Text generated from nothing, the same for the same weights and seed."""
         # Positions beyond block_size were never trained.
         length = min(self.config.sample_tokens, self.config.block_size - 1)
         if length <= 0:
             return None
-        start = torch.tensor([[self.end_of_text]], device=model.device)
+        start = torch.tensor([self.end_of_text])
+        tokens = self.generate(model, start, length, seed=self.config.seed)
+        return Text(str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip("\n"))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: PreTrainedModel,
+        start: Tensor,
+        length: int,
+        *,
+        seed: int,
+        temperature: float = SAMPLE_TEMPERATURE,
+        top_k: int = SAMPLE_TOP_K,
+    ) -> Tensor:
+        """The tokens `start` [T] and up to `length` drawn after them; at temperature 0 the most probable."""
         devices = [model.device] if model.device.type == "cuda" else []
+        drawn = (
+            {"temperature": temperature, "top_k": min(top_k, self.config.vocab_size)} if temperature else {}
+        )
+        ids = start[None].to(model.device)
         model.eval()
         with torch.random.fork_rng(devices):
-            torch.manual_seed(self.config.seed)
+            torch.manual_seed(seed)
             tokens = model.generate(  # pyright: ignore[reportCallIssue]
-                start,
-                attention_mask=torch.ones_like(start),
+                ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=length,
-                do_sample=True,
-                temperature=SAMPLE_TEMPERATURE,
-                top_k=min(SAMPLE_TOP_K, self.config.vocab_size),
+                do_sample=temperature > 0,
+                **drawn,
                 use_cache=True,
             )
-        return Text(str(self.tokenizer.decode(tokens[0], skip_special_tokens=True)).strip("\n"))
+        return tokens[0].cpu()

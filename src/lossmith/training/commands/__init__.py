@@ -1,0 +1,1 @@
+"""The commands for what a run leaves: `report`, `compare`, `watch`, `analyze`, `sample`, and `losses`."""
