@@ -11,9 +11,11 @@ arguments and results hold. The first steps, which look for mistakes in the wiri
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lossmith
+from lossmith.engine.rows import backends
+from lossmith.engine.statistics.raw import View
+from lossmith.engine.sweep import Sweep
 
 ROWS, LENGTH, NUM_CLASSES, SIZE = 8, 128, 50304, 64
 FOUR = {"label_smoothing": 0.1, "z_loss": 1e-4, "focal_gamma": 2.0, "confidence_penalty": 0.1}
@@ -59,6 +64,44 @@ class Launches(TorchDispatchMode):
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
             self.moved += sum(t.numel() * t.itemsize for t in tensors if t.numel() >= self.large)
         return result
+
+
+@torch.library.custom_op("launches::row_stats", mutates_args=("statistics",))
+def row_stats(logits: Tensor, statistics: Sequence[Tensor]) -> None:
+    """A kernel that reads logits and writes statistics."""
+
+
+@torch.library.custom_op("launches::row_grad", mutates_args=("gradient",))
+def row_grad(gradient: Tensor) -> None:
+    """A kernel that turns logits into their gradient in place."""
+
+
+class Kernels:
+    """The arithmetic on rows as a GPU has it: a kernel for the statistics, one for the gradient."""
+
+    TAKES = "meta tensors"
+    WRITES_EVERY_ROW = True
+
+    @staticmethod
+    def takes(logits: Tensor, softcap: float | None, is_asked_for: bool = False) -> bool:
+        return logits.device.type == "meta"
+
+    @staticmethod
+    def fill_stats(logits: Tensor, sweep: Sweep, views: Sequence[View]) -> None:
+        row_stats(logits, [value for view in views for value in view.raw.values()])
+
+    @staticmethod
+    def gradient(logits: Tensor, sweep: Sweep, views: Sequence[View], *, in_place: bool) -> Tensor:
+        gradient = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device="meta")
+        row_grad(gradient)
+        return gradient
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """Rows of meta tensors are computed by :class:`Kernels`, for a linear head too."""
+    with mock.patch.dict(backends.BACKENDS, {"meta": Kernels, **backends.BACKENDS}, clear=True):
+        yield
 
 
 @dataclass

@@ -122,7 +122,7 @@ def linear_token_stats(
         targets: [...] ids, or ``ignore_index``; tokens without a target take no part in any product.
         bias: [V].
         candidates, temperature, softcap, ignore_index, backend: see :func:`lossmith.token_stats`.
-        memory_budget: bytes of logits held at a time; default 52 MiB on a CPU, 512 MiB elsewhere.
+        memory_budget: bytes of logits held at a time; default 52 MiB on a CPU, 512 MiB or more elsewhere.
 
     Returns:
         :class:`lossmith.TokenStats`, each statistic [...] in fp32 (fp64 for fp64).
@@ -288,7 +288,7 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (as cr
         strategy: ``one_sweep``: as above, if every token's gradient depends on that token alone; otherwise an
             error. ``two_sweep``: make the logits again in the backward pass, four products. ``auto``: one
             sweep where possible; :func:`linear_cross_entropy.explain` says which.
-        memory_budget: bytes of logits held at a time; default 52 MiB on a CPU, 512 MiB elsewhere.
+        memory_budget: bytes of logits held at a time; default 52 MiB on a CPU, 512 MiB or more elsewhere.
 
     Returns:
         The loss, a scalar or [...] with ``reduction="none"``; with ``return_stats`` (loss, TokenStats).

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lossmith.engine.checks import check_head, check_targets_of_hidden
-from lossmith.engine.head.chunks import Chunks, Factors, pack
+from lossmith.engine.head.chunks import Chunks, pack, packs
+from lossmith.engine.head.factors import Factors
 from lossmith.engine.head.one_sweep import SweptOnce, sweep_once
-from lossmith.engine.head.plan import Plan, Strategy, check_strategy, rows_of_a_chunk
+from lossmith.engine.head.plan import Plan, Strategy, check_strategy
+from lossmith.engine.head.sizes import Sizes
 from lossmith.engine.head.two_sweeps import head_stats_op, stats_of_head
 from lossmith.engine.predictions import LossOf, Predictions
 from lossmith.engine.sampling import draw, uniform_numbers
@@ -82,7 +84,9 @@ class LinearHead(Predictions):
     @property
     def factors(self) -> Factors:
         """What its logits are the product of."""
-        return Factors(self.hidden, self.weight, self.bias, self.compute_dtype, self.memory_budget)
+        return Factors(
+            self.hidden, self.weight, self.bias, self.compute_dtype, self.memory_budget, self.needed[1]
+        )
 
     @property
     def needed(self) -> tuple[bool, bool, bool]:
@@ -173,30 +177,21 @@ class LinearHead(Predictions):
         reason = self._why_not_once(unless)
         packed = pack(targets.reshape(-1), ignore_index)
         num_tokens = targets.numel() if packed is None else packed.numel()
-        itemsize = self.dtype.itemsize
-        rows = rows_of_a_chunk(num_tokens, self.num_classes, itemsize, self.device, self.memory_budget)
-        num_chunks = -(-num_tokens // rows)
-        wanted = sum(self.needed[:2])
-        products = 1.0 + wanted
+        sizes = Sizes.of(self.factors, num_tokens, is_packed=packs(targets), leaves_out=packed is not None)
+        products = 1.0 + sum(self.needed[:2])
         if reason is not None and any(self.needed):
-            products += 1 - (num_tokens - rows * (num_chunks - 1)) / max(num_tokens, 1)
-        is_wider = self.needed[1] and self.weight.dtype != self.dtype
-        return Plan(
-            "one_sweep" if reason is None else "two_sweep",
-            "every token's weight depends on that token alone" if reason is None else reason,
-            num_tokens=num_tokens,
-            hidden_size=self.weight.shape[1],
-            num_classes=self.num_classes,
-            chunk_rows=rows,
-            num_chunks=num_chunks,
+            products += 1 - (num_tokens - sizes.rows * (sizes.num_chunks - 1)) / max(num_tokens, 1)
+        return Plan.of(
+            sizes,
+            self.weight,
+            strategy="one_sweep" if reason is None else "two_sweep",
+            reason="every token's weight depends on that token alone" if reason is None else reason,
             num_products=products,
-            logits_bytes=rows * self.num_classes * itemsize,
-            accumulator_bytes=self.weight.numel() * self.dtype.itemsize if is_wider else 0,
         )
 
 
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     kind = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if hidden.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)

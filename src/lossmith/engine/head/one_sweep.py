@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
-from lossmith.engine.head.chunks import Chunks, Factors, HeadGradient
+from lossmith.engine.head.chunks import Chunks, HeadGradient
+from lossmith.engine.head.factors import Factors
 from lossmith.engine.head.two_sweeps import Needed, stats_of_head
 from lossmith.engine.head.upstream import times
 from lossmith.engine.predictions import LossOf
@@ -74,6 +75,7 @@ def sweep_once(factors: Factors, sweep: Sweep, loss_of: LossOf, needed: Needed) 
                 result.add(rows, x, gradient_of_rows(z, some, raw, grads, in_place=True))
             else:
                 result.add_nothing(rows)
+            del x, z  # their memory, before the next chunk's hidden states or the gradients take more
         gradients = list(result.finish())
 
     def known() -> ByView:

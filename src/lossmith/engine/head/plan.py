@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
+from torch import Tensor
 
+from lossmith.engine.head.sizes import Sizes
 from lossmith.options import kind_of, option
 
 Strategy = Annotated[Literal["auto", "one_sweep", "two_sweep"], option("how often a linear head is swept")]
 MemoryBudget = Annotated[
     int | None, option("bytes of logits held at a time; None for the device's default", above=0)
 ]
-
-# Bytes of logits held at a time. On a CPU larger chunks are hardly faster; on an accelerator small ones
-# leave it idle.
-MEMORY_BUDGET = {"cpu": 52 * 2**20}
-MEMORY_BUDGET_ELSEWHERE = 512 * 2**20
 
 
 def check_strategy(strategy: str, memory_budget: int | None) -> None:
@@ -32,16 +27,6 @@ def check_strategy(strategy: str, memory_budget: int | None) -> None:
 
 
 _STRATEGY, _MEMORY_BUDGET = kind_of(Strategy, "strategy"), kind_of(MemoryBudget, "memory_budget")
-
-
-def rows_of_a_chunk(
-    num_rows: int, num_classes: int, itemsize: int, device: torch.device, memory_budget: int | None
-) -> int:
-    """How many rows of logits are held at a time: what the budget holds, spread evenly over the chunks."""
-    budget = memory_budget or MEMORY_BUDGET.get(device.type, MEMORY_BUDGET_ELSEWHERE)
-    most = max(1, budget // (num_classes * itemsize))
-    num_chunks = max(1, math.ceil(num_rows / most))
-    return max(1, math.ceil(num_rows / num_chunks))
 
 
 @dataclass(frozen=True)
@@ -59,6 +44,7 @@ class Plan:
         num_products: matrix products of N V D multiplications each, forward and backward together.
         logits_bytes: what the logits of a chunk take.
         accumulator_bytes: what the sum of the weight's gradient takes where it is wider than the weight.
+        peak_bytes: the most memory besides inputs and gradients at once, that of statistics [N] left out.
 
     Example:
         >>> import torch, lossmith
@@ -79,6 +65,32 @@ class Plan:
     num_products: float
     logits_bytes: int
     accumulator_bytes: int
+    peak_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        sizes: Sizes,
+        weight: Tensor,
+        *,
+        strategy: Literal["one_sweep", "two_sweep"],
+        reason: str,
+        num_products: float,
+    ) -> Plan:
+        """The plan of a sweep of these sizes; ``weight`` [V, D] is the head's."""
+        return cls(
+            strategy,
+            reason,
+            num_tokens=sizes.num_tokens,
+            hidden_size=weight.shape[1],
+            num_classes=weight.shape[0],
+            chunk_rows=sizes.rows,
+            num_chunks=sizes.num_chunks,
+            num_products=num_products,
+            logits_bytes=sizes.logits_bytes,
+            accumulator_bytes=sizes.accumulator_bytes,
+            peak_bytes=sizes.peak_bytes(weight.nbytes, keeps_logits=strategy == "two_sweep"),
+        )
 
     @property
     def num_flops(self) -> float:
@@ -86,11 +98,10 @@ class Plan:
         return 2.0 * self.num_products * self.num_tokens * self.num_classes * self.hidden_size
 
     def __str__(self) -> str:
-        extra = (self.logits_bytes + self.accumulator_bytes) / 2**20
         products = "product" if self.num_products == 1 else "products"
         return (
             f"{self.strategy}: {self.reason}. {self.num_tokens} tokens in {self.num_chunks} chunks of "
             f"{self.chunk_rows}; {self.num_products:.3g} {products} of N V D = {self.num_tokens} x "
-            f"{self.num_classes} x {self.hidden_size} ({self.num_flops / 1e9:.3g} GFLOP); {extra:.3g} MiB "
-            "besides the gradients"
+            f"{self.num_classes} x {self.hidden_size} ({self.num_flops / 1e9:.3g} GFLOP); "
+            f"{self.peak_bytes / 2**20:.3g} MiB besides the gradients"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
 from lossmith.engine.eager import Tensors, Ways, stats_with_gradients
-from lossmith.engine.head.chunks import Chunks, Factors, HeadGradient
+from lossmith.engine.head.chunks import Chunks, HeadGradient
+from lossmith.engine.head.factors import Factors
 from lossmith.engine.rows.backends import gradient_of_rows, stats_of_rows
 from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.sweep import Maybe, Rows, Sweep, saved, unsaved
@@ -49,6 +51,7 @@ def backward_sweep(
         z = chunks.buffer()[: len(x)] if kept is not None and k == 0 else chunks.logits(x)
         g = gradient_of_rows(z, sweep.of(rows), _of(raw, rows), _of(grads, rows), in_place=True)
         result.add(rows, x, g)
+        del x  # its memory, before the next chunk's take more
     return result.finish()
 
 
@@ -64,10 +67,10 @@ def stats_of_head(factors: Factors, sweep: Sweep, known: list[Tensor] | None = N
         factors, sweep: what the logits are made of, and which statistics to compute.
         known: the statistics, where they are known already and only their gradients are missing.
     """
-    options = (factors.compute_dtype, factors.memory_budget)
 
     def of(tensors: Tensors) -> Factors:
-        return Factors(*tensors, *options)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        hidden, weight, bias = tensors
+        return replace(factors, hidden=hidden, weight=weight, bias=bias)
 
     ways = Ways(
         lambda tensors, sweep: forward_sweep(of(tensors), sweep),
@@ -127,7 +130,7 @@ def head_grad_op(
     """Gradients of hidden states, weight and bias; empty where they are not needed."""
     rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled, backend)
     sweep = Sweep(targets, candidates, *rest)
-    factors = Factors(hidden, weight, bias, compute_dtype, memory_budget)
+    factors = Factors(hidden, weight, bias, compute_dtype, memory_budget, sums_weight=needed[1])
     found = backward_sweep(factors, sweep, raw, grads, (needed[0], needed[1], needed[2]))
     return [hidden.new_empty(0) if gradient is None else gradient for gradient in found]
 
