@@ -5,7 +5,7 @@ import torch
 
 import lossmith
 import meta_case
-from lossmith.engine.head import chunks, linear_head, native_products, products, sizes
+from lossmith.engine.head import linear_head, native_products, packing, products, sizes
 from lossmith.engine.head.chunks import Chunks
 from lossmith.engine.head.factors import Factors
 from lossmith.engine.head.sizes import rows_of_a_chunk
@@ -129,7 +129,7 @@ def test_rows_begin_where_an_accelerator_loads_them_fastest():
 def like_an_accelerator(monkeypatch):
     """A CPU's arithmetic in the memory of an accelerator."""
     monkeypatch.setattr(sizes, "is_cpu", lambda device: False)
-    monkeypatch.setattr(chunks, "packs", lambda targets: False)
+    monkeypatch.setattr(packing, "packs", lambda targets: False)
     monkeypatch.setattr(native_rows, "takes", lambda *_: False)
     monkeypatch.setattr(native_products, "is_for", lambda **_: False)
 

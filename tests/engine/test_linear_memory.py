@@ -7,7 +7,7 @@ import linear_case
 import lossmith
 from linear_case import STRATEGIES, Head, LargestTensor
 from lossmith.engine import sampling
-from lossmith.engine.head import chunks, products, sizes
+from lossmith.engine.head import packing, products, sizes
 from lossmith.engine.head.chunks import Chunks
 from lossmith.engine.head.factors import Factors
 from lossmith.engine.head.linear_head import LinearHead
@@ -102,7 +102,7 @@ def test_sampling(dtype, monkeypatch):
 def test_sampling_a_large_chunk_takes_little_more(packed, monkeypatch):
     """What is drawn from takes a few times the memory of the logits that it is drawn from."""
     monkeypatch.setattr(sampling, "BLOCK_ELEMENTS", SMALL * V)
-    monkeypatch.setattr(chunks, "packs", lambda targets: packed)
+    monkeypatch.setattr(packing, "packs", lambda targets: packed)
     head, _ = batch(torch.bfloat16)
     with LargestTensor() as largest:
         LinearHead(head.hidden, head.weight, head.bias).sample(None)

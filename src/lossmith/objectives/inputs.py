@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from lossmith.engine.head.linear_head import LinearHead
+from lossmith.engine.head.plan import HEAD_OPTIONS
 from lossmith.engine.predictions import Logits, Predictions
 from lossmith.options import kind_of, option
 from lossmith.options.shared import Softcap
@@ -19,8 +20,7 @@ HEAD_INPUTS = (
     "lm_head_bias",
     "lm_head_scale",
     "lm_head_softcap",
-    "strategy",
-    "memory_budget",
+    *HEAD_OPTIONS,
 )
 OWN_INPUTS = (
     "mask",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lossmith.engine.head import sizes
 from lossmith.engine.head.factors import Factors
+from lossmith.engine.head.packing import Packing
 from lossmith.engine.head.products import multiplies_halves, wide_product
 from lossmith.engine.head.sizes import Sizes
 from lossmith.engine.memory import fresh
@@ -22,9 +23,12 @@ class Chunks:
         factors: what the logits are made of.
         targets: [N].
         ignore_index: the target of tokens that take no part.
+        packing: which are left out; found here if not given.
     """
 
-    def __init__(self, factors: Factors, targets: Tensor, ignore_index: int) -> None:
+    def __init__(
+        self, factors: Factors, targets: Tensor, ignore_index: int, packing: Packing | None = None
+    ) -> None:
         self.factors, self.targets, self.ignore_index = factors, targets, ignore_index
         hidden, weight, bias = factors.tensors
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -32,12 +36,10 @@ class Chunks:
         self.bias = None if bias is None else bias.to(factors.compute_dtype)
         self.dtype, self.wide = factors.compute_dtype, factors.wide
         self.num_classes = weight.shape[0]
-        self.packed = pack(targets, ignore_index)
-        self.is_packed = packs(targets)  # no ignored token is left
+        packing = packing or Packing.of(targets, ignore_index, factors.skip_ignored)
+        self.packed, self.is_packed = packing.positions, packing.is_packed
         self.num_rows = targets.numel() if self.packed is None else self.packed.numel()
-        self.sizes = Sizes.of(
-            factors, self.num_rows, is_packed=self.is_packed, leaves_out=self.packed is not None
-        )
+        self.sizes = Sizes.of(factors, self.num_rows, packing)
         self.size = self.sizes.rows
         self._buffer: Tensor | None = None
         self._narrowed: Tensor | None = None
@@ -56,8 +58,10 @@ class Chunks:
         return x.masked_fill((self.targets[rows] == self.ignore_index).unsqueeze(1), 0.0)
 
     def logits(self, x: Tensor) -> Tensor:
-        """[n, V] the logits of hidden states [n, D], fp32 at least, in memory that the next chunk reuses."""
+        """[n, V] the logits of hidden states [n, D], in memory that the next chunk reuses."""
         z = self.buffer()[: len(x)]
+        if self.bias is not None and z.dtype == x.dtype != self.wide:  # rounded once, with the bias
+            return torch.addmm(self.bias, x, self.weight.t(), out=z)
         wide_product(x, self.weight.t(), into=z)
         return z if self.bias is None else z.add_(self.bias)
 
@@ -86,20 +90,6 @@ class Chunks:
     def release(self) -> None:
         """Give the memory of the logits back."""
         self._buffer = self._narrowed = None
-
-
-def packs(targets: Tensor) -> bool:
-    """Whether tokens without a target are left out, rather than computed and thrown away."""
-    return targets.device.type == "cpu"
-
-
-def pack(targets: Tensor, ignore_index: int) -> Tensor | None:
-    """[N'] the positions of the tokens that have a target; None where all take part. An accelerator would
-    have to tell the host how many they are, and everybody would wait."""
-    if not packs(targets):
-        return None
-    valid = (targets != ignore_index).nonzero().squeeze(1)
-    return None if valid.numel() == targets.numel() else valid
 
 
 class HeadGradient:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Factors:
         bias: [V], or None.
         compute_dtype: that of the products.
         memory_budget: bytes of logits held at a time; None for the device's default.
+        skip_ignored: whether tokens without a target are left out; None for a CPU alone.
+        narrow_logits: whether a chunk's logits have the dtype of the products.
         sums_weight: whether the weight's gradient is going to be summed.
     """
 
@@ -28,6 +31,8 @@ class Factors:
     bias: Tensor | None
     compute_dtype: torch.dtype
     memory_budget: int | None
+    skip_ignored: bool | None = None
+    narrow_logits: bool = False
     sums_weight: bool = False
 
     @property
@@ -35,15 +40,20 @@ class Factors:
         return self.hidden, self.weight, self.bias
 
     @property
+    def options(self) -> tuple[Any, ...]:
+        """All but the tensors, in their order."""
+        return tuple(getattr(self, field.name) for field in fields(self)[3:])
+
+    @property
     def device(self) -> torch.device:
         return self.hidden.device
 
     @property
     def wide(self) -> torch.dtype:
-        """That of the logits and the statistics: fp32 at least."""
+        """That of the statistics and of sums: fp32 at least."""
         return accumulation_dtype(self.compute_dtype)
 
     @property
     def logits_dtype(self) -> torch.dtype:
         """That of a chunk's logits."""
-        return self.wide
+        return self.compute_dtype if self.narrow_logits else self.wide

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
 from lossmith.engine.head.sizes import Sizes
-from lossmith.options import kind_of, option
+from lossmith.options import option, options_of
 
 Strategy = Annotated[Literal["auto", "one_sweep", "two_sweep"], option("how often a linear head is swept")]
 MemoryBudget = Annotated[
@@ -16,17 +16,40 @@ MemoryBudget = Annotated[
 ]
 
 
-def check_strategy(strategy: str, memory_budget: int | None) -> None:
-    """
+SkipIgnored = Annotated[
+    bool | None,
+    option("whether tokens without a target are left out of the products; None for a CPU alone"),
+]
+LogitsDtype = Annotated[
+    Literal["wide", "input"], option("dtype of a chunk's logits: fp32 at least, or that of the products")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """How a linear head is swept, and what for; see :func:`lossmith.linear_cross_entropy`.
+
     Raises:
-        ValueError: an unknown strategy, or a budget that holds nothing.
-        TypeError: a budget that is no number of bytes.
+        TypeError, ValueError: an option of the wrong type, or out of range.
     """
-    _STRATEGY.check(strategy)
-    _MEMORY_BUDGET.check(memory_budget)
+
+    strategy: Strategy = "auto"
+    memory_budget: MemoryBudget = None
+    skip_ignored: SkipIgnored = None
+    logits_dtype: LogitsDtype = "wide"
+
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS:
+            kind.check(getattr(self, name))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """They by name."""
+        return {name: getattr(self, name) for name in HEAD_OPTIONS}
 
 
-_STRATEGY, _MEMORY_BUDGET = kind_of(Strategy, "strategy"), kind_of(MemoryBudget, "memory_budget")
+_KINDS = tuple((name, declared.kind) for name, declared in options_of(HeadOptions).items())
+HEAD_OPTIONS = tuple(name for name, _ in _KINDS)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lossmith.engine.head.factors import Factors
+from lossmith.engine.head.packing import Packing
 
 # Bytes of logits held at a time. On a CPU larger chunks are hardly faster. On an accelerator small ones leave
 # it idle, and each reads and writes the whole sum of the weight's gradient: there it is as much as that sum
@@ -88,13 +89,12 @@ class Sizes:
     accumulator_bytes: int
 
     @classmethod
-    def of(cls, factors: Factors, num_tokens: int, *, is_packed: bool, leaves_out: bool) -> Sizes:
+    def of(cls, factors: Factors, num_tokens: int, packing: Packing) -> Sizes:
         """
         Args:
             factors: what the logits are made of.
             num_tokens: how many tokens take part.
-            is_packed: whether tokens without a target were left out.
-            leaves_out: whether there were any.
+            packing: which do.
         """
         (num_classes, size), dtype, device = factors.weight.shape, factors.compute_dtype, factors.device
         itemsize, narrow = factors.logits_dtype.itemsize, dtype.itemsize
@@ -118,7 +118,8 @@ class Sizes:
         if on_cpu:
             narrowed = min(narrowed, max(NARROWED_ELEMENTS, stride))
         is_cast = factors.hidden.dtype != dtype
-        copies = narrow * (is_cast or leaves_out or not is_packed)
+        leaves_out = packing.positions is not None
+        copies = narrow * (is_cast or leaves_out or not packing.is_packed)
         copies += (narrow + factors.hidden.dtype.itemsize * is_cast) * (is_cast or leaves_out)
         return cls(
             num_tokens=num_tokens,
