@@ -26,7 +26,7 @@ def wide_product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool = False) ->
     if native_products.takes(a, b, into):
         native_products.product(a, b, into=into, is_sum=is_sum)
     elif a.dtype == b.dtype == into.dtype and (into.device.type != "cpu" or into.dtype in HALVES):
-        torch.addmm(into, a, b, beta=int(is_sum), out=into)
+        torch.addmm(into, a, b, out=into) if is_sum else torch.mm(a, b, out=into)
     elif into.device.type == "cpu":
         in_pieces(a, b, into, is_sum)
     elif a.dtype == b.dtype:
