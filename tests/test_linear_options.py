@@ -7,6 +7,7 @@ import linear_case
 import lossmith
 import meta_case
 from linear_case import STRATEGIES, Ledger
+from lossmith.engine.head import products
 from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.packing import Packing
 
@@ -113,6 +114,7 @@ def test_statistics_stay_fp32():
     assert 0 < (stats.nll - wide.nll).abs().max() < 0.1
 
 
+@pytest.mark.skipif(products.VERSION < products.ON_META, reason="this PyTorch copies some products")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("budget", [40 * 2**20, 2**34])

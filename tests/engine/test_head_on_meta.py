@@ -18,7 +18,7 @@ MIB = 2**20
 GPU = torch.device("meta")
 
 pytestmark = pytest.mark.skipif(
-    products.VERSION < products.WIDE_SUMS, reason="this PyTorch copies some products"
+    products.VERSION < products.ON_META, reason="this PyTorch copies some products"
 )
 
 

@@ -16,6 +16,7 @@ HALVES = (torch.bfloat16, torch.float16)
 # PyTorch's products of halves with an fp32 result, and those that add it to an fp32 matrix (2.9 wants halves
 # there, too): the first versions in which CUDA has them. ROCm has them only in some builds.
 WIDE_RESULTS, WIDE_SUMS = (2, 8), (2, 11)
+ON_META = (2, 13)  # and both of meta tensors
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 OLDEST_WIDE = (8, 0)  # the processors that have them
 
@@ -62,11 +63,9 @@ def _of_halves(a: Tensor, b: Tensor, into: Tensor, is_sum: bool) -> None:
 def has_wide_results(device: torch.device) -> bool:
     """Whether products of halves have fp32 results here. Meta tensors, which have no arithmetic, count as a
     GPU that has them."""
-    if VERSION < WIDE_RESULTS:
-        return False
     if device.type == "meta":
-        return True
-    if device.type != "cuda" or torch.version.hip is not None:
+        return VERSION >= ON_META
+    if device.type != "cuda" or torch.version.hip is not None or VERSION < WIDE_RESULTS:
         return False
     return torch.cuda.get_device_capability(device) >= OLDEST_WIDE
 
