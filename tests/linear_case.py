@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -120,3 +122,37 @@ class LargestTensor(TorchDispatchMode):
 
 def _tensors(result: Any) -> Iterator[Tensor]:
     yield from (x for x in tree_leaves(result) if isinstance(x, Tensor))
+
+
+class Ledger(TorchDispatchMode):
+    """The memory of what is made inside it, on any device.
+
+    Attributes:
+        live, peak: bytes that exist now, and the most that did at once.
+        counts: launches by operator; views, and memory that nothing fills, are none.
+    """
+
+    def __init__(self, *known: Tensor | None) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.counts: Counter[str] = Counter()
+        self._seen = {x.untyped_storage()._cdata for x in known if x is not None}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.name().split(".")[0].removeprefix("aten::")
+        is_view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
+        if not is_view and "empty" not in name:
+            self.counts[name] += 1
+        for x in _tensors(result):
+            storage = x.untyped_storage()
+            if storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _freed(self, storage: int, nbytes: int) -> None:
+        self._seen.discard(storage)
+        self.live -= nbytes

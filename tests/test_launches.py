@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lossmith
+from lossmith.engine.head import products
 
 ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("launches", ROOT / "benchmarks" / "launches.py")
@@ -40,6 +41,32 @@ def test_a_step_stays_within_its_budget(name):
     if name != "F.cross_entropy":  # each logit is read, read again, and its gradient written: once
         assert step.bytes_per_element == 6
     if torch.__version__.startswith("2.13"):  # others split some operators differently
+        assert launches.row(name, step) in (ROOT / "docs" / "engine.md").read_text()
+
+
+# Over a head: three products, and what a chunk launches besides.
+BUDGET_OF_HEAD = {
+    "cross-entropy, 1 chunk": 51,
+    "cross-entropy, 8 chunks": 241,
+    'the same, `logits_dtype="input"`': 233,
+    "all four, 1 chunk": 162,
+    "all four, 8 chunks": 1080,
+    "all four, 8 chunks, two sweeps": 288,
+    "NVAMP, 8 chunks": 211,
+}
+
+
+def test_every_path_over_a_head_has_a_budget():
+    assert set(BUDGET_OF_HEAD) == set(launches.HEAD_PATHS)
+
+
+@pytest.mark.parametrize("name", BUDGET_OF_HEAD)
+def test_a_step_over_a_head_stays_within_its_budget(name):
+    if products.ON_META > products.VERSION:
+        pytest.skip("this PyTorch copies some products")
+    step = launches.HEAD_PATHS[name]()
+    assert 0 < step.total <= BUDGET_OF_HEAD[name]
+    if torch.__version__.startswith("2.13"):
         assert launches.row(name, step) in (ROOT / "docs" / "engine.md").read_text()
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 import linear_case
 import lossmith
 from linear_case import IGNORE, STRATEGIES, B, D, Head, T, V
-from lossmith.engine.head import one_sweep
+from lossmith.engine.head import upstream
 
 pytestmark = [
     pytest.mark.parametrize("strategy", STRATEGIES),
@@ -62,7 +62,7 @@ def test_a_factor_is_not_rounded_to_half_precision(factor, strategy):
 
 def test_a_factor_reaches_every_element_piece_by_piece(strategy, monkeypatch):
     """A narrow gradient is scaled some elements at a time; each is rounded once."""
-    monkeypatch.setattr(one_sweep, "PIECE", 5)
+    monkeypatch.setattr(upstream, "PIECE", 5)
     head, targets = case(torch.bfloat16)
     plain = torch.autograd.grad(loss_of(head, targets, strategy), head.leaves)
     scaled = torch.autograd.grad(loss_of(head, targets, strategy) * 3.0, head.leaves)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lossmith.engine.head.plan import MemoryBudget, Plan, Strategy
+from lossmith.engine.head.plan import HEAD_OPTIONS, LogitsDtype, MemoryBudget, Plan, SkipIgnored, Strategy
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.rows.backends import BackendName
 from lossmith.engine.shards.dtensor import head_as_predictions, logits_as_predictions
@@ -20,14 +20,7 @@ from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import Denominator, scaled, token_scale
 from lossmith.objectives.cross_entropy import CrossEntropyLoss, CrossEntropyOptions
 from lossmith.options import option, strict_options
-from lossmith.options.shared import (
-    Candidates,
-    IgnoreIndex,
-    Mask,
-    Softcap,
-    Temperature,
-    TokenWeight,
-)
+from lossmith.options.shared import Candidates, IgnoreIndex, Mask, Softcap, Temperature, TokenWeight
 from lossmith.terms.ranking import ranking
 
 Bias = Annotated[Tensor | None, option("the head's bias [V]")]
@@ -48,6 +41,8 @@ class HeadOptions(BatchOptions, total=False):
     bias: Bias
     strategy: Strategy
     memory_budget: MemoryBudget
+    skip_ignored: SkipIgnored
+    logits_dtype: LogitsDtype
 
 
 @strict_options
@@ -108,6 +103,8 @@ def linear_token_stats(
     softcap: Softcap = None,
     ignore_index: IgnoreIndex = -100,
     memory_budget: MemoryBudget = None,
+    skip_ignored: SkipIgnored = None,
+    logits_dtype: LogitsDtype = "wide",
     backend: BackendName = None,
 ) -> TokenStats:
     """:func:`lossmith.token_stats` of the logits hidden @ weight.T + bias, which never exist all at once.
@@ -119,10 +116,10 @@ def linear_token_stats(
     Args:
         hidden: [..., D], fp64, fp32, bf16 or fp16.
         weight: [V, D], of the same dtype, or of any under ``torch.autocast``.
-        targets: [...] ids, or ``ignore_index``; tokens without a target take no part in any product.
+        targets: [...] ids, or ``ignore_index``.
         bias: [V].
         candidates, temperature, softcap, ignore_index, backend: see :func:`lossmith.token_stats`.
-        memory_budget: bytes of logits held at a time; default 52 MiB on a CPU, 512 MiB elsewhere.
+        memory_budget, skip_ignored, logits_dtype: see :func:`lossmith.linear_cross_entropy`.
 
     Returns:
         :class:`lossmith.TokenStats`, each statistic [...] in fp32 (fp64 for fp64).
@@ -137,7 +134,8 @@ def linear_token_stats(
         >>> loss = (stats.compute("nll", "target_prob").nll * (1 - stats.target_prob) ** 2).mean()
         >>> loss.backward()
     """
-    head = head_as_predictions(hidden, weight, bias, memory_budget=memory_budget)
+    how = {"memory_budget": memory_budget, "skip_ignored": skip_ignored, "logits_dtype": logits_dtype}
+    head = head_as_predictions(hidden, weight, bias, **how)
     options = SweepOptions(temperature, softcap, backend=backend)
     return _stats(head, targets, candidates, options, ignore_index)
 
@@ -269,13 +267,14 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (as cr
     return_stats: ReturnStats = False,
     strategy: Strategy = "auto",
     memory_budget: MemoryBudget = None,
+    skip_ignored: SkipIgnored = None,
+    logits_dtype: LogitsDtype = "wide",
     **options: Unpack[CrossEntropyOptions],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """:func:`lossmith.cross_entropy` of the logits hidden @ weight.T + bias, which never exist all at once.
 
     It makes the logits chunk by chunk and turns each chunk into its own gradient: three matrix products, as
-    many as with all the logits in memory. Tokens without a target take no part in any product. The loss, and
-    the sum of the weight's gradient over chunks, are fp32 at least, whatever the dtype.
+    many as with all the logits in memory. The loss, and sums over chunks, are fp32 at least.
 
     Args:
         hidden: [..., D], fp64, fp32, bf16 or fp16, of any stride.
@@ -288,7 +287,10 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (as cr
         strategy: ``one_sweep``: as above, if every token's gradient depends on that token alone; otherwise an
             error. ``two_sweep``: make the logits again in the backward pass, four products. ``auto``: one
             sweep where possible; :func:`linear_cross_entropy.explain` says which.
-        memory_budget: bytes of logits held at a time; default 52 MiB on a CPU, 512 MiB elsewhere.
+        memory_budget: bytes of logits held at a time; default 52 MiB on a CPU, 512 MiB or more elsewhere.
+        skip_ignored: whether tokens without a target are left out of the products; an accelerator makes the
+            host wait once. None: on a CPU alone.
+        logits_dtype: of a chunk: ``wide`` (fp32, fp64 for fp64), or ``input``, that of the products.
 
     Returns:
         The loss, a scalar or [...] with ``reduction="none"``; with ``return_stats`` (loss, TokenStats).
@@ -316,6 +318,8 @@ def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (as cr
         lm_head_bias=bias,
         strategy=strategy,
         memory_budget=memory_budget,
+        skip_ignored=skip_ignored,
+        logits_dtype=logits_dtype,
     )
     return _with_stats(output) if return_stats else output.total
 
@@ -339,14 +343,12 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> 
         TypeError: an unknown option (the message names the nearest), or one of the wrong type.
         ValueError: an option out of range, or a strategy that is impossible here.
     """
-    of_head = {
-        "lm_head_bias": options.pop("bias", None),
-        **{name: options.pop(name) for name in ("mask", "strategy", "memory_budget") if name in options},
-    }
+    given = {name: options.pop(name) for name in ("mask", *HEAD_OPTIONS) if name in options}
+    given["lm_head_bias"] = options.pop("bias", None)
     for name in ("token_weight", "denominator", "return_stats"):
         options.pop(name, None)
     criterion = CrossEntropyLoss(**options)
-    return criterion.plan(hidden_states=hidden, lm_head_weight=weight, targets=targets, **of_head)
+    return criterion.plan(hidden_states=hidden, lm_head_weight=weight, targets=targets, **given)
 
 
 linear_cross_entropy.explain = explain  # type: ignore[attr-defined]

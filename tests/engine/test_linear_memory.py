@@ -7,10 +7,11 @@ import linear_case
 import lossmith
 from linear_case import STRATEGIES, Head, LargestTensor
 from lossmith.engine import sampling
-from lossmith.engine.head import chunks, products
-from lossmith.engine.head.chunks import Chunks, Factors
+from lossmith.engine.head import packing, products, sizes
+from lossmith.engine.head.chunks import Chunks
+from lossmith.engine.head.factors import Factors
 from lossmith.engine.head.linear_head import LinearHead
-from lossmith.engine.head.plan import MEMORY_BUDGET, rows_of_a_chunk
+from lossmith.engine.head.sizes import MEMORY_BUDGET, rows_of_a_chunk
 from lossmith.engine.statistics.stats import STATISTIC_NAMES
 
 N, D, V = 512, 8, 600
@@ -25,7 +26,7 @@ def small_blocks(set_block_rows, monkeypatch):
     """PyTorch's arithmetic has blocks of its own, and these tests are small."""
     set_block_rows(SMALL, V)
     monkeypatch.setattr(products, "PIECE_ELEMENTS", 16 * D)
-    monkeypatch.setattr(chunks, "NARROWED_ELEMENTS", 16 * D)
+    monkeypatch.setattr(sizes, "NARROWED_ELEMENTS", 16 * D)
 
 
 def batch(dtype: torch.dtype) -> tuple[Head, torch.Tensor]:
@@ -101,7 +102,7 @@ def test_sampling(dtype, monkeypatch):
 def test_sampling_a_large_chunk_takes_little_more(packed, monkeypatch):
     """What is drawn from takes a few times the memory of the logits that it is drawn from."""
     monkeypatch.setattr(sampling, "BLOCK_ELEMENTS", SMALL * V)
-    monkeypatch.setattr(chunks, "packs", lambda targets: packed)
+    monkeypatch.setattr(packing, "packs", lambda targets: packed)
     head, _ = batch(torch.bfloat16)
     with LargestTensor() as largest:
         LinearHead(head.hidden, head.weight, head.bias).sample(None)

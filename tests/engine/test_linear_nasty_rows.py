@@ -9,7 +9,6 @@ import linear_case
 import lossmith
 import reference
 from linear_case import IGNORE, STRATEGIES, D, Head, V
-from lossmith.engine.head import chunks
 
 pytestmark = [pytest.mark.usefixtures("arithmetic"), pytest.mark.parametrize("strategy", STRATEGIES)]
 
@@ -22,7 +21,7 @@ OPTIONS = {"z_loss": 0.01, "label_smoothing": 0.1, "focal_gamma": 2.0, "confiden
 def packing(request, monkeypatch) -> str:
     """On an accelerator ignored tokens are computed too: the host would have to know how many there are."""
     if request.param == "unpacked":
-        monkeypatch.setattr(chunks, "packs", lambda targets: False)
+        monkeypatch.setattr("lossmith.engine.head.packing.packs", lambda targets: False)
     return request.param
 
 
@@ -231,7 +230,7 @@ def test_accelerators_compute_the_ignored_rows_too(strategy, monkeypatch):
     """Their way gives the same numbers."""
     head, targets = linear_case.head(4, 6), linear_case.targets(4, 6)
     expected = run(head, targets, strategy, **OPTIONS)
-    monkeypatch.setattr(chunks, "packs", lambda targets: False)
+    monkeypatch.setattr("lossmith.engine.head.packing.packs", lambda targets: False)
     plan = lossmith.linear_cross_entropy.explain(head.hidden, head.weight, targets)
     assert plan.num_tokens == 24
     for ours, theirs in zip(run(head, targets, strategy, **OPTIONS), expected, strict=True):

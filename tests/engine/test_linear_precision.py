@@ -53,13 +53,14 @@ def errors(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, *ways: Ca
     return found
 
 
-def fused(num_chunks: int, strategy: str) -> Callable[..., Tensor]:
+def fused(num_chunks: int, strategy: str, logits_dtype: str = "wide") -> Callable[..., Tensor]:
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         rows = -(-len(hidden) // num_chunks)
         budget = rows * len(weight) * hidden.element_size()
         plan = lossmith.linear_cross_entropy.explain(hidden, weight, targets, memory_budget=budget)
         assert plan.num_chunks >= min(num_chunks, len(hidden) // 2)
-        return lossmith.linear_cross_entropy(hidden, weight, targets, strategy=strategy, memory_budget=budget)
+        options = {"strategy": strategy, "memory_budget": budget, "logits_dtype": logits_dtype}
+        return lossmith.linear_cross_entropy(hidden, weight, targets, **options)
 
     return loss
 
@@ -102,6 +103,15 @@ def test_the_loss_of_a_token_is_closer_than_that_of_rounded_logits(kind, shape, 
 
 
 @pytest.mark.parametrize("strategy", ["one_sweep", "two_sweep"])
+@pytest.mark.parametrize("num_chunks", [1, 16])
+@pytest.mark.parametrize("kind", ["random", "correlated"])
+def test_rounded_logits_are_no_worse_than_the_naive_ones(kind, num_chunks, strategy):
+    naive, upcasted, ours = errors(kind, SHAPES[0], HALF, upcast, fused(num_chunks, strategy, "input"))
+    assert ours[0] <= upcasted[0] + 1e-6
+    assert all(our <= 1.02 * their for our, their in zip(ours[1:], naive[1:], strict=True))
+
+
+@pytest.mark.parametrize("strategy", ["one_sweep", "two_sweep"])
 def test_the_sum_of_the_weights_gradient_does_not_drown(strategy):
     """In half precision a sum of thousands of equal summands stops growing; here it is fp32."""
     hidden = torch.ones(4096, 8, dtype=HALF).requires_grad_()
@@ -130,6 +140,8 @@ def main() -> None:
                 "1 chunk": fused(1, "one_sweep"),
                 "128 chunks": fused(128, "one_sweep"),
                 "128 chunks, two sweeps": fused(128, "two_sweep"),
+                '1 chunk, `logits_dtype="input"`': fused(1, "one_sweep", "input"),
+                '128 chunks, `logits_dtype="input"`': fused(128, "one_sweep", "input"),
             }
             found = errors(kind, SHAPES[0], dtype, *(way for way in ways.values() if way is not None))
             for name, row in zip(ways, found, strict=True):

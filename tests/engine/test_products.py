@@ -216,3 +216,14 @@ def test_a_head_of_them_equals_fp64(strategy, is_tied, dtype):
     for ours, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), exact, **close)
     torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("is_sum", [False, True])
+def test_a_product_in_the_factors_own_dtype(dtype, is_sum, rng):
+    a, b = torch.randn(40, 300, generator=rng).to(dtype), torch.randn(300, 50, generator=rng).to(dtype)
+    before = torch.randn(40, 50, generator=rng).to(dtype)
+    into = in_memory_of("columns", before.clone())
+    wide_product(a, b, into=into, is_sum=is_sum)
+    expected = a.double() @ b.double() + int(is_sum) * before.double()
+    torch.testing.assert_close(into, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)

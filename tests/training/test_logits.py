@@ -13,7 +13,7 @@ from every_mode import MODES, make_task
 from gradients_case import gradients_of_one_step
 from running import go, rows
 
-from lossmith.engine.head import plan
+from lossmith.engine.head import sizes
 from lossmith.training.config.reading import load_config
 from lossmith.training.errors import UserError
 
@@ -58,7 +58,7 @@ def test_a_step_is_the_same(kind: str, tiny: list[str]):
 @pytest.mark.parametrize("mode", ["causal", "masked"])
 def test_no_tensor_has_all_logits(mode: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch):
     num_classes, budget_rows = 300, 20  # the weight has 16 rows
-    monkeypatch.setitem(plan.MEMORY_BUDGET, "cpu", budget_rows * num_classes * 4)
+    monkeypatch.setitem(sizes.MEMORY_BUDGET, "cpu", budget_rows * num_classes * 4)
     for more in ([], [ALL_AT_ONCE]):
         task = make_task(load_config([*tiny, *MODES[mode], *more]))
         model = task.make_model().train()

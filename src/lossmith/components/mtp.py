@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lossmith.components.component import Component
 from lossmith.engine.head.linear_head import LinearHead
+from lossmith.engine.head.plan import HEAD_OPTIONS
 from lossmith.engine.predictions import Logits, Predictions
 from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation.batch import TokenBatch
@@ -27,6 +28,10 @@ from lossmith.options.shared import (
     WeightRange,
 )
 from lossmith.terms.confidence_weight import SCORES, check_weight_range, confidence, confidence_weight
+
+# Of the model's own head, for the further ones: a token's loss depends on that token alone, so they need no
+# strategy.
+HOW = tuple(name for name in HEAD_OPTIONS if name != "strategy")
 
 
 class MTP(Component):
@@ -56,7 +61,7 @@ class MTP(Component):
     Source: Gloeckle et al., Better & Faster Large Language Models via Multi-token Prediction, 2024.
     """
 
-    optional = ("hidden_states", "additional_logits", "lm_head_weight", "memory_budget", SCORES)
+    optional = ("hidden_states", "additional_logits", "lm_head_weight", *HOW, SCORES)
     per_position = (SCORES,)
 
     @strict_options
@@ -150,9 +155,8 @@ class MTP(Component):
         is_used = self._where_used(batch).unsqueeze(-1)
         flat = torch.where(is_used, hidden.reshape(-1, hidden.shape[-1]), 0.0)
         for head in range(self.num_future_tokens):
-            yield self.predict(
-                head, flat, inputs.get("lm_head_weight"), memory_budget=inputs.get("memory_budget")
-            )
+            how = {name: inputs[name] for name in HOW if inputs.get(name) is not None}
+            yield self.predict(head, flat, inputs.get("lm_head_weight"), **how)
 
     def _of_model(self, given: Any) -> list[Tensor]:
         logits = list(given)
@@ -176,19 +180,18 @@ class MTP(Component):
         head: int,
         hidden: Tensor,
         lm_head_weight: Tensor | None,
-        *,
-        memory_budget: int | None = None,
+        **how: Any,
     ) -> LinearHead:
-        """What a head predicts from hidden [N, D]."""
+        """What a head predicts from hidden [N, D], swept as ``how`` says."""
         own: Any = self.heads[head]
         hidden = hidden.to(own.weight.dtype)
         if not self.shared_projection:
-            return LinearHead(hidden, own.weight, memory_budget=memory_budget)
+            return LinearHead(hidden, own.weight, **how)
         hidden = hidden + own(hidden)  # starts near the identity, the model's own prediction
         if lm_head_weight is None:
             assert self.unembedding is not None
             lm_head_weight = self.unembedding.weight
-        return LinearHead(hidden.to(lm_head_weight.dtype), lm_head_weight, memory_budget=memory_budget)
+        return LinearHead(hidden.to(lm_head_weight.dtype), lm_head_weight, **how)
 
 
 NLL = Term("nll", lambda stats, _: stats.nll, reads=("nll",), scope="token")

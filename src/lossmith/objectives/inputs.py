@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
+from lossmith.engine.head.plan import HEAD_OPTIONS
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.shards.dtensor import head_as_predictions, logits_as_predictions
 from lossmith.options import kind_of, option
@@ -19,8 +20,7 @@ HEAD_INPUTS = (
     "lm_head_bias",
     "lm_head_scale",
     "lm_head_softcap",
-    "strategy",
-    "memory_budget",
+    *HEAD_OPTIONS,
 )
 OWN_INPUTS = (
     "mask",

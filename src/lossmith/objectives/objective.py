@@ -183,8 +183,8 @@ class Objective(nn.Module):
             shift: overrides the objective's own.
             inputs: what else the objective takes (``input_names``); and, without logits, ``hidden_states``
                 [..., T, D], ``lm_head_weight`` [V, D], ``lm_head_bias`` [V], a model's own ``lm_head_scale``
-                and ``lm_head_softcap``, and the ``strategy`` and ``memory_budget`` of
-                :func:`lossmith.linear_cross_entropy`.
+                and ``lm_head_softcap``, and the ``strategy``, ``memory_budget``, ``skip_ignored`` and
+                ``logits_dtype`` of :func:`lossmith.linear_cross_entropy`.
 
         Raises:
             TypeError: an input that the objective does not take, or neither logits nor a head.

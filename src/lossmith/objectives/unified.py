@@ -259,8 +259,8 @@ class UnifiedLoss(ComposedLoss):
             contrastive_pairs: two views of the samples; see :class:`lossmith.Contrastive`.
             denominator: supervised tokens over all micro-batches and ranks; also ``num_items_in_batch``.
             return_detailed: return the parts.
-            inputs: ``segment_ids``, ``token_weight``, ``mask``, ``lm_head_bias``, ``strategy``,
-                ``memory_budget``: see :meth:`lossmith.Objective.evaluate`.
+            inputs: ``segment_ids``, ``token_weight``, ``mask``, ``lm_head_bias``, and ``strategy``,
+                ``memory_budget``, ``skip_ignored``, ``logits_dtype``: :meth:`lossmith.Objective.evaluate`.
 
         Raises:
             ValueError: a component is on but its input is missing; the message names both.

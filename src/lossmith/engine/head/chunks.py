@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lossmith.engine.head.plan import rows_of_a_chunk
+from lossmith.engine.head import sizes
+from lossmith.engine.head.factors import Factors
+from lossmith.engine.head.packing import Packing
 from lossmith.engine.head.products import multiplies_halves, wide_product
+from lossmith.engine.head.sizes import Sizes
 from lossmith.engine.memory import fresh
-from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.sweep import Rows
-
-# Elements of a gradient that are narrowed at a time.
-NARROWED_ELEMENTS = 2**20
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """What logits are the product of, hidden @ weight.T + bias, and how it is computed.
-
-    Attributes:
-        hidden: [..., D].
-        weight: [V, D].
-        bias: [V], or None.
-        compute_dtype: that of the products.
-        memory_budget: bytes of logits held at a time; None for the device's default.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    compute_dtype: torch.dtype
-    memory_budget: int | None
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.hidden, self.weight, self.bias
-
-    @property
-    def wide(self) -> torch.dtype:
-        """That of the logits: fp32 at least."""
-        return accumulation_dtype(self.compute_dtype)
 
 
 class Chunks:
@@ -53,9 +23,12 @@ class Chunks:
         factors: what the logits are made of.
         targets: [N].
         ignore_index: the target of tokens that take no part.
+        packing: which are left out; found here if not given.
     """
 
-    def __init__(self, factors: Factors, targets: Tensor, ignore_index: int) -> None:
+    def __init__(
+        self, factors: Factors, targets: Tensor, ignore_index: int, packing: Packing | None = None
+    ) -> None:
         self.factors, self.targets, self.ignore_index = factors, targets, ignore_index
         hidden, weight, bias = factors.tensors
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -63,14 +36,13 @@ class Chunks:
         self.bias = None if bias is None else bias.to(factors.compute_dtype)
         self.dtype, self.wide = factors.compute_dtype, factors.wide
         self.num_classes = weight.shape[0]
-        self.packed = pack(targets, ignore_index)
-        self.is_packed = packs(targets)  # no ignored token is left
-        num_rows = targets.numel() if self.packed is None else self.packed.numel()
-        self.num_rows = num_rows
-        self.size = rows_of_a_chunk(
-            num_rows, self.num_classes, self.wide.itemsize, hidden.device, factors.memory_budget
-        )
+        packing = packing or Packing.of(targets, ignore_index, factors.skip_ignored)
+        self.packed, self.is_packed = packing.positions, packing.is_packed
+        self.num_rows = targets.numel() if self.packed is None else self.packed.numel()
+        self.sizes = Sizes.of(factors, self.num_rows, packing)
+        self.size = self.sizes.rows
         self._buffer: Tensor | None = None
+        self._narrowed: Tensor | None = None
 
     def all(self) -> Iterator[Rows]:
         """The rows of each chunk."""
@@ -86,34 +58,38 @@ class Chunks:
         return x.masked_fill((self.targets[rows] == self.ignore_index).unsqueeze(1), 0.0)
 
     def logits(self, x: Tensor) -> Tensor:
-        """[n, V] the logits of hidden states [n, D], fp32 at least, in memory that the next chunk reuses."""
+        """[n, V] the logits of hidden states [n, D], in memory that the next chunk reuses."""
         z = self.buffer()[: len(x)]
+        if self.bias is not None and z.dtype == x.dtype != self.wide:  # rounded once, with the bias
+            return torch.addmm(self.bias, x, self.weight.t(), out=z)
         wide_product(x, self.weight.t(), into=z)
         return z if self.bias is None else z.add_(self.bias)
 
     def buffer(self) -> Tensor:
+        """[size, V] for the logits of a chunk; each row begins where an accelerator likes it."""
         if self._buffer is None:
-            shape = (self.size, self.num_classes)
-            self._buffer = fresh(shape, dtype=self.wide, device=self.hidden.device, zero=False)
+            self._buffer = self._memory(self.factors.logits_dtype)
         return self._buffer
+
+    def narrowed(self, g: Tensor) -> Tensor:
+        """[n, V] a gradient, in the dtype of the products; on a CPU in the memory where it is."""
+        if g.dtype == self.dtype or sizes.is_cpu(g.device):
+            return narrowed(g, self.dtype)
+        if self._narrowed is None:
+            self._narrowed = self._memory(self.dtype)
+        return self._narrowed[: len(g)].copy_(g)
+
+    def _memory(self, dtype: torch.dtype) -> Tensor:
+        memory = fresh((self.size, self.sizes.stride), dtype=dtype, device=self.hidden.device, zero=False)
+        return memory[:, : self.num_classes]
 
     def reuse(self, buffer: Tensor) -> None:
         """Take the memory of an earlier sweep of the same chunks."""
         self._buffer = buffer
 
-
-def packs(targets: Tensor) -> bool:
-    """Whether tokens without a target are left out, rather than computed and thrown away."""
-    return targets.device.type == "cpu"
-
-
-def pack(targets: Tensor, ignore_index: int) -> Tensor | None:
-    """[N'] the positions of the tokens that have a target; None where all take part. An accelerator would
-    have to tell the host how many they are, and everybody would wait."""
-    if not packs(targets):
-        return None
-    valid = (targets != ignore_index).nonzero().squeeze(1)
-    return None if valid.numel() == targets.numel() else valid
+    def release(self) -> None:
+        """Give the memory of the logits back."""
+        self._buffer = self._narrowed = None
 
 
 class HeadGradient:
@@ -136,8 +112,10 @@ class HeadGradient:
                 zero=chunks.packed is not None or not chunks.num_rows,
             )
         if needed[1]:
+            # a single product is rounded once, to the weight's dtype; a sum of several is not rounded between
+            dtype = chunks.wide if chunks.sizes.accumulator_bytes else chunks.factors.weight.dtype
             self.weight = fresh(
-                tuple(chunks.weight.shape), dtype=chunks.wide, device=device, zero=not chunks.num_rows
+                tuple(chunks.weight.shape), dtype=dtype, device=device, zero=not chunks.num_rows
             )
         if needed[2]:
             self.bias = torch.zeros(chunks.num_classes, dtype=chunks.wide, device=device)
@@ -148,13 +126,13 @@ class HeadGradient:
         written over."""
         c = self.chunks
         if self.bias is not None:
-            self.bias += g.sum(0)
+            self.bias += g.sum(0, dtype=c.wide)
         if multiplies_halves(c.dtype, g.device):
-            g = narrowed(g, c.dtype)  # for the weight's product too
+            g = c.narrowed(g)  # for the weight's product too
         if self.weight is not None:
             wide_product(g.t(), x, into=self.weight, is_sum=not self._is_first)
         if self.hidden is not None:
-            g = narrowed(g, c.dtype)
+            g = c.narrowed(g)
             is_there = isinstance(rows, slice) and self.hidden.dtype == c.dtype
             total = self.hidden[rows] if is_there else torch.empty_like(x)
             if c.dtype == c.wide:
@@ -175,6 +153,7 @@ class HeadGradient:
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients in the shapes and dtypes of what they are the gradients of."""
+        self.chunks.release()  # before the weight's gradient is rounded into memory of its own
         hidden, weight, bias = self.chunks.factors.tensors
         return (
             None if self.hidden is None else self.hidden.view(hidden.shape),
@@ -184,12 +163,12 @@ class HeadGradient:
 
 
 def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, V] values in a dtype of at most half the width; on a CPU in the memory where they are."""
-    if values.dtype == dtype or values.device.type != "cpu":
-        return values.to(dtype)
+    """[n, V] values on a CPU in a dtype of at most half the width, in the memory where they are."""
+    if values.dtype == dtype:
+        return values
     target = values.view(dtype).view(-1)[: values.numel()].view(values.shape)
     # Some rows at a time, and those copied out before: they end up in front of where they were.
-    rows = max(1, NARROWED_ELEMENTS // values.shape[1])
+    rows = max(1, sizes.NARROWED_ELEMENTS // values.shape[1])
     for start in range(0, len(values), rows):
         some = slice(start, start + rows)
         target[some] = values[some].to(dtype)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lossmith.engine.checks import check_head, check_targets_of_hidden
-from lossmith.engine.head.chunks import Chunks, Factors, pack
+from lossmith.engine.head.chunks import Chunks
+from lossmith.engine.head.factors import Factors
 from lossmith.engine.head.one_sweep import SweptOnce, sweep_once
-from lossmith.engine.head.plan import Plan, Strategy, check_strategy, rows_of_a_chunk
+from lossmith.engine.head.packing import Packing
+from lossmith.engine.head.plan import HeadOptions, Plan
+from lossmith.engine.head.sizes import Sizes
 from lossmith.engine.head.two_sweeps import head_stats_op, stats_of_head
 from lossmith.engine.predictions import LossOf, Predictions
 from lossmith.engine.rows.backends import looks_at_ids
@@ -25,7 +28,7 @@ _SOFTCAP = kind_of(Softcap, "the model's softcap")
 
 
 @dataclass(frozen=True)
-class LinearHead(Predictions):
+class LinearHead(HeadOptions, Predictions):
     """Logits that would be hidden @ weight.T + bias.
 
     Args:
@@ -36,6 +39,9 @@ class LinearHead(Predictions):
             only where a token's weight depends on that token alone. ``two_sweep``: they are made for the
             statistics and again for the gradient, four products. ``auto``: one where that is possible.
         memory_budget: bytes of logits held at a time; None for the device's default.
+        skip_ignored: whether tokens without a target are left out of the products; None for a CPU alone.
+        logits_dtype: ``wide``: a chunk's logits are fp32 at least. ``input``: they have the dtype of the
+            products.
         softcap: c for c tanh(z / c), or None; a part of the model, before whatever an objective does.
 
     Attributes:
@@ -48,15 +54,13 @@ class LinearHead(Predictions):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
-    strategy: Strategy = "auto"
-    memory_budget: int | None = None
     softcap: float | None = None
     compute_dtype: torch.dtype = field(init=False)
 
     is_costly = True
 
     def __post_init__(self) -> None:
-        check_strategy(self.strategy, self.memory_budget)
+        HeadOptions.__post_init__(self)
         check_head(
             self.hidden, self.weight, self.bias, is_autocast=lambda: _autocast_dtype(self.hidden) is not None
         )
@@ -83,7 +87,14 @@ class LinearHead(Predictions):
     @property
     def factors(self) -> Factors:
         """What its logits are the product of."""
-        return Factors(self.hidden, self.weight, self.bias, self.compute_dtype, self.memory_budget)
+        return Factors(
+            *(self.hidden, self.weight, self.bias),
+            self.compute_dtype,
+            self.memory_budget,
+            self.skip_ignored,
+            narrow_logits=self.logits_dtype == "input",
+            sums_weight=self.needed[1],
+        )
 
     @property
     def needed(self) -> tuple[bool, bool, bool]:
@@ -116,7 +127,7 @@ class LinearHead(Predictions):
     def sample(self, softcap: float | None) -> Tensor:
         softcap, shape = self.capped(softcap), self.hidden.shape[:-1]
         targets = torch.zeros(shape.numel(), dtype=torch.long, device=self.device)
-        chunks = Chunks(self.factors, targets, ignore_index=-100)
+        chunks = Chunks(replace(self, skip_ignored=None, logits_dtype="wide").factors, targets, -100)
         numbers = random_numbers(shape.numel(), self.dtype, self.device)
         drawn = [draw(chunks.logits(chunks.inputs(rows)), numbers[rows], softcap) for rows in chunks.all()]
         return torch.cat(drawn).reshape(shape)
@@ -125,8 +136,15 @@ class LinearHead(Predictions):
         factors = self.factors
         if torch.compiler.is_compiling():
             *arguments, backend = sweep.arguments
-            options = (factors.compute_dtype, factors.memory_budget)
-            return head_stats_op(*factors.tensors, *arguments, *options, backend=backend)
+            return head_stats_op(
+                *factors.tensors,
+                *arguments,
+                factors.compute_dtype,
+                factors.memory_budget,
+                backend=backend,
+                skip_ignored=factors.skip_ignored,
+                narrow_logits=factors.narrow_logits,
+            )
         self._check_ids(sweep)
         return stats_of_head(factors, sweep)
 
@@ -176,32 +194,23 @@ class LinearHead(Predictions):
         """
         Sweep(targets, ignore_index=ignore_index).check_ids(self.num_classes, self.hidden.shape[:-1])
         reason = self._why_not_once(unless)
-        packed = pack(targets.reshape(-1), ignore_index)
-        num_tokens = targets.numel() if packed is None else packed.numel()
-        itemsize = self.dtype.itemsize
-        rows = rows_of_a_chunk(num_tokens, self.num_classes, itemsize, self.device, self.memory_budget)
-        num_chunks = -(-num_tokens // rows)
-        wanted = sum(self.needed[:2])
-        products = 1.0 + wanted
+        packing = Packing.of(targets.reshape(-1), ignore_index, self.skip_ignored)
+        num_tokens = targets.numel() if packing.positions is None else packing.positions.numel()
+        sizes = Sizes.of(self.factors, num_tokens, packing)
+        products = 1.0 + sum(self.needed[:2])
         if reason is not None and any(self.needed):
-            products += 1 - (num_tokens - rows * (num_chunks - 1)) / max(num_tokens, 1)
-        is_wider = self.needed[1] and self.weight.dtype != self.dtype
-        return Plan(
-            "one_sweep" if reason is None else "two_sweep",
-            "every token's weight depends on that token alone" if reason is None else reason,
-            num_tokens=num_tokens,
-            hidden_size=self.weight.shape[1],
-            num_classes=self.num_classes,
-            chunk_rows=rows,
-            num_chunks=num_chunks,
+            products += 1 - (num_tokens - sizes.rows * (sizes.num_chunks - 1)) / max(num_tokens, 1)
+        return Plan.of(
+            sizes,
+            self.weight,
+            strategy="one_sweep" if reason is None else "two_sweep",
+            reason="every token's weight depends on that token alone" if reason is None else reason,
             num_products=products,
-            logits_bytes=rows * self.num_classes * itemsize,
-            accumulator_bytes=self.weight.numel() * self.dtype.itemsize if is_wider else 0,
         )
 
 
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     kind = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if hidden.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
-from lossmith.engine.head.chunks import Chunks, Factors, HeadGradient
+from lossmith.engine.head.chunks import Chunks, HeadGradient
+from lossmith.engine.head.factors import Factors
 from lossmith.engine.head.two_sweeps import Needed, stats_of_head
+from lossmith.engine.head.upstream import times
 from lossmith.engine.predictions import LossOf
 from lossmith.engine.rows.backends import gradient_of_rows, stats_of_rows
 from lossmith.engine.statistics.raw_stats import ByView, RawStats
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep import Rows, Sweep
-
-# Elements of a gradient that are scaled at a time where it is narrower than the factor.
-PIECE = 2**22
 
 
 class OtherGradient(Exception):
@@ -76,6 +75,7 @@ def sweep_once(factors: Factors, sweep: Sweep, loss_of: LossOf, needed: Needed) 
                 result.add(rows, x, gradient_of_rows(z, some, raw, grads, in_place=True))
             else:
                 result.add_nothing(rows)
+            del x, z  # their memory, before the next chunk's hidden states or the gradients take more
         gradients = list(result.finish())
 
     def known() -> ByView:
@@ -146,23 +146,11 @@ class _KnownGradient(torch.autograd.Function):
                 scaled.append(gradient)
             else:
                 scaled.append(
-                    _times(gradient, upstream, into=torch.empty_like(gradient) if stays else gradient)
+                    times(gradient, upstream, into=torch.empty_like(gradient) if stays else gradient)
                 )
         if not stays:
             gradients.clear()
         return (None, None, *once(scaled, (upstream, *ctx.inputs_with_gradient)))
-
-
-def _times(gradient: Tensor, factor: Tensor, into: Tensor) -> Tensor:
-    """gradient * factor, rounded once; a factor of 1/3 in bf16 would be off by the same .2% everywhere."""
-    factor = factor.detach()
-    if gradient.dtype == factor.dtype:
-        return torch.mul(gradient.detach(), factor, out=into)
-    source, target = gradient.view(-1), into.view(-1)
-    for start in range(0, source.numel(), PIECE):
-        piece = slice(start, start + PIECE)
-        target[piece] = source[piece].to(factor.dtype).mul_(factor)
-    return into
 
 
 class _LazyGradient(torch.autograd.Function):

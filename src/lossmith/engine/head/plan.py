@@ -2,46 +2,54 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import torch
+from torch import Tensor
 
-from lossmith.options import kind_of, option
+from lossmith.engine.head.sizes import Sizes
+from lossmith.options import option, options_of
 
 Strategy = Annotated[Literal["auto", "one_sweep", "two_sweep"], option("how often a linear head is swept")]
 MemoryBudget = Annotated[
     int | None, option("bytes of logits held at a time; None for the device's default", above=0)
 ]
 
-# Bytes of logits held at a time. On a CPU larger chunks are hardly faster; on an accelerator small ones
-# leave it idle.
-MEMORY_BUDGET = {"cpu": 52 * 2**20}
-MEMORY_BUDGET_ELSEWHERE = 512 * 2**20
+
+SkipIgnored = Annotated[
+    bool | None,
+    option("whether tokens without a target are left out of the products; None for a CPU alone"),
+]
+LogitsDtype = Annotated[
+    Literal["wide", "input"], option("dtype of a chunk's logits: fp32 at least, or that of the products")
+]
 
 
-def check_strategy(strategy: str, memory_budget: int | None) -> None:
-    """
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """How a linear head is swept, and what for; see :func:`lossmith.linear_cross_entropy`.
+
     Raises:
-        ValueError: an unknown strategy, or a budget that holds nothing.
-        TypeError: a budget that is no number of bytes.
+        TypeError, ValueError: an option of the wrong type, or out of range.
     """
-    _STRATEGY.check(strategy)
-    _MEMORY_BUDGET.check(memory_budget)
+
+    strategy: Strategy = "auto"
+    memory_budget: MemoryBudget = None
+    skip_ignored: SkipIgnored = None
+    logits_dtype: LogitsDtype = "wide"
+
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS:
+            kind.check(getattr(self, name))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """They by name."""
+        return {name: getattr(self, name) for name in HEAD_OPTIONS}
 
 
-_STRATEGY, _MEMORY_BUDGET = kind_of(Strategy, "strategy"), kind_of(MemoryBudget, "memory_budget")
-
-
-def rows_of_a_chunk(
-    num_rows: int, num_classes: int, itemsize: int, device: torch.device, memory_budget: int | None
-) -> int:
-    """How many rows of logits are held at a time: what the budget holds, spread evenly over the chunks."""
-    budget = memory_budget or MEMORY_BUDGET.get(device.type, MEMORY_BUDGET_ELSEWHERE)
-    most = max(1, budget // (num_classes * itemsize))
-    num_chunks = max(1, math.ceil(num_rows / most))
-    return max(1, math.ceil(num_rows / num_chunks))
+_KINDS = tuple((name, declared.kind) for name, declared in options_of(HeadOptions).items())
+HEAD_OPTIONS = tuple(name for name, _ in _KINDS)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Plan:
         num_products: matrix products of N V D multiplications each, forward and backward together.
         logits_bytes: what the logits of a chunk take.
         accumulator_bytes: what the sum of the weight's gradient takes where it is wider than the weight.
+        peak_bytes: the most memory besides inputs and gradients at once, that of statistics [N] left out.
 
     Example:
         >>> import torch, lossmith
@@ -79,6 +88,32 @@ class Plan:
     num_products: float
     logits_bytes: int
     accumulator_bytes: int
+    peak_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        sizes: Sizes,
+        weight: Tensor,
+        *,
+        strategy: Literal["one_sweep", "two_sweep"],
+        reason: str,
+        num_products: float,
+    ) -> Plan:
+        """The plan of a sweep of these sizes; ``weight`` [V, D] is the head's."""
+        return cls(
+            strategy,
+            reason,
+            num_tokens=sizes.num_tokens,
+            hidden_size=weight.shape[1],
+            num_classes=weight.shape[0],
+            chunk_rows=sizes.rows,
+            num_chunks=sizes.num_chunks,
+            num_products=num_products,
+            logits_bytes=sizes.logits_bytes,
+            accumulator_bytes=sizes.accumulator_bytes,
+            peak_bytes=sizes.peak_bytes(weight.nbytes, keeps_logits=strategy == "two_sweep"),
+        )
 
     @property
     def num_flops(self) -> float:
@@ -86,11 +121,10 @@ class Plan:
         return 2.0 * self.num_products * self.num_tokens * self.num_classes * self.hidden_size
 
     def __str__(self) -> str:
-        extra = (self.logits_bytes + self.accumulator_bytes) / 2**20
         products = "product" if self.num_products == 1 else "products"
         return (
             f"{self.strategy}: {self.reason}. {self.num_tokens} tokens in {self.num_chunks} chunks of "
             f"{self.chunk_rows}; {self.num_products:.3g} {products} of N V D = {self.num_tokens} x "
-            f"{self.num_classes} x {self.hidden_size} ({self.num_flops / 1e9:.3g} GFLOP); {extra:.3g} MiB "
-            "besides the gradients"
+            f"{self.num_classes} x {self.hidden_size} ({self.num_flops / 1e9:.3g} GFLOP); "
+            f"{self.peak_bytes / 2**20:.3g} MiB besides the gradients"
         )

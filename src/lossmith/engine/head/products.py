@@ -1,4 +1,4 @@
-"""Matrix products of a linear head, in fp32 at least: compiled ones, or PyTorch's."""
+"""Matrix products of a linear head, with fp32 sums: compiled ones, or PyTorch's."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from lossmith.engine.head import native_products
 PIECE_ELEMENTS = 2**21
 SHORTEST_PIECE = 256
 
-# torch.mm(out_dtype=), of CUDA alone
-HAS_OUT_DTYPE = torch.version.cuda is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+HALVES = (torch.bfloat16, torch.float16)
+# PyTorch's products of halves with an fp32 result, and those that add it to an fp32 matrix (2.9 wants halves
+# there, too): the first versions in which CUDA has them. ROCm has them only in some builds.
+WIDE_RESULTS, WIDE_SUMS = (2, 8), (2, 11)
+ON_META = (2, 13)  # and both of meta tensors
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+OLDEST_WIDE = (8, 0)  # the processors that have them
 
 
 def wide_product(a: Tensor, b: Tensor, *, into: Tensor, is_sum: bool = False) -> None:
-    """into <- a @ b, or with ``is_sum`` into + a @ b, in the dtype of ``into``: at least fp32, whatever the
-    factors are, and rounded nowhere before."""
-    wide = into.dtype
+    """into <- a @ b, or with ``is_sum`` into + a @ b, in the dtype of ``into``, which is the factors' own or
+    wider; summed in fp32 at least, and rounded once."""
     if native_products.takes(a, b, into):
         native_products.product(a, b, into=into, is_sum=is_sum)
+    elif a.dtype == b.dtype == into.dtype and (into.device.type != "cpu" or into.dtype in HALVES):
+        torch.addmm(into, a, b, out=into) if is_sum else torch.mm(a, b, out=into)
     elif into.device.type == "cpu":
         in_pieces(a, b, into, is_sum)
-    elif a.dtype == b.dtype != wide and into.device.type == "cuda" and HAS_OUT_DTYPE:
-        product = torch.mm(a, b, out_dtype=wide)  # fp32 out of half-precision units
-        into.add_(product) if is_sum else into.copy_(product)
+    elif a.dtype == b.dtype:
+        _of_halves(a, b, into, is_sum)
     else:
+        wide = into.dtype
         torch.addmm(into, a.to(wide), b.to(wide), beta=int(is_sum), out=into)
 
 
@@ -36,7 +42,32 @@ def multiplies_halves(dtype: torch.dtype, device: torch.device) -> bool:
     widened first, and it is no use to round the other one."""
     if device.type == "cpu":
         return dtype == torch.bfloat16 and native_products.is_for(both_are_bf16=True)
-    return dtype in (torch.bfloat16, torch.float16)
+    return dtype in HALVES
+
+
+def _of_halves(a: Tensor, b: Tensor, into: Tensor, is_sum: bool) -> None:
+    """The product of halves on an accelerator. Without products that have fp32 results, it is rounded to a
+    half and then widened: halves that are widened first would be copied for every chunk, and multiplied many
+    times more slowly."""
+    wide = into.dtype
+    has_results = has_wide_results(into.device)
+    if has_results and not is_sum:
+        torch.mm(a, b, out_dtype=wide, out=into)
+    elif has_results and VERSION >= WIDE_SUMS:
+        torch.addmm(into, a, b, out_dtype=wide, out=into)
+    else:
+        product = torch.mm(a, b, out_dtype=wide) if has_results else torch.mm(a, b)
+        into.add_(product) if is_sum else into.copy_(product)
+
+
+def has_wide_results(device: torch.device) -> bool:
+    """Whether products of halves have fp32 results here. Meta tensors, which have no arithmetic, count as a
+    GPU that has them."""
+    if device.type == "meta":
+        return VERSION >= ON_META
+    if device.type != "cuda" or torch.version.hip is not None or VERSION < WIDE_RESULTS:
+        return False
+    return torch.cuda.get_device_capability(device) >= OLDEST_WIDE
 
 
 def in_pieces(a: Tensor, b: Tensor, into: Tensor, is_sum: bool) -> None:

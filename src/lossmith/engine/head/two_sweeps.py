@@ -3,6 +3,7 @@ made for its statistics and, on the way back, once more for its gradient."""
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
 from lossmith.engine.eager import Tensors, Ways, stats_with_gradients
-from lossmith.engine.head.chunks import Chunks, Factors, HeadGradient
+from lossmith.engine.head.chunks import Chunks, HeadGradient
+from lossmith.engine.head.factors import Factors
+from lossmith.engine.head.packing import Packing
 from lossmith.engine.rows.backends import gradient_of_rows, stats_of_rows
 from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.sweep import Maybe, Rows, Sweep, saved, unsaved
@@ -23,10 +26,12 @@ Needed = Sequence[bool]
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
 
-def forward_sweep(factors: Factors, sweep: Sweep) -> tuple[list[Tensor], Tensor | None]:
+def forward_sweep(
+    factors: Factors, sweep: Sweep, packing: Packing | None = None
+) -> tuple[list[Tensor], Tensor | None]:
     """The statistics of all tokens; and the logits of the last chunk, with which the way back begins and
     whose memory serves all of it."""
-    chunks = Chunks(factors, sweep.targets, sweep.ignore_index)
+    chunks = Chunks(factors, sweep.targets, sweep.ignore_index, packing)
     outputs = sweep.blank(factors.wide, factors.hidden.device)
     for rows in chunks.all():
         values = stats_of_rows(chunks.logits(chunks.inputs(rows)), sweep.of(rows))
@@ -36,10 +41,16 @@ def forward_sweep(factors: Factors, sweep: Sweep) -> tuple[list[Tensor], Tensor 
 
 
 def backward_sweep(
-    factors: Factors, sweep: Sweep, raw: Maybe, grads: Maybe, needed: Needed, kept: Tensor | None = None
+    factors: Factors,
+    sweep: Sweep,
+    raw: Maybe,
+    grads: Maybe,
+    needed: Needed,
+    kept: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> Gradients:
     """The gradients of hidden states, weight and bias from those of the statistics."""
-    chunks = Chunks(factors, sweep.targets, sweep.ignore_index)
+    chunks = Chunks(factors, sweep.targets, sweep.ignore_index, packing)
     result = HeadGradient(chunks, needed)
     if kept is not None:
         chunks.reuse(kept)
@@ -49,6 +60,7 @@ def backward_sweep(
         z = chunks.buffer()[: len(x)] if kept is not None and k == 0 else chunks.logits(x)
         g = gradient_of_rows(z, sweep.of(rows), _of(raw, rows), _of(grads, rows), in_place=True)
         result.add(rows, x, g)
+        del x  # its memory, before the next chunk's take more
     return result.finish()
 
 
@@ -64,14 +76,19 @@ def stats_of_head(factors: Factors, sweep: Sweep, known: list[Tensor] | None = N
         factors, sweep: what the logits are made of, and which statistics to compute.
         known: the statistics, where they are known already and only their gradients are missing.
     """
-    options = (factors.compute_dtype, factors.memory_budget)
+    options = factors.options  # without the tensors, which autograd keeps or gives away
+    skip_ignored = factors.skip_ignored
 
     def of(tensors: Tensors) -> Factors:
         return Factors(*tensors, *options)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
+    @functools.cache  # an accelerator is waited for once, not on the way back again
+    def packing() -> Packing:
+        return Packing.of(sweep.targets, sweep.ignore_index, skip_ignored)
+
     ways = Ways(
-        lambda tensors, sweep: forward_sweep(of(tensors), sweep),
-        lambda tensors, *rest: backward_sweep(of(tensors), *rest),
+        lambda tensors, sweep: forward_sweep(of(tensors), sweep, packing()),
+        lambda tensors, *rest: backward_sweep(of(tensors), *rest, packing=packing()),
     )
     return stats_with_gradients(ways, factors.tensors, sweep, known)
 
@@ -96,11 +113,14 @@ def head_stats_op(
     memory_budget: int | None,
     *,
     backend: str | None = None,
+    skip_ignored: bool | None = None,
+    narrow_logits: bool = False,
 ) -> typing.List[Tensor]:  # noqa: UP006, as in lossmith.engine.rows.operators
     rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled, backend)
     sweep = Sweep(targets, candidates, *rest)
     sweep.check_ids(weight.shape[0], targets.shape)
-    return forward_sweep(Factors(hidden, weight, bias, compute_dtype, memory_budget), sweep)[0]
+    factors = Factors(hidden, weight, bias, compute_dtype, memory_budget, skip_ignored, narrow_logits)
+    return forward_sweep(factors, sweep)[0]
 
 
 @torch.library.custom_op("lossmith::head_grad", mutates_args=())
@@ -123,23 +143,26 @@ def head_grad_op(
     needed: typing.Sequence[bool],
     *,
     backend: str | None = None,
+    skip_ignored: bool | None = None,
+    narrow_logits: bool = False,
 ) -> typing.List[Tensor]:  # noqa: UP006
     """Gradients of hidden states, weight and bias; empty where they are not needed."""
     rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled, backend)
     sweep = Sweep(targets, candidates, *rest)
-    factors = Factors(hidden, weight, bias, compute_dtype, memory_budget)
+    options = (compute_dtype, memory_budget, skip_ignored, narrow_logits)
+    factors = Factors(hidden, weight, bias, *options, sums_weight=needed[1])
     found = backward_sweep(factors, sweep, raw, grads, (needed[0], needed[1], needed[2]))
     return [hidden.new_empty(0) if gradient is None else gradient for gradient in found]
 
 
 @head_stats_op.register_fake
-def _(hidden, weight, bias, *rest, backend=None):
+def _(hidden, weight, bias, *rest, **named):
     *arguments, compute_dtype, _budget = rest
     return Sweep(*arguments).blank(accumulation_dtype(compute_dtype), hidden.device)
 
 
 @head_grad_op.register_fake
-def _(hidden, weight, bias, *rest, backend=None):
+def _(hidden, weight, bias, *rest, **named):
     needed = rest[-1]
     return [
         torch.empty(of.shape, dtype=of.dtype, device=of.device) if wanted else hidden.new_empty(0)

@@ -84,7 +84,7 @@ class AttachedLoss(nn.Module):
         made = {
             "hidden_states": hidden,
             "lm_head_weight": getattr(model.get_output_embeddings(), "weight", None),
-            "memory_budget": self.fused.memory_budget,
+            **self.fused.options.options,
             "gate_logits": [z for z in output.get("router_logits") or () if z is not None] or None,
             "segment_ids": segments(inputs.get("position_ids"), labels),
         }

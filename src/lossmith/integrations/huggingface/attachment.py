@@ -11,7 +11,7 @@ from torch import nn
 
 from lossmith.components.moe import MoEBalance
 from lossmith.components.mtp import MTP
-from lossmith.engine.head.plan import Strategy
+from lossmith.engine.head.plan import HeadOptions, LogitsDtype, MemoryBudget, SkipIgnored, Strategy
 from lossmith.equation.batch import num_steps
 from lossmith.integrations.huggingface.attached_loss import NAME, PER_BATCH, AttachedLoss
 from lossmith.integrations.huggingface.fused_head import FusedHead
@@ -32,7 +32,9 @@ def attach(
     *,
     materialize_logits: bool = False,
     strategy: Strategy = "auto",
-    memory_budget: int | None = None,
+    memory_budget: MemoryBudget = None,
+    skip_ignored: SkipIgnored = None,
+    logits_dtype: LogitsDtype = "wide",
 ) -> Model:
     """Let ``model(input_ids, ..., labels=...)`` return ``loss``; without labels it works as before.
 
@@ -57,7 +59,7 @@ def attach(
         model: a causal language model of transformers, or one inside a PEFT model.
         loss: the objective; it moves to the device of the model's head.
         materialize_logits: compute all the logits as the model does, and the loss from them.
-        strategy, memory_budget: see :func:`lossmith.linear_cross_entropy`.
+        strategy, memory_budget, skip_ignored, logits_dtype: see :func:`lossmith.linear_cross_entropy`.
 
     Returns:
         The same model.
@@ -82,7 +84,13 @@ def attach(
     detach(model)
     trial = try_out(base)
     shift = _steps_of(base, loss, trial)
-    fused = FusedHead(base, trial, strategy, memory_budget, materialize=materialize_logits)
+    options = HeadOptions(
+        strategy=strategy,
+        memory_budget=memory_budget,
+        skip_ignored=skip_ignored,
+        logits_dtype=logits_dtype,
+    )
+    fused = FusedHead(base, trial, options, materialize=materialize_logits)
     attached = AttachedLoss(loss, _known_inputs(base), fused, shift)
     head = base.get_output_embeddings()
     loss.to(next((head or base).parameters()).device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lossmith.engine.head.plan import Strategy, check_strategy
+from lossmith.engine.head.plan import HeadOptions
 from lossmith.engine.predictions import Predictions
 from lossmith.integrations.huggingface.trial import LENGTH, ROWS, AfterHead, Trial, agreed, made_up_logits
 from lossmith.objectives.inputs import scaled_head
@@ -31,13 +31,11 @@ class FusedHead:
         self,
         model: Any,
         trial: Trial,
-        strategy: Strategy = "auto",
-        memory_budget: int | None = None,
+        options: HeadOptions | None = None,
         *,
         materialize: bool = False,
     ) -> None:
-        check_strategy(strategy, memory_budget)
-        self.strategy, self.memory_budget = strategy, memory_budget
+        self.options = options or HeadOptions()
         self.after: AfterHead | None = None  # what the model does to its logits, once known
         # Why the logits must be materialised; None if they need not be.
         self.why_not = "it was asked to" if materialize else _unusual(model.get_output_embeddings())
@@ -72,8 +70,8 @@ class FusedHead:
             return output, hidden, output["logits"]
         head, after = model.get_output_embeddings(), self.after
         assert after is not None
-        options = {"softcap": after.softcap, "strategy": self.strategy, "memory_budget": self.memory_budget}
-        return output, hidden, scaled_head(hidden, head.weight, head.bias, scale=after.scale, **options)
+        options = {"scale": after.scale, "softcap": after.softcap, **self.options.options}
+        return output, hidden, scaled_head(hidden, head.weight, head.bias, **options)
 
     def _run(self, forward: Callable[[], Any], listens: bool, skips: bool) -> tuple[Any, Tensor | None]:
         """The forward's output, and the input of the head."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from lossmith.engine.head.plan import Strategy, check_strategy
+from lossmith.engine.head.plan import HeadOptions, LogitsDtype, MemoryBudget, SkipIgnored, Strategy
 from lossmith.integrations.huggingface.attached_loss import AttachedLoss
 from lossmith.integrations.huggingface.attachment import attach, attached_to
 from lossmith.integrations.huggingface.labels import check_objective
@@ -150,7 +150,7 @@ class LossTrainer(ObjectiveTrainer):
 
     Args:
         loss: the objective.
-        materialize_logits, strategy, memory_budget: see :func:`attach`.
+        materialize_logits, strategy, memory_budget, skip_ignored, logits_dtype: see :func:`attach`.
         args, options: see :class:`transformers.Trainer`.
 
     Raises:
@@ -179,14 +179,22 @@ class LossTrainer(ObjectiveTrainer):
         loss: Objective,
         materialize_logits: bool = False,
         strategy: Strategy = "auto",
-        memory_budget: int | None = None,
+        memory_budget: MemoryBudget = None,
+        skip_ignored: SkipIgnored = None,
+        logits_dtype: LogitsDtype = "wide",
         **options: Any,
     ) -> None:
         check_objective(loss)
-        check_strategy(strategy, memory_budget)
+        of_head = HeadOptions(
+            strategy=strategy,
+            memory_budget=memory_budget,
+            skip_ignored=skip_ignored,
+            logits_dtype=logits_dtype,
+        )
         self.loss = loss
-        how = {"materialize_logits": materialize_logits, "strategy": strategy, "memory_budget": memory_budget}
-        self._attach_to = functools.partial(attach, loss=loss, **how)
+        self._attach_to = functools.partial(
+            attach, loss=loss, materialize_logits=materialize_logits, **of_head.options
+        )
         self._at_first: dict[str, Any] | None = None
         super().__init__(*args, **options)
         self._check_arguments()
