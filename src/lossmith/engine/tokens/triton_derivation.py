@@ -208,6 +208,7 @@ def derive(
     mean_logit, total_nll, top_prob, candidate_log1m_prob,
     SIZE: tl.constexpr,
 ):  # fmt: skip
+    """The named statistics of some tokens; None for those that are not wanted."""
     row = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     mask = row < num_rows
     target = tl.load(targets + row, mask=mask, other=0)
@@ -257,6 +258,7 @@ def derive_back(
     g_rest_log_sum,
     SIZE: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of some tokens' raw statistics; None for those that have none."""
     row = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     mask = row < num_rows
     target = tl.load(targets + row, mask=mask, other=0)
