@@ -241,7 +241,6 @@ def test_what_a_killed_run_was_writing_in_the_folder_itself_is_cleared_away(tiny
     assert [path.name for path in out.glob(".*")] == [".config.yaml.mine"]
 
 
-@pytest.mark.slow
 def test_kill_and_resume_at_random_points(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "scripts/interruptions", "--cycles=3", f"--folder={tmp_path}"],

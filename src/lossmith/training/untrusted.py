@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+LARGEST_CONFIG = 128 * KIB
 LONGEST_SHOWN = 80  # characters of a value in a message
+LARGEST_NUMBER = 10**4000  # Python shows no longer ones
+DEEPEST = 8  # lists in lists
 
 
 class Unreadable(ValueError):
@@ -34,17 +37,26 @@ def read_bytes(path: Path, largest: int) -> bytes:
             content = file.read(min(largest, found.st_size) + 1)
     except OSError as error:
         raise Unreadable(error.strerror or type(error).__name__) from None
+    except ValueError as error:
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable(f"{error}") from None  # a NUL in its name
     if len(content) > largest:
         raise Unreadable(f"it has {found.st_size:,} bytes, and at most {largest:,} are read")
     return content
 
 
 def read_text(path: Path, largest: int) -> str:
-    """The UTF-8 text of a regular file of at most `largest` bytes; Unreadable if it is none."""
+    """The UTF-8 text, with lines that end in newlines, of a regular file of at most `largest` bytes.
+
+    Raises:
+        Unreadable: there is none.
+    """
     try:
-        return read_bytes(path, largest).decode("utf-8")
+        text = read_bytes(path, largest).decode("utf-8")
     except UnicodeDecodeError as error:
         raise NotText(error.start) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path, largest: int) -> Any:
@@ -62,15 +74,28 @@ def parse_json(text: str) -> Any:
         raise Unreadable(shortened(str(error))) from None
 
 
+def is_moderate(value: Any, depth: int = 0) -> bool:
+    """Whether a value has no huge number in it and is not deeply nested."""
+    if isinstance(value, list | tuple | set | dict):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return depth < DEEPEST and all(is_moderate(item, depth + 1) for item in items)
+    return not isinstance(value, int) or abs(value) <= LARGEST_NUMBER
+
+
 def shown(value: Any) -> str:
     """A value for a message, shortened."""
     try:
-        return shortened(repr(value))
+        text = repr(value)
     except (ValueError, RecursionError, MemoryError):  # a number of thousands of digits; deep lists
         return f"a {type(value).__name__} that is too large to show"
+    return cut(text)
 
 
 def shortened(text: str) -> str:
     """A text on one line of a message."""
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST_SHOWN else f"{line[: LONGEST_SHOWN - 4]} ..."
+    return cut(" ".join(text.split()))
+
+
+def cut(text: str) -> str:
+    """The beginning of a text."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 4]} ..."

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
@@ -17,6 +16,7 @@ from transformers.trainer_callback import TrainerState
 from lossmith.integrations.huggingface.trainer import LOSS_FILE
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.saved_run import CONFIG_FILE, run_of
+from lossmith.training.data.tokenizer import read_tokenizer
 from lossmith.training.errors import UserError
 from lossmith.training.run.folder import RunFolder, numbered
 from lossmith.training.run.manifest import (
@@ -141,7 +141,7 @@ def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
             raise disagreeing(theirs, f"{CONFIG_FILE} of the run says {key}={said[key]}")
     read_object(checkpoint / "tokenizer_config.json")
     path = checkpoint / "tokenizer.json"
-    size = contents(path, "a tokenizer", lambda p: Tokenizer.from_file(str(p)).get_vocab_size())
+    size = contents(path, "a tokenizer", lambda p: read_tokenizer(p).get_vocab_size())
     if size != config.vocab_size:
         raise disagreeing(f"{path} has {size} pieces", f"the model has vocab_size={config.vocab_size}")
     for path in sorted(checkpoint.glob(MODEL_FILES)) or [checkpoint / "model.safetensors"]:
