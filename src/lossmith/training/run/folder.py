@@ -24,6 +24,7 @@ from lossmith.training.untrusted import MIB, Unreadable, parse_json, read_json
 
 RUN_FILE = "lossmith_run.json"
 LOG_FILE = "log.jsonl"
+LOCK_FILE = ".lossmith_run.lock"  # where a folder cannot be locked
 TENSORBOARD_FOLDER = "tensorboard"
 EVENTS_OF_TENSORBOARD = "events.out.tfevents."
 PROGRAM = "lossmith train"
@@ -222,11 +223,15 @@ def opened(out_dir: Path, *, is_main: bool) -> Iterator[RunFolder | None]:
 
 @contextlib.contextmanager
 def held(out_dir: Path) -> Iterator[None]:
-    """Lock the folder against other runs while entered, where the system has file locks."""
+    """Lock the folder against other runs while entered; the lock ends with the process, however it ends.
+
+    A file system without locks, as some network drives are, is passed over.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        with held_by_a_file(out_dir):
+            yield
         return
     folder = os.open(out_dir, os.O_RDONLY)
     try:
@@ -234,12 +239,27 @@ def held(out_dir: Path) -> Iterator[None]:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(
-                    f"another run is at work in {out_dir}. Wait for its end, or pass another --out_dir."
-                ) from None
+                raise at_work(out_dir) from None
         yield
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def held_by_a_file(out_dir: Path) -> Iterator[None]:
+    """As `held`, for systems that cannot lock a folder: locks a file in it."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(out_dir / LOCK_FILE, timeout=0):
+            yield
+    except Timeout:
+        raise at_work(out_dir) from None
+
+
+def at_work(out_dir: Path) -> UserError:
+    """The error for a folder in which another run is training."""
+    return UserError(f"another run is at work in {out_dir}. Wait for its end, or pass another --out_dir.")
 
 
 @contextlib.contextmanager
