@@ -137,7 +137,7 @@ def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
     expected = said | {"block_size": task_class(config).num_positions(config)}
     for key, name in (SIZES | EXPERTS).items():
         if key in said and saved.get(name) != expected[key]:
-            theirs = f"{checkpoint / 'config.json'} says {name}={saved.get(name)}"
+            theirs = f"{checkpoint / 'config.json'} says {name}={shown(saved.get(name))}"
             raise disagreeing(theirs, f"{CONFIG_FILE} of the run says {key}={said[key]}")
     read_object(checkpoint / "tokenizer_config.json")
     path = checkpoint / "tokenizer.json"
@@ -163,8 +163,8 @@ def require_index(checkpoint: Path) -> None:
     if path.exists():
         inside = {file.name for file in checkpoint.glob(MODEL_FILES)}
         weight_map = read_object(path).get("weight_map")
-        named = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-        if not named <= inside:
+        named = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(name, str) and name in inside for name in named):
             raise Damaged(path, f"the names of {MODEL_FILES} in its folder")
 
 
@@ -187,7 +187,7 @@ def require_architecture(architectures: Any, checkpoint: Path, config: TrainConf
     wanted = task_class(config).architecture(config).__name__
     if architectures != [wanted]:
         raise disagreeing(
-            f"{checkpoint / 'config.json'} says architectures={architectures}",
+            f"{checkpoint / 'config.json'} says architectures={shown(architectures)}",
             f"{CONFIG_FILE} of the run says mode={config.mode}, objective={config.objective}, "
             f"model={config.model}, which is a {wanted}",
         )

@@ -99,6 +99,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise Damaged(path, EXPECTED[MANIFEST]) from None
     numbers = [manifest.step, manifest.num_ranks, *(file.size for file in files.values())]
     is_plain = all(type(number) is int and number >= 0 for number in numbers)
+    is_plain = is_plain and 1 <= manifest.num_ranks <= max(1, len(files))
     if not (is_plain and all(map(is_inside, files)) and manifest.step in steps_of(checkpoint)):
         raise Damaged(path, EXPECTED[MANIFEST])
     return manifest

@@ -35,7 +35,7 @@ from lossmith.training.run.progress import Display, LogFile, log_row
 from lossmith.training.run.summary import no_effect, show_first_loss, show_results, show_summary, warn
 from lossmith.training.run.terminal import say, saying_warnings
 from lossmith.training.run.trackers import open_trackers, require_trackers
-from lossmith.training.run.trainer import TaskTrainer, choose_dtype, training_arguments
+from lossmith.training.run.trainer import TaskTrainer, choose_dtype, training_arguments, unusable
 from lossmith.training.tasks import make_task
 
 
@@ -131,7 +131,10 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
         warn(console, said)
     corpus = load_corpus(config.dataset)
     task = make_task(config, corpus, saved_tokenizer(checkpoint, config), num_blocks=0)
-    model = task.load_model(checkpoint)
+    try:
+        model = task.load_model(checkpoint)
+    except Exception as error:  # of many classes
+        raise unusable(checkpoint, error) from error
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     trainer = TaskTrainer(task, model, args)
     if config.experts and config.moe_balance_mode == "bias":  # it chooses the experts
