@@ -222,6 +222,9 @@ def test_a_run_killed_around_a_checkpoint_leaves_nothing_behind(
     flags = [*tiny, *LEARNS, "--eval_interval=2", "--max_iters=8"]
     go([*flags, f"--out_dir={straight}"])
     killed_before(out, moment, flags)
+    for path in out.glob("checkpoint-*"):
+        for name in (".tmpAbC123", f".{MANIFEST}.0123abcd"):  # as if half written
+            (path / MANIFEST).exists() or (path / name).touch()
     if any((path / MANIFEST).is_file() for path in out.glob("checkpoint-*")):
         resume(out)
     else:

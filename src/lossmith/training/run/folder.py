@@ -31,6 +31,8 @@ PROGRAM = "lossmith train"
 LARGEST_LIST = 64 * MIB
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 # What `write_whole` leaves if it is killed.
+# And what `write_whole` and safetensors leave in a checkpoint.
+HALF_A_FILE = re.compile(rf"\.{MANIFEST}\.[0-9a-f]{{8}}|\.tmp\w{{6}}")
 HALF_WRITTEN = re.compile(
     rf"\.({'|'.join(map(re.escape, (CONFIG_FILE, LOG_FILE, RUN_FILE)))})\.[0-9a-f]{{8}}"
 )
@@ -119,7 +121,8 @@ class RunFolder:
         own = [path for step, path in numbered(self.path, "checkpoint") if step <= step_of(newest)]
         own = [path for path in own if self.owns(path.name)]
         for path in own:
-            self.written |= {f"{path.name}/{name}" for name in names if os.path.lexists(path / name)}
+            half = [file.name for file in path.iterdir() if HALF_A_FILE.fullmatch(file.name)]
+            self.written |= {f"{path.name}/{n}" for n in (*names, *half) if os.path.lexists(path / n)}
         self.passed_over.discard(newest)
         sound = [path for path in own if is_sealed(path) and path.name not in self.passed_over]
         for path in own:
