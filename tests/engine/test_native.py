@@ -211,6 +211,24 @@ def test_where_nothing_may_be_executed_a_copy_is_loaded(
 
 
 @needs_compiler
+def test_where_temporary_files_may_not_be_executed_either_the_next_folder_is_tried(
+    cache, monkeypatch, fresh_library, compilations, tmp_path
+):
+    load, elsewhere = ctypes.CDLL, tmp_path / "runtime"
+    elsewhere.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(elsewhere))
+
+    def only_from_elsewhere(path, *rest):
+        if elsewhere not in Path(path).parents:
+            raise OSError(f"{path}: failed to map segment from shared object: Operation not permitted")
+        return load(path, *rest)
+
+    monkeypatch.setattr(build.ctypes, "CDLL", only_from_elsewhere)
+    assert loaded_from().parent == elsewhere
+    assert not compilations
+
+
+@needs_compiler
 def test_flags_of_the_users_own_make_another_build(cache, monkeypatch, fresh_library, compilations):
     monkeypatch.setenv("LOSSMITH_CXXFLAGS", "-O0 -DANYTHING='1 2'")
     assert loaded_from() == cache

@@ -1,6 +1,7 @@
 """A corpus and a model small enough to train in a second."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,11 @@ def tiny(text_file: Path, tmp_path: Path) -> list[str]:
         "device": "cpu",
     }
     return [f"--{name}={value}" for name, value in keys.items()]
+
+
+@pytest.fixture
+def sprung(tmp_path: Path) -> Iterator[Path]:
+    """The file that a trap leaves; it must not be there after the test."""
+    path = tmp_path / "sprung"
+    yield path
+    assert not path.exists()

@@ -9,6 +9,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lossmith.training.config.reading import load_config
+from lossmith.training.run.manifest import seal, times_of, unseal
 from lossmith.training.run.runner import run
 
 
@@ -27,3 +28,9 @@ def rows(out_dir: Path) -> list[dict]:
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The parameters in a checkpoint."""
     return load_file(checkpoint / "model.safetensors")
+
+
+def reseal(checkpoint: Path) -> None:
+    """Let a checkpoint pass for one that was saved as it is now."""
+    unseal(checkpoint)
+    seal(checkpoint, times_of(checkpoint), 1)

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from every_mode import make_task
 from gradients_case import gradients_of_one_step
-from running import go, rows, weights
+from running import go, reseal, rows, weights
 
 import lossmith
 from lossmith.components.moe import MoEBalance
@@ -220,6 +220,7 @@ def test_a_run_balanced_by_bias_is_evaluated_with_it(tiny: list[str], tmp_path: 
     assert f"validation loss {last['val_loss']:.3f}" in go([f"--out_dir={out}", "--eval_only"])[1]
     torch.save({name: torch.full_like(v, 5) * torch.tensor([1, -1, 1, -1]) for name, v in state.items()},
                out / "checkpoint-6" / "lossmith_loss.pt")  # fmt: skip
+    reseal(out / "checkpoint-6")
     other = go([f"--out_dir={out}", "--eval_only"])[1]
     assert f"perplexity {last['perplexity']:,.1f}" not in other
 
@@ -313,9 +314,11 @@ def test_a_damaged_or_missing_state_of_the_loss(tiny: list[str], tmp_path: Path)
     path = tmp_path / "run" / "checkpoint-6" / "lossmith_loss.pt"
     again = [f"--out_dir={tmp_path / 'run'}", "--resume", "--max_iters=9"]
     path.write_bytes(path.read_bytes()[:100])
+    reseal(path.parent)
     with pytest.raises(UserError, match=r"lossmith_loss\.pt is damaged; expected the state of the loss"):
         go(again)
     path.unlink()
+    reseal(path.parent)
     with pytest.raises(UserError, match="has other heads or another state than this one"):
         go(again)
 

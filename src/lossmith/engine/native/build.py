@@ -8,6 +8,7 @@ operations take over; ``LOSSMITH_CXXFLAGS`` are further flags for compiling and 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -20,6 +21,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -65,19 +67,26 @@ def library() -> ctypes.CDLL | None:
 
 
 def _load(build: _Build, folders: _Folders) -> ctypes.CDLL:
-    """A build from the cache, made first if it is not there; from a private folder where the cache is of no
-    use, because its file system forbids execution, say."""
-    made = build.in_folder(folders.cache or folders.private)
+    """A build from the cache, made first if it is not there. Where it cannot be loaded, because the file
+    system forbids execution, say, a copy is loaded from the first private folder where it can."""
+    privates = folders.privates()
+    folder = folders.cache or next(privates, None)
+    if folder is None:
+        raise FileNotFoundError("there is no folder to compile into")
+    made = build.in_folder(folder)
     try:
         return ctypes.CDLL(str(made))
     except OSError as error:
-        if made.parent != folders.cache:
-            raise
-        loaded = ctypes.CDLL(str(shutil.copy(made, folders.private)))
-        _log.info(
-            "%s can be kept but not loaded there (%s); loaded a copy of this process's own", made, error
-        )
-        return loaded
+        for private in privates:
+            with contextlib.suppress(OSError):
+                loaded = ctypes.CDLL(str(shutil.copy(made, private)))
+                _log.info(
+                    "%s can be kept but not loaded there (%s); loaded a copy of this process's own",
+                    made,
+                    error,
+                )
+                return loaded
+        raise
 
 
 class _Build:
@@ -163,12 +172,13 @@ class _Folders:
             )
         return folder if is_ours and os.access(folder, os.W_OK) else None
 
-    @functools.cached_property
-    def private(self) -> Path:
-        """A folder of this process."""
-        folder = tempfile.mkdtemp(prefix="lossmith-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return Path(folder)
+    def privates(self) -> Iterator[Path]:
+        """Folders of this process alone, wherever one can be made; not everywhere may files be executed."""
+        for place in dict.fromkeys((tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm")):
+            with contextlib.suppress(OSError):
+                folder = tempfile.mkdtemp(prefix="lossmith-", dir=place)
+                atexit.register(shutil.rmtree, folder, ignore_errors=True)
+                yield Path(folder)
 
 
 def _is_ours(path: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from lossmith.analysis import initial_gap
 from lossmith.integrations.huggingface.trainer import LOSS_FILE
@@ -24,10 +24,12 @@ from lossmith.training.run.analysis import analyse
 from lossmith.training.run.checkpoints import (
     checkpoint_of,
     checkpoints,
+    needed,
     require_loss,
     require_sound_checkpoint,
 )
-from lossmith.training.run.runner import quiet_libraries
+from lossmith.training.run.manifest import require_whole
+from lossmith.training.run.runner import load_model, quiet_libraries, saved_tokenizer
 from lossmith.training.run.terminal import say
 from lossmith.training.run.trainer import choose_device
 from lossmith.training.tasks import make_task
@@ -54,9 +56,9 @@ def choose_checkpoint(path: Path, *, best: bool) -> tuple[int, Path, str]:
     Raises:
         UserError: there is none.
     """
-    step, newest = checkpoint_of(path)
+    newest = checkpoint_of(path)
     if run_of(path) is not None:
-        return step, newest, f"{newest}, step {step}."
+        return newest.step, newest.path, f"{newest.path}, step {newest.step}."
     found = checkpoints(path)
     if best:
         losses = {row["step"]: row["val_loss"] for row in read_run(path).evaluations}
@@ -64,8 +66,10 @@ def choose_checkpoint(path: Path, *, best: bool) -> tuple[int, Path, str]:
         if not known:
             raise UserError(f"no checkpoint in {path} was evaluated, so none is the best. Leave --best out.")
         loss, step, folder = min(known)
+        require_whole(folder, needed(to_train=False))
         return step, folder, f"{folder}, the best of {len(found)} checkpoints: validation loss {loss:.4f}."
-    return step, newest, f"{newest}, the newest of {len(found)} checkpoints."
+    said = " ".join([f"{newest.path}, the newest of {len(found)} checkpoints.", *newest.said])
+    return newest.step, newest.path, said
 
 
 def load_saved(path: Path, *, best: bool, text: Path | None = None, reads_text: bool = True) -> Saved:
@@ -82,8 +86,8 @@ def load_saved(path: Path, *, best: bool, text: Path | None = None, reads_text: 
         if not text.is_file():
             raise UserError(f"there is no file {text}; expected a text. Check --text.")
         corpus = replace(corpus, name=str(text), held_out=[read_text(text)])
-    task = make_task(config, corpus, PreTrainedTokenizerFast.from_pretrained(checkpoint), num_blocks=0)
-    model = task.load_model(checkpoint)
+    task = make_task(config, corpus, saved_tokenizer(checkpoint, config), num_blocks=0)
+    model = load_model(task, checkpoint)
     if config.experts and config.moe_balance_mode == "bias":  # it chooses the experts
         require_loss(checkpoint, task.pipeline.state_dict())
         state = checkpoint / LOSS_FILE

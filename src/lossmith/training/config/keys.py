@@ -96,6 +96,10 @@ class OptimizerKeys:
     beta1: Annotated[float, option("AdamW's decay of the mean", low=0.0, below=1.0)] = 0.9
     beta2: Annotated[float, option("AdamW's decay of the square", low=0.0, below=1.0)] = 0.99
     grad_clip: Annotated[float, option("largest norm of the gradient; 0 turns clipping off", low=0.0)] = 1.0
+    on_nonfinite: Annotated[
+        Literal["stop", "skip"],
+        option("at a loss or gradient that is not finite, stop the run, or skip the step and count it"),
+    ] = "stop"
 
 
 @dataclass

@@ -15,9 +15,18 @@ from lossmith.modifiers.config import ALIASES
 from lossmith.options import nearest
 from lossmith.options.forms import WrongForm
 from lossmith.training.config.keys import MIN_LR_DIVISOR, SPECS, TrainConfig
-from lossmith.training.config.rules import check, check_range, limits_of
+from lossmith.training.config.rules import LARGEST_FLOAT, check, check_range, limits_of
 from lossmith.training.config.saved_run import CONFIG_FILE, read_config, run_of
 from lossmith.training.errors import UserError
+from lossmith.training.untrusted import (
+    LARGEST_CONFIG,
+    NotText,
+    Unreadable,
+    cut,
+    is_moderate,
+    read_text,
+    shown,
+)
 
 TYPES: dict[str, Any] = {name: spec.type for name, spec in SPECS.items()}
 MISSING = "???"  # templates' placeholder for a value to be filled in
@@ -119,7 +128,7 @@ def resolve(settings: list[Setting]) -> TrainConfig:
 
 def typed(setting: Setting) -> Any:
     """The value converted to its key's type."""
-    spec, value = SPECS[setting.key], setting.value
+    spec, value = SPECS[setting.key], moderate(setting)
     example = spec.kind.forms[0].example if spec.default in (None, ()) else spec.default
     if value == MISSING:
         raise UserError(
@@ -132,8 +141,19 @@ def typed(setting: Setting) -> Any:
         limits = f" ({limits_of(spec)})" if limits_of(spec) else ""
         raise UserError(
             f"{setting.origin}: {setting.key} expects {spec.kind.said}; "
-            f"came {value!r} ({type(value).__name__}). Write for example {setting.key}={example!r}{limits}."
+            f"came {shown(value)} ({type(value).__name__}). "
+            f"Write for example {setting.key}={example!r}{limits}."
         ) from None
+
+
+def moderate(setting: Setting) -> Any:
+    """The value of a setting; a UserError if it is larger than any key's."""
+    if not is_moderate(setting.value):
+        raise UserError(
+            f"{setting.origin}: {setting.key} has a number of more than 4,000 digits, or lists in lists in "
+            "lists; expected a plain value. Write a smaller one."
+        )
+    return setting.value
 
 
 def unknown_key(setting: Setting) -> str:
@@ -201,13 +221,17 @@ def parse_text(name: str, text: str) -> Any:
 def read_config_file(path: Path) -> list[Setting]:
     """Read a `.py` file of assignments `key = literal` without executing it."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
-    except OSError as error:
-        raise UserError(f"config file {path} cannot be read: {error.strerror}. Check the path.") from None
-    except UnicodeDecodeError:
+        text = read_text(path, LARGEST_CONFIG).removeprefix("\ufeff")
+        tree = ast.parse(text, filename=str(path))
+    except NotText:
         raise UserError(f"config file {path} is not UTF-8 text; expected a file of `key = value`.") from None
+    except Unreadable as error:
+        raise UserError(f"config file {path} cannot be read: {error}. Check the path.") from None
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: this is not Python: {error}.") from None
+        line = getattr(error, "lineno", None) or 1
+        raise UserError(f"{path}:{line}: this is not Python: {cut(str(error))}.") from None
+    except (RecursionError, MemoryError):
+        raise UserError(f"{path}:1: this is nested too deeply; expected lines of `key = value`.") from None
     settings = []
     for position, statement in enumerate(tree.body):
         if position == 0 and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
@@ -230,7 +254,7 @@ def read_assignment(statement: ast.stmt, origin: str) -> Setting:
         )
     try:
         return Setting(target.id, ast.literal_eval(value), origin)
-    except (ValueError, TypeError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise UserError(
             f"{origin}: {target.id} expects a plain value (a number, text, True or False); "
             f"came `{first_line(value)}`. The file is not executed: write the result instead."
@@ -239,7 +263,10 @@ def read_assignment(statement: ast.stmt, origin: str) -> Setting:
 
 def first_line(node: ast.AST) -> str:
     """The first line of a node's source, shortened."""
-    line = ast.unparse(node).splitlines()[0]
+    try:
+        line = ast.unparse(node).splitlines()[0]
+    except (RecursionError, ValueError):  # deep; a number of thousands of digits
+        return "..."
     return line if len(line) <= 60 else line[:57] + "..."
 
 
@@ -262,6 +289,8 @@ def read_saved_config(config: TrainConfig) -> list[Setting]:
             f"Train one first, without {command}, or name its folder with --out_dir."
         )
     saved = CHOSEN_BEFORE | read_config(path)
+    for name, value in saved.items():
+        moderate(Setting(name, value, str(path)))
     lacking = [name for name in FIXED_BY_CHECKPOINT if name not in saved]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}. Restore it or train anew.")
@@ -272,7 +301,7 @@ def without_derived(saved: list[Setting]) -> list[Setting]:
     """Drop a `min_lr` that was derived from the learning rate, so that it follows a new one."""
     values = {setting.key: setting.value for setting in saved}
     rate, low = values.get("learning_rate"), values.get("min_lr")
-    derived = isinstance(rate, int | float) and rate / MIN_LR_DIVISOR == low
+    derived = isinstance(rate, int | float) and rate < LARGEST_FLOAT and rate / MIN_LR_DIVISOR == low
     return [setting for setting in saved if not (derived and setting.key == "min_lr")]
 
 

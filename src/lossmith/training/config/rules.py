@@ -8,6 +8,7 @@ from lossmith.training.config.keys import MIN_LR_DIVISOR, SPECS, TaskKeys, Train
 from lossmith.training.config.loss_keys import LOSS_KEYS, OPTIONS
 from lossmith.training.config.objective import check_objective
 from lossmith.training.errors import UserError
+from lossmith.training.untrusted import shown
 
 # Keys that switch on components which only some models and modes support.
 LEFT_TO_RIGHT = ("use_ngram_penalty", "use_immediate_repetition_penalty", "eos_token_id")
@@ -16,6 +17,7 @@ OF_ROUTERS = ("use_moe_balancing", "router_z_loss_weight")
 OF_EXPERTS = ("num_experts", "moe_top_k", "moe_num_layers")
 # Integers above this are shown as powers of ten.
 LONGEST_NUMBER = 10**15
+LARGEST_FLOAT = 10**308
 
 
 def check(config: TrainConfig) -> None:
@@ -109,9 +111,10 @@ def check_range(spec: Declared, value: Any, origin: str = "") -> None:
     if spec.kind.holds(value):
         return
     if spec.choices:
-        raise UserError(f"{origin}{spec.name}={value!r}; expected one of {', '.join(spec.choices)}.")
-    shown = f"{value:g}" if isinstance(value, int) and abs(value) > LONGEST_NUMBER else repr(value)
-    raise UserError(f"{origin}{spec.name}={shown} is out of range; expected {spec.name} {spec.kind.limits}.")
+        raise UserError(f"{origin}{spec.name}={shown(value)}; expected one of {', '.join(spec.choices)}.")
+    is_long = isinstance(value, int) and LONGEST_NUMBER < abs(value) < LARGEST_FLOAT
+    said = f"{value:g}" if is_long else shown(value)
+    raise UserError(f"{origin}{spec.name}={said} is out of range; expected {spec.name} {spec.kind.limits}.")
 
 
 def limits_of(spec: Declared) -> str:

@@ -15,6 +15,7 @@ import yaml
 
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
+from lossmith.training.untrusted import LARGEST_CONFIG, read_text, shortened
 
 CONFIG_FILE = "config.yaml"
 # YAML 1.1 reads 1e-3 as text, because it has no decimal point.
@@ -26,13 +27,20 @@ FLOAT = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain values and refuses duplicate keys."""
+    """Reads plain values and refuses duplicate keys, and anchors, with which a few lines are gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias; expected plain values")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key) for key, _ in node.value]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice")
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -54,9 +62,9 @@ def save_config(config: TrainConfig) -> Path:
 def read_config(path: Path) -> dict[str, Any]:
     """The values in a saved configuration; a UserError if it cannot be read."""
     try:
-        saved = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        saved = yaml.load(read_text(path, LARGEST_CONFIG), Loader=_Loader)
+    except Exception as error:  # the library raises many classes
+        reason = shortened(f"{error}")
         raise UserError(
             f"{path} cannot be read as a configuration: {reason}. Restore it or train anew."
         ) from None

@@ -6,12 +6,15 @@ The last tenth is held out, whatever the seed, unless the dataset has a validati
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lossmith.training import untrusted
 from lossmith.training.errors import UserError
 
 HELD_OUT_SHARE = 0.1
 CUT_WITHIN = 0.01  # share of the text within which to look for the end of a line
 COMMONPLACE = 40  # characters; shorter paragraphs, such as "Note:", recur without being quotations
+LARGEST_TEXT = 4 * untrusted.GIB  # of a file
 TRAIN_NAMES = ("train",)
 HELD_OUT_NAMES = ("val", "valid", "validation", "test")
 
@@ -99,14 +102,14 @@ def python_documentation() -> list[str]:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file."""
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+        return untrusted.read_text(path, LARGEST_TEXT)
+    except untrusted.NotText as error:
         raise UserError(
-            f"dataset {path} is not UTF-8 text (byte {error.start} cannot be read). "
+            f"dataset {path} is not UTF-8 text (byte {error.position} cannot be read). "
             "Convert it, for example with `iconv -t utf-8`."
         ) from None
-    except OSError as error:
-        raise UserError(f"dataset {path} cannot be read: {error.strerror}. Check its permissions.") from None
+    except untrusted.Unreadable as error:
+        raise UserError(f"dataset {path} cannot be read: {error}. Check its permissions.") from None
 
 
 def read_folder(folder: Path) -> Corpus:
@@ -145,7 +148,9 @@ def read_from_hub(name: str) -> Corpus:
             "`datasets` package is missing. Check the path, or `pip install datasets`."
         ) from None
     try:
-        loaded = datasets.load_dataset(name)
+        runs_scripts = int(getattr(datasets, "__version__", "4").split(".")[0]) < 4
+        options: dict[str, Any] = {"trust_remote_code": False} if runs_scripts else {}
+        loaded = datasets.load_dataset(name, **options)
     except Exception as error:  # the hub raises errors of many classes
         raise UserError(
             f"dataset {name!r} was not found. Tried: {tried}, and the Hugging Face hub, which said: {error}"

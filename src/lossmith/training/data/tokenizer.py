@@ -1,17 +1,27 @@
 """Text to tokens: a byte-level BPE, trained on the text itself."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lossmith.training.data.corpus import Corpus
 from lossmith.training.errors import UserError
+from lossmith.training.untrusted import MIB, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
 CLS = "<|cls|>"
 # Every mode has all three, so that a scorer can judge any model of the same text.
 SPECIAL_TOKENS = (END_OF_TEXT, MASK, CLS)
+LARGEST_TOKENIZER = 256 * MIB
+# The parts of a tokenizer; others may take a regular expression that never ends, or cut and fill.
+KINDS = {
+    "model": ("BPE",), "pre_tokenizer": ("ByteLevel",), "decoder": ("ByteLevel",), "normalizer": (None,),
+    "post_processor": (None, "TemplateProcessing"), "truncation": (None,), "padding": (None,),
+}  # fmt: skip
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, *, or_fewer: bool = False) -> PreTrainedTokenizerFast:
@@ -39,6 +49,25 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, *, or_fewer: bool = False) 
         cls_token=CLS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer as `train_tokenizer` makes them, from its file.
+
+    Raises:
+        ValueError: it has other parts, or its pieces are not numbered from 0; the library raises more.
+    """
+    said: dict[str, Any] = read_json(path, LARGEST_TOKENIZER)
+    for part, kinds in KINDS.items():
+        if (None if said[part] is None else said[part]["type"]) not in kinds:
+            raise ValueError(f"{part} is not {kinds[0]}")
+    if (said["post_processor"] or {}).get("special_tokens"):
+        raise ValueError("it adds tokens")
+    tokenizer = Tokenizer.from_file(str(path))
+    numbers = sorted(tokenizer.get_vocab().values())
+    if numbers != [*range(len(numbers))]:
+        raise ValueError("pieces are not numbered from 0")
+    return tokenizer
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:

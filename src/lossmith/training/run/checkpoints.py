@@ -1,30 +1,62 @@
 """The checkpoints of a run: finding them, keeping the newest, and checking that they are sound."""
 
-import json
+import dataclasses
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
 
 from lossmith.integrations.huggingface.trainer import LOSS_FILE
 from lossmith.training.config.keys import TrainConfig
-from lossmith.training.config.saved_run import CONFIG_FILE, run_of, step_of
+from lossmith.training.config.saved_run import CONFIG_FILE, run_of
+from lossmith.training.data.tokenizer import read_tokenizer
 from lossmith.training.errors import UserError
-from lossmith.training.run.folder import LAST_FILE_OF_A_CHECKPOINT, RunFolder, numbered
+from lossmith.training.run.folder import RunFolder, numbered
+from lossmith.training.run.manifest import (
+    EXPECTED,
+    Damaged,
+    Manifest,
+    is_sealed,
+    read_manifest,
+    require_whole,
+    steps_of,
+    unseal,
+)
 from lossmith.training.tasks import task_class
 from lossmith.training.tasks.models import EXPERTS, SIZES
+from lossmith.training.untrusted import MIB, read_json, shown
 
 T = TypeVar("T")
 KEPT = 2
+LARGEST_JSON = 256 * MIB  # of a checkpoint; the Trainer's state holds every line of the log
 MODEL_FILES = "model*.safetensors"  # large models have several
-# Without these two the Trainer would still resume, but with a fresh optimizer.
+MODEL_INDEX = "model.safetensors.index.json"
+STATE_FILE = "trainer_state.json"
+# Without these the Trainer would still resume, but with a fresh optimizer or other random numbers.
 FILES_OF_THE_OPTIMIZER = ("optimizer.pt", "scheduler.pt")
+OF_TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "trainer_state")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A sound checkpoint, and the damaged ones after it."""
+
+    step: int
+    path: Path
+    manifest: Manifest
+    damaged: list[tuple[Path, Damaged]]
+
+    @property
+    def said(self) -> list[str]:
+        """What to say about the damaged ones."""
+        return [f"{error.what}. So {self.path.name} is used instead." for _, error in self.damaged]
 
 
 class KeepCheckpoints(TrainerCallback):
@@ -38,22 +70,22 @@ class KeepCheckpoints(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if control.should_save:
-            self.folder.claim(f"checkpoint-{state.global_step}")
+            name = f"checkpoint-{state.global_step}"
+            self.folder.claim(name)
+            unseal(self.folder.path / name)  # its files are about to be overwritten
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        ranks = range(args.world_size) if args.world_size > 1 else ()
-        soon_there = [f"rng_state_{rank}.pth" for rank in ranks]
-        self.folder.keep_checkpoints(f"checkpoint-{state.global_step}", KEPT, soon_there)
+        self.folder.keep_checkpoints(f"checkpoint-{state.global_step}", KEPT)
 
 
 def checkpoints(out_dir: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints in a folder as (step, path), oldest first."""
+    """The finished checkpoints in a folder as (step, path), oldest first."""
     found = numbered(out_dir, "checkpoint")
-    return [(step, path) for step, path in found if (path / LAST_FILE_OF_A_CHECKPOINT).is_file()]
+    return [(step, path) for step, path in found if is_sealed(path) and (path / STATE_FILE).is_file()]
 
 
 def last_checkpoint(out_dir: Path) -> tuple[int, Path]:
-    """The newest complete checkpoint as (step, path); a UserError if there is none."""
+    """The newest finished checkpoint as (step, path); a UserError if there is none."""
     found = checkpoints(out_dir)
     if not found:
         raise UserError(
@@ -63,37 +95,91 @@ def last_checkpoint(out_dir: Path) -> tuple[int, Path]:
     return found[-1]
 
 
-def checkpoint_of(out_dir: Path) -> tuple[int, Path]:
-    """The checkpoint that the folder is, or the newest complete one in it, as (step, path)."""
+def newest_sound(out_dir: Path, *, to_train: bool) -> Found:
+    """The newest checkpoint in a folder that is as it was saved; a UserError if there is none.
+
+    To evaluate, the state of the training does not have to be.
+    """
+    last_checkpoint(out_dir)
+    damaged: list[tuple[Path, Damaged]] = []
+    for step, path in reversed(checkpoints(out_dir)):
+        try:
+            return Found(step, path, require_whole(path, needed(to_train)), damaged)
+        except Damaged as error:  # noqa: PERF203
+            damaged.append((path, error))
+    if len(damaged) == 1:
+        raise damaged[0][1]
+    raise UserError(
+        f"no checkpoint in {out_dir} is as it was saved: "
+        f"{'; '.join(error.what for _, error in damaged)}. Restore one of them, or start the run anew."
+    )
+
+
+def needed(to_train: bool) -> Callable[[str], bool]:
+    """Which files of a checkpoint are read."""
+    return lambda name: to_train or not name.startswith(OF_TRAINING)
+
+
+def checkpoint_of(out_dir: Path) -> Found:
+    """The checkpoint that the folder is, or the newest sound one in it, to be evaluated."""
     if run_of(out_dir) is None:
-        return last_checkpoint(out_dir)
-    return max(step_of(path.name) for path in (out_dir.absolute(), out_dir.resolve())), out_dir
+        return newest_sound(out_dir, to_train=False)
+    step = max(steps_of(out_dir))
+    return Found(step, out_dir, require_whole(out_dir, needed(to_train=False)), [])
 
 
 def require_sound_checkpoint(checkpoint: Path, config: TrainConfig) -> None:
     """Raise UserError if a file of a checkpoint is missing, damaged, or not of the configuration's model."""
-    saved = read_json(checkpoint / "config.json")
+    saved = read_object(checkpoint / "config.json")
     require_architecture(saved.get("architectures"), checkpoint, config)
     said = {key: getattr(config, key) for key in SIZES}
     said |= zip(EXPERTS, config.experts or (), strict=False)
     expected = said | {"block_size": task_class(config).num_positions(config)}
     for key, name in (SIZES | EXPERTS).items():
         if key in said and saved.get(name) != expected[key]:
-            theirs = f"{checkpoint / 'config.json'} says {name}={saved.get(name)}"
+            theirs = f"{checkpoint / 'config.json'} says {name}={shown(saved.get(name))}"
             raise disagreeing(theirs, f"{CONFIG_FILE} of the run says {key}={said[key]}")
-    read_json(checkpoint / "tokenizer_config.json")
+    read_object(checkpoint / "tokenizer_config.json")
     path = checkpoint / "tokenizer.json"
-    size = contents(path, "a tokenizer", lambda p: Tokenizer.from_file(str(p)).get_vocab_size())
+    size = contents(path, "a tokenizer", lambda p: read_tokenizer(p).get_vocab_size())
     if size != config.vocab_size:
         raise disagreeing(f"{path} has {size} pieces", f"the model has vocab_size={config.vocab_size}")
     for path in sorted(checkpoint.glob(MODEL_FILES)) or [checkpoint / "model.safetensors"]:
         contents(path, "the model's weights", lambda p: safe_open(p, framework="pt").keys())
+    require_index(checkpoint)
     if config.resume:
-        read_json(checkpoint / LAST_FILE_OF_A_CHECKPOINT)
-        for name in FILES_OF_THE_OPTIMIZER:
+        require_state(checkpoint)
+        ranks = read_manifest(checkpoint).num_ranks
+        random = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+        for name in (*FILES_OF_THE_OPTIMIZER, *random):
             # PyTorch saves zip files, whose directory comes last: a truncated one has none.
             if not zipfile.is_zipfile(checkpoint / name):
-                raise damaged(checkpoint / name, "a file saved by PyTorch")
+                raise Damaged(checkpoint / name, "a file saved by PyTorch")
+
+
+def require_index(checkpoint: Path) -> None:
+    """Raise UserError if the index of a model in several files names another file than those."""
+    path = checkpoint / MODEL_INDEX
+    if path.exists():
+        inside = {file.name for file in checkpoint.glob(MODEL_FILES)}
+        weight_map = read_object(path).get("weight_map")
+        named = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(name, str) and name in inside for name in named):
+            raise Damaged(path, f"the names of {MODEL_FILES} in its folder")
+
+
+def require_state(checkpoint: Path) -> None:
+    """Raise UserError if the Trainer's state is not that of the checkpoint's step."""
+    path = checkpoint / STATE_FILE
+    saved = read_object(path)
+    known = {field.name: field.default for field in dataclasses.fields(TrainerState)}
+    step = saved.get("global_step")
+    if type(step) is not int or step not in steps_of(checkpoint):
+        raise disagreeing(f"{path} says global_step={shown(step)}", f"its folder is {checkpoint.name}")
+    for name, value in saved.items():
+        like = known.get(name, value)
+        if name not in known or (isinstance(like, int | float) and not isinstance(value, int | float)):
+            raise Damaged(path, "the state of a Trainer")
 
 
 def require_architecture(architectures: Any, checkpoint: Path, config: TrainConfig) -> None:
@@ -101,7 +187,7 @@ def require_architecture(architectures: Any, checkpoint: Path, config: TrainConf
     wanted = task_class(config).architecture(config).__name__
     if architectures != [wanted]:
         raise disagreeing(
-            f"{checkpoint / 'config.json'} says architectures={architectures}",
+            f"{checkpoint / 'config.json'} says architectures={shown(architectures)}",
             f"{CONFIG_FILE} of the run says mode={config.mode}, objective={config.objective}, "
             f"model={config.model}, which is a {wanted}",
         )
@@ -124,33 +210,28 @@ def require_loss(checkpoint: Path, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a UserError that names the file if there is none."""
-    value = contents(path, "a JSON file", lambda p: json.loads(p.read_text(encoding="utf-8")))
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; Damaged if there is none."""
+    value = contents(path, EXPECTED["config.json"], lambda p: read_json(p, LARGEST_JSON))
     if not isinstance(value, dict):
-        raise damaged(path, "a JSON object")
+        raise Damaged(path, "a JSON object")
     return value
 
 
 def contents(path: Path, expected: str, read: Callable[[Path], T]) -> T:
-    """What is read from a file; a UserError that names it if it cannot be read."""
+    """What is read from a file; Damaged if it cannot be read."""
     try:
         return read(path)
     except Exception:  # the libraries raise many classes
-        raise damaged(path, expected) from None
+        raise Damaged(path, expected) from None
+    except BaseException as error:  # a library in Rust that gave up
+        if type(error).__name__ != "PanicException":
+            raise
+        raise Damaged(path, expected) from None
 
 
 def disagreeing(one: str, other: str) -> UserError:
     """The error for files that contradict each other."""
     return UserError(
         f"{one} but {other}; expected them to agree. Restore the file that was changed, or train anew."
-    )
-
-
-def damaged(path: Path, expected: str) -> UserError:
-    """The error for a checkpoint's file that cannot be used."""
-    state = "is missing" if not path.exists() else "is empty" if not path.stat().st_size else "is damaged"
-    return UserError(
-        f"{path} {state}; expected {expected}. Restore it, or move {path.parent} away so that the "
-        "checkpoint before it is used."
     )

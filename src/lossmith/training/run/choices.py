@@ -16,7 +16,7 @@ from lossmith.training.config.rules import check
 from lossmith.training.data.blocks import block_that_fits
 from lossmith.training.data.corpus import Corpus
 from lossmith.training.data.tokenizer import encode, train_tokenizer
-from lossmith.training.run.checkpoints import checkpoints
+from lossmith.training.run.checkpoints import checkpoints, newest_sound
 
 
 def choose_sizes(
@@ -57,11 +57,8 @@ def choose_judge(config: TrainConfig) -> tuple[TrainConfig, str | None]:
     is_wanted = config.is_language_model and all(getattr(config, name) for name in switches)
     if not (is_wanted and checkpoint) or (folder / "config.json").exists():
         return config, None
-    found = checkpoints(folder)
-    if not found:
+    if not checkpoints(folder):
         return config, None  # loading it says what is wrong
-    newest = found[-1][1]
-    return (
-        replace(config, judge_weight_checkpoint=str(newest)),
-        f"judge_weight_checkpoint is {newest}, the newest of {folder}.",
-    )
+    found = newest_sound(folder, to_train=False)
+    said = [f"judge_weight_checkpoint is {found.path}, the newest of {folder}.", *found.said]
+    return replace(config, judge_weight_checkpoint=str(found.path)), " ".join(said)

@@ -6,6 +6,7 @@ have to do so is refused. An earlier run is moved aside as a whole.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -18,14 +19,23 @@ from pathlib import Path
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.saved_run import CONFIG_FILE, step_of, write_whole
 from lossmith.training.errors import UserError
+from lossmith.training.run.manifest import MANIFEST, is_sealed, read_manifest
+from lossmith.training.untrusted import MIB, Unreadable, parse_json, read_json
 
 RUN_FILE = "lossmith_run.json"
 LOG_FILE = "log.jsonl"
+LOCK_FILE = ".lossmith_run.lock"  # where a folder cannot be locked
 TENSORBOARD_FOLDER = "tensorboard"
 EVENTS_OF_TENSORBOARD = "events.out.tfevents."
 PROGRAM = "lossmith train"
-# The Trainer writes this file last, so that a checkpoint that has it is complete.
-LAST_FILE_OF_A_CHECKPOINT = "trainer_state.json"
+LARGEST_LIST = 64 * MIB
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+# What `write_whole` leaves if it is killed.
+# And what `write_whole` and safetensors leave in a checkpoint.
+HALF_A_FILE = re.compile(rf"\.{MANIFEST}\.[0-9a-f]{{8}}|\.tmp\w{{6}}")
+HALF_WRITTEN = re.compile(
+    rf"\.({'|'.join(map(re.escape, (CONFIG_FILE, LOG_FILE, RUN_FILE)))})\.[0-9a-f]{{8}}"
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.has_list, self.written = read_list(path / RUN_FILE)
+        self.passed_over: set[str] = set()  # damaged checkpoints that this run did not resume from
 
     def owns(self, name: str) -> bool:
         """Whether the run wrote the file or folder with this name."""
@@ -100,31 +111,46 @@ class RunFolder:
             ) from None
         return SetAside(aside, names)
 
-    def keep_checkpoints(self, newest: str, num: int, soon_there: Iterable[str] = ()) -> None:
-        """List the newest checkpoint's files and delete the listed files of all but the `num` newest.
+    def keep_checkpoints(self, newest: str, num: int) -> None:
+        """List the newest checkpoint's files and delete those of all but the `num` newest sound ones.
 
-        Other ranks may still be writing the files that are `soon_there`.
+        A run that was killed has not listed what it was writing; those files have the same names. Later
+        checkpoints than the newest were passed over on resuming, and stay until the run is there again.
         """
-        files = [path for path in (self.path / newest).rglob("*") if not path.is_dir()]
-        self.written |= {path.relative_to(self.path).as_posix() for path in files}
-        self.written |= {f"{newest}/{name}" for name in soon_there}
-        own = [path for _, path in numbered(self.path, "checkpoint") if self.owns(path.name)]
-        whole = [path for path in own if (path / LAST_FILE_OF_A_CHECKPOINT).is_file()]
+        names = [*read_manifest(self.path / newest).files, MANIFEST]
+        own = [path for step, path in numbered(self.path, "checkpoint") if step <= step_of(newest)]
+        own = [path for path in own if self.owns(path.name)]
         for path in own:
-            if path not in whole[-num:]:
+            half = [file.name for file in path.iterdir() if HALF_A_FILE.fullmatch(file.name)]
+            self.written |= {f"{path.name}/{n}" for n in (*names, *half) if os.path.lexists(path / n)}
+        self.passed_over.discard(newest)
+        sound = [path for path in own if is_sealed(path) and path.name not in self.passed_over]
+        for path in own:
+            if path not in sound[-num:]:
                 self._delete(path)
         self._write_list()
+
+    def drop(self, checkpoint: str, names: Iterable[str]) -> None:
+        """Delete what was written of a checkpoint that could not be finished."""
+        self.written |= {f"{checkpoint}/{name}" for name in names}
+        self._delete(self.path / checkpoint)
+
+    def clear_half_written(self) -> None:
+        """Delete the files that a killed run was writing in the folder itself."""
+        for path in self.path.iterdir():
+            if HALF_WRITTEN.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                path.unlink(missing_ok=True)
 
     def _delete(self, checkpoint: Path) -> None:
         """Delete the listed files of a checkpoint, and its folder if nothing else is in it."""
         files = {name for name in self.written if name.startswith(f"{checkpoint.name}/")}
-        last = f"{checkpoint.name}/{LAST_FILE_OF_A_CHECKPOINT}"
-        for name in sorted(files, key=lambda name: name != last):  # first: the rest is not a checkpoint
+        manifest = f"{checkpoint.name}/{MANIFEST}"
+        for name in sorted(files, key=lambda name: name != manifest):  # first: the rest is no checkpoint
             with contextlib.suppress(OSError):
                 (self.path / name).unlink(missing_ok=True)
                 self.written.discard(name)
         folders = {parent for name in files for parent in (self.path / name).parents} - {*self.path.parents}
-        for folder in sorted(folders - {self.path}, reverse=True):  # the inner ones first
+        for folder in sorted(folders - {self.path} | {checkpoint}, reverse=True):  # the inner ones first
             with contextlib.suppress(OSError):  # it holds foreign files
                 folder.rmdir()
         if not checkpoint.exists():
@@ -141,8 +167,8 @@ def read_list(path: Path) -> tuple[bool, set[str]]:
     if not os.path.lexists(path):
         return False, set()
     names = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        said = None if path.is_symlink() else json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(Unreadable):
+        said = None if path.is_symlink() else read_json(path, LARGEST_LIST)
         if isinstance(said, dict) and said.get("program") == PROGRAM:
             names = said.get("written")
     if not isinstance(names, list):
@@ -200,11 +226,15 @@ def opened(out_dir: Path, *, is_main: bool) -> Iterator[RunFolder | None]:
 
 @contextlib.contextmanager
 def held(out_dir: Path) -> Iterator[None]:
-    """Lock the folder against other runs while entered, where the system has file locks."""
+    """Lock the folder against other runs while entered; the lock ends with the process, however it ends.
+
+    A file system without locks, as some network drives are, is passed over.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        with held_by_a_file(out_dir):
+            yield
         return
     folder = os.open(out_dir, os.O_RDONLY)
     try:
@@ -212,12 +242,48 @@ def held(out_dir: Path) -> Iterator[None]:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(
-                    f"another run is at work in {out_dir}. Wait for its end, or pass another --out_dir."
-                ) from None
+                raise at_work(out_dir) from None
         yield
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def held_by_a_file(out_dir: Path) -> Iterator[None]:
+    """As `held`, for systems that cannot lock a folder: locks a file in it."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(out_dir / LOCK_FILE, timeout=0):
+            yield
+    except Timeout:
+        raise at_work(out_dir) from None
+
+
+def at_work(out_dir: Path) -> UserError:
+    """The error for a folder in which another run is training."""
+    return UserError(f"another run is at work in {out_dir}. Wait for its end, or pass another --out_dir.")
+
+
+@contextlib.contextmanager
+def writing_into(out_dir: Path) -> Iterator[None]:
+    """Turn a full disk, or one that fails, into a UserError while entered."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        raise UserError(
+            f"out_dir={out_dir} cannot be written to: {error.strerror}. The checkpoints there are whole; "
+            "make room, and --resume goes on from the last one."
+        ) from error
+
+
+def has_ended(out_dir: Path, step: int) -> bool:
+    """Whether the log of a run has an evaluation after this step."""
+    log = out_dir / LOG_FILE
+    lines = lines_of(log) if log.is_file() else []
+    return any(step_in(line) == step and "val_loss" in parse_json(line) for line in lines)
 
 
 def lines_of(log: Path) -> list[str]:
@@ -228,7 +294,7 @@ def lines_of(log: Path) -> list[str]:
 def step_in(line: str) -> int | None:
     """The step of a line of the log; None for a line that is truncated or not a row."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        step = parse_json(line)["step"]
+    except (Unreadable, TypeError, KeyError):
         return None
     return step if type(step) is int else None

@@ -11,32 +11,34 @@ from typing import Any
 
 import transformers
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from lossmith.training.config.idle_keys import idle_in_evaluation
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.reading import read_saved_config, resolve
-from lossmith.training.config.saved_run import save_config
 from lossmith.training.data.corpus import load_corpus
-from lossmith.training.errors import UserError
+from lossmith.training.data.tokenizer import END_OF_TEXT
 from lossmith.training.run.analysis import analyse, save_analysis
+from lossmith.training.run.beginning import prepare_folder, where_to_begin
 from lossmith.training.run.checkpoints import (
     KeepCheckpoints,
     checkpoint_of,
-    last_checkpoint,
+    contents,
     require_loss,
     require_sound_checkpoint,
 )
 from lossmith.training.run.choices import choose_judge, choose_sizes
-from lossmith.training.run.folder import LOG_FILE, RunFolder, SetAside, names_of, opened
+from lossmith.training.run.folder import LOG_FILE, opened, writing_into
 from lossmith.training.run.interrupt import StopOnSignal
 from lossmith.training.run.loss_modifiers import add_modifiers, show_modifiers, verbose_modifiers
+from lossmith.training.run.manifest import Damaged
 from lossmith.training.run.progress import Display, LogFile, log_row
-from lossmith.training.run.summary import no_effect, show_first_loss, show_results, show_summary
+from lossmith.training.run.summary import no_effect, show_first_loss, show_results, show_summary, warn
 from lossmith.training.run.terminal import say, saying_warnings
 from lossmith.training.run.trackers import open_trackers, require_trackers
-from lossmith.training.run.trainer import TaskTrainer, choose_dtype, training_arguments
+from lossmith.training.run.trainer import TaskTrainer, choose_dtype, training_arguments, unusable
 from lossmith.training.tasks import make_task
+from lossmith.training.tasks.task import Task
 
 
 def run(config: TrainConfig, console: Console, command: str = "python train.py") -> int:
@@ -51,7 +53,8 @@ def run(config: TrainConfig, console: Console, command: str = "python train.py")
         The exit code: 0, or 128 plus the signal's number if a signal ended the run.
 
     Raises:
-        UserError: something is missing or impossible. During training, only a non-finite loss raises it.
+        UserError: something is missing or impossible. During training, only numbers that are not finite or a
+            full disk raise it.
     """
     with quiet_libraries(), saying_warnings(console):
         return evaluate_saved(config, console) if config.eval_only else train(config, console, command)
@@ -61,15 +64,17 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
     """A training run, new or resumed."""
     args = training_arguments(config)
     require_trackers(config)
-    with opened(Path(config.out_dir), is_main=not args.process_index) as folder:
+    out_dir = Path(config.out_dir)
+    with opened(out_dir, is_main=not args.process_index) as folder, writing_into(out_dir):
         # 1. Refuse what can be refused before any work.
-        first_step, checkpoint = where_to_begin(config, folder)
+        begin = where_to_begin(config, folder, args.world_size)
+        checkpoint = begin.checkpoint
         config, of_judge = choose_judge(config)
 
         # 2. Text, tokens, loss, model.
         corpus, of_sizes = load_corpus(config.dataset), None
         if checkpoint:
-            tokenizer = saved_tokenizer(checkpoint)
+            tokenizer = saved_tokenizer(checkpoint, config)
         else:
             config, tokenizer, of_sizes = choose_sizes(config, corpus)
         transformers.set_seed(config.seed)
@@ -85,6 +90,8 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
                 say(console, said)
             show_summary(console, task, model, args)
             show_modifiers(console, task)
+            for said in begin.warnings:
+                warn(console, said)
             if checkpoint:
                 say(console, f"Resuming from {checkpoint}.\n")
             else:
@@ -92,11 +99,11 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
 
         # 3. The loop.
         stop, display = StopOnSignal(console), Display(console, task)
-        with open_trackers(config, first_step, is_main=folder is not None) as trackers:
-            aside = prepare_folder(folder, config, console) if folder else None
-            watchers = [*trackers, LogFile(Path(config.out_dir) / LOG_FILE), display, stop]
+        with open_trackers(config, begin.step, is_main=folder is not None) as trackers:
+            aside = prepare_folder(folder, config, begin, console) if folder else None
+            watchers = [*trackers, LogFile(out_dir / LOG_FILE), display, stop]
             watchers += [KeepCheckpoints(folder)] if folder else []
-            trainer = TaskTrainer(task, model, args, watchers)
+            trainer = TaskTrainer(task, model, args, watchers, folder)
             with stop, contextlib.closing(display), verbose_modifiers(config, console):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -107,6 +114,8 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
                 say(console, f"  {command} --out_dir={shlex.quote(config.out_dir)} --resume", "bold")
                 return 128 + stop.received
             measures = trainer.evaluate(everything=True)
+        if trainer.finite.skipped:
+            warn(console, f"{trainer.finite.skipped} steps were skipped: a loss or gradient was not finite.")
         sample = task.sample(model)
         show_results(console, task, measures, sample, aside)
         if folder:
@@ -116,23 +125,26 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
 
 def evaluate_saved(config: TrainConfig, console: Console) -> int:
     """Evaluate the last checkpoint of a run on all held-out text."""
-    step, checkpoint = checkpoint_of(Path(config.out_dir))
+    found = checkpoint_of(Path(config.out_dir))
+    checkpoint = found.path
     require_sound_checkpoint(checkpoint, config)
     args = training_arguments(config)
     idle = idle_in_evaluation(config, resolve(read_saved_config(config)))
     if idle:
-        say(console, f"warning: {no_effect(idle)} with eval_only.\n", "yellow")
+        warn(console, f"{no_effect(idle)} with eval_only.")
+    for said in found.said:
+        warn(console, said)
     corpus = load_corpus(config.dataset)
-    task = make_task(config, corpus, saved_tokenizer(checkpoint), num_blocks=0)
-    model = task.load_model(checkpoint)
+    task = make_task(config, corpus, saved_tokenizer(checkpoint, config), num_blocks=0)
+    model = load_model(task, checkpoint)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     trainer = TaskTrainer(task, model, args)
     if config.experts and config.moe_balance_mode == "bias":  # it chooses the experts
         require_loss(checkpoint, task.pipeline.state_dict())
         trainer.load_loss(checkpoint)
     measures = trainer.evaluate(everything=True)
-    say(console, f"{checkpoint} (step {step}) on the held-out text of {corpus.name}:")
-    say(console, task.describe(log_row(step, measures) or {}), "bold")
+    say(console, f"{checkpoint} (step {found.step}) on the held-out text of {corpus.name}:")
+    say(console, task.describe(log_row(found.step, measures) or {}), "bold")
     return 0
 
 
@@ -142,40 +154,23 @@ def blocks_to_draw(config: TrainConfig, args: TrainingArguments) -> int:
     return min(num, sys.maxsize)  # the largest length in Python
 
 
-def saved_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
+def load_model(task: Task, checkpoint: Path) -> PreTrainedModel:
+    """A checkpoint's model; a UserError if there is none that could be loaded."""
+    try:
+        return task.load_model(checkpoint)
+    except Exception as error:  # of many classes
+        raise unusable(checkpoint, error) from error
+
+
+def saved_tokenizer(checkpoint: Path, config: TrainConfig) -> PreTrainedTokenizerFast:
     """A checkpoint's tokenizer."""
-    return PreTrainedTokenizerFast.from_pretrained(checkpoint)
-
-
-def where_to_begin(config: TrainConfig, folder: RunFolder | None) -> tuple[int, Path | None]:
-    """The step after which a run begins and its checkpoint, if it is resumed.
-
-    Raises:
-        UserError: nothing to resume, nothing left to train, or foreign files in the way.
-    """
-    first_step, checkpoint = last_checkpoint(Path(config.out_dir)) if config.resume else (0, None)
-    if first_step >= config.max_iters:
-        raise UserError(
-            f"nothing left to train: the checkpoint is at step {first_step}, max_iters={config.max_iters}. "
-            f"Pass --max_iters={first_step * 2} to go on, or --eval_only to evaluate it."
-        )
-    if folder and checkpoint and not folder.has_list:
-        folder.recognise()
-    if folder:
-        folder.require_room(names_of(config), after_step=first_step)
-    if checkpoint:
-        require_sound_checkpoint(checkpoint, config)
-    return first_step, checkpoint
-
-
-def prepare_folder(folder: RunFolder, config: TrainConfig, console: Console) -> SetAside | None:
-    """Move an earlier run aside and write this run's configuration."""
-    aside = None if config.resume else folder.set_aside()
-    if aside:
-        say(console, f"The earlier run in {config.out_dir} is now in {aside.folder}.\n")
-    folder.claim(*names_of(config))
-    save_config(config)
-    return aside
+    path = checkpoint / "tokenizer_config.json"
+    expected = f"the settings of a tokenizer of {config.vocab_size} pieces"
+    tokenizer = contents(path, expected, lambda _: PreTrainedTokenizerFast.from_pretrained(checkpoint))
+    vocabulary = tokenizer.get_vocab()
+    if sorted(vocabulary.values()) != [*range(config.vocab_size)] or END_OF_TEXT not in vocabulary:
+        raise Damaged(path, expected)
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -5,12 +5,16 @@ are the order of the blocks, the denominator of the loss, the evaluation (the Tr
 which weighs tokens unevenly) and the log.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
@@ -19,12 +23,24 @@ from lossmith.integrations.huggingface.trainer import ObjectiveTrainer
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
 from lossmith.training.run.checkpoints import checkpoints
+from lossmith.training.run.finite import FiniteSteps, finite_weights
+from lossmith.training.run.folder import RunFolder
+from lossmith.training.run.manifest import seal, times_of
 from lossmith.training.run.progress import Stopwatch
 from lossmith.training.tasks.task import Task
+from lossmith.training.untrusted import shortened
+
+# What `accelerate launch --mixed_precision` calls them.
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 class TaskTrainer(ObjectiveTrainer):
-    """The Trainer for one task, whose model computes the loss in its forward."""
+    """The Trainer for one task, whose model computes the loss in its forward.
+
+    Args:
+        task, model, args, callbacks: what is trained, and how.
+        folder: the run's, on the rank that writes.
+    """
 
     def __init__(
         self,
@@ -32,13 +48,17 @@ class TaskTrainer(ObjectiveTrainer):
         model: PreTrainedModel,
         args: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
+        folder: RunFolder | None = None,
     ):
         self.task = task
+        self.folder = folder
         self.loss = task.pipeline
         config = self.config = task.config
         self.observed: torch.Tensor | float = 0.0  # summed since the last line of the log
         tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.stopwatch = Stopwatch(tokens_per_step * config.block_size)
+        self.finite = FiniteSteps(self.loss, skips=config.on_nonfinite == "skip")
+        self.settings = SettingsOfThisRun(config)
         super().__init__(
             model=model,
             args=args,
@@ -46,7 +66,7 @@ class TaskTrainer(ObjectiveTrainer):
             train_dataset=task.train_blocks,
             eval_dataset=task.held_out,
             processing_class=task.tokenizer,
-            callbacks=[self.stopwatch, SettingsOfThisRun(config), *callbacks],
+            callbacks=[self.stopwatch, self.finite, self.settings, *callbacks],
         )
         self.remove_callback(PrinterCallback)  # it prints dictionaries
 
@@ -64,16 +84,85 @@ class TaskTrainer(ObjectiveTrainer):
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count  # pyright: ignore
 
     def parts_of(self, outputs: Any) -> Mapping[str, torch.Tensor]:
+        self.was_finite = self.finite.see(outputs["loss"])
         parts = self.task.seen(outputs).parts
         return parts if len(parts) > 1 else {}  # a single part is the loss
+
+    def _take_in(self, parts: Mapping[str, torch.Tensor], factor: int) -> None:
+        if self.finite.skips:  # as the Trainer does with the loss: the mean since the last line
+            num_steps = factor * (1 + self.state.global_step - self._globalstep_last_logged)
+            parts = {
+                name: torch.where(self.was_finite, part, self._sums.get(name, 0.0) / num_steps)
+                for name, part in parts.items()
+            }
+        super()._take_in(parts, factor)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         wide = torch.float32 if loss.device.type == "mps" else torch.float64
-        self.observed = self.observed + self.task.seen(outputs).observed.to(wide)
+        observed = self.task.seen(outputs).observed.to(wide)
+        if self.finite.skips:
+            observed = torch.where(self.was_finite, observed, 0.0)
+        self.observed = self.observed + observed
         return (loss, outputs) if return_outputs else loss
+
+    # ── checkpoints ───────────────────────────────────────────────────────────────────────────────
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        """Look at the model, write the checkpoint, and write its manifest last."""
+        self._require_finite()
+        checkpoint = Path(self.config.out_dir) / f"checkpoint-{self.state.global_step}"
+        before = times_of(checkpoint)
+        with self._writing(checkpoint, before):
+            super()._save_checkpoint(*args, **options)
+            self.accelerator.wait_for_everyone()  # others write their random numbers
+            if self.args.should_save:
+                seal(checkpoint, changed_since(before, checkpoint), self.args.world_size)
+
+    @contextlib.contextmanager
+    def _writing(self, checkpoint: Path, before: Mapping[str, int]) -> Iterator[None]:
+        """Turn a failure to write a checkpoint into a UserError, and delete what there is of it."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = shortened(getattr(error, "strerror", None) or str(error))
+            if self.folder:
+                with contextlib.suppress(OSError):
+                    self.folder.drop(checkpoint.name, changed_since(before, checkpoint))
+            found = checkpoints(checkpoint.parent)
+            kept = f"{found[-1][1]} is whole: --resume goes on from it." if found else "Start the run again."
+            free = shutil.disk_usage(checkpoint.parent).free / 1e6
+            raise UserError(
+                f"{checkpoint} could not be written: {reason} ({free:,.0f} MB are free there). Make room, or "
+                f"raise the limit on files. {kept}"
+            ) from error
+
+    def _require_finite(self) -> None:
+        """Raise UserError, before a checkpoint is written, if the run has become no number."""
+        assert self.model is not None
+        if self.finite.are_finite() and finite_weights(self.model):
+            return
+        self.evaluate()  # it says so, if the loss of the held-out text is no number either
+        raise self._no_number("gradient or a weight became no finite number")
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:  # of many classes
+            raise unusable(checkpoint, error) from error
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        """As the Trainer's; a checkpoint that cannot be loaded is a UserError."""
+        try:
+            return super().train(resume_from_checkpoint, *args, **options)
+        except Exception as error:
+            if isinstance(error, UserError) or self.settings.has_begun or not resume_from_checkpoint:
+                raise
+            raise unusable(resume_from_checkpoint, error) from error
+
+    # ── evaluations and the log ───────────────────────────────────────────────────────────────────
 
     def evaluate(
         self,
@@ -116,6 +205,8 @@ class TaskTrainer(ObjectiveTrainer):
             self.observed = 0.0
             logs.update(self.task.training_measures(total / max(number, 1)))
             logs.update(self.task.part_metrics())
+            if self.finite.skipped:
+                logs["skipped_steps"] = self.finite.skipped
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise self._no_number(f"loss became {logs['loss']}")
@@ -130,15 +221,31 @@ class TaskTrainer(ObjectiveTrainer):
         )
 
 
+def changed_since(before: Mapping[str, int], folder: Path) -> list[str]:
+    """The names of the files in a folder that were written since."""
+    return [name for name, time in times_of(folder).items() if before.get(name) != time]
+
+
+def unusable(checkpoint: Any, error: Exception) -> UserError:
+    """The error for a checkpoint with which the library fails, although it is as it was saved."""
+    reason = shortened(f"{type(error).__name__}: {error}")
+    return UserError(
+        f"{checkpoint} cannot be loaded ({reason}). If the run's configuration was changed, change it back; "
+        f"otherwise move {checkpoint} away so that the checkpoint before it is used."
+    )
+
+
 class SettingsOfThisRun(TrainerCallback):
     """Restores this run's settings after a checkpoint has loaded those of the earlier run."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
+        self.has_begun = False  # the checkpoint, if any, is loaded
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
     ) -> None:
+        self.has_begun = True
         for name in ("logging_steps", "eval_steps", "save_steps"):
             setattr(state, name, getattr(args, name))
         schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
@@ -180,7 +287,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         seed=config.seed,
         logging_steps=config.log_interval,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # else the Trainer would filter out non-finite losses
+        logging_nan_inf_filter=config.on_nonfinite == "skip",  # it filters non-finite losses out
         eval_strategy="steps",
         eval_steps=config.eval_interval,
         save_strategy="steps",
@@ -220,12 +327,20 @@ def choose_device(config: TrainConfig) -> str:
 
 def choose_dtype(config: TrainConfig) -> str:
     """The precision that was asked for, or bfloat16 on a GPU that supports it and float32 elsewhere."""
-    device = choose_device(config)
-    if config.dtype == "auto":
+    device, dtype = choose_device(config), config.dtype
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no":  # the Trainer would take it, whatever `dtype` says
+        if PRECISIONS.get(launched) is None or dtype not in ("auto", PRECISIONS[launched]):
+            raise UserError(
+                f"accelerate launch asks for mixed precision {launched}, but dtype={dtype}. Leave its "
+                "--mixed_precision out and pass --dtype=bfloat16 or --dtype=float16, or neither."
+            )
+        dtype = PRECISIONS[launched]
+    if dtype == "auto":
         return "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if config.dtype == "float16" and device != "cuda":
+    if dtype == "float16" and device != "cuda":
         raise UserError(
             f"dtype=float16 needs a CUDA device for its loss scaling; this run is on {device}. "
             "Pass --dtype=bfloat16 or --dtype=float32."
         )
-    return config.dtype
+    return dtype

@@ -141,8 +141,17 @@ class Task(ABC):
         return self.put_loss_into(self.build_model())
 
     def load_model(self, checkpoint: Path) -> PreTrainedModel:
-        """A checkpoint's model with the loss inside its forward."""
-        return self.put_loss_into(self.architecture(self.config).from_pretrained(checkpoint))
+        """A checkpoint's model with the loss inside its forward.
+
+        The checkpoint gives the weights alone: its `config.json` could name other code.
+        """
+        with torch.device("meta"):
+            config = self.build_model().config
+        model_class = self.architecture(self.config)
+        model = model_class.from_pretrained(
+            checkpoint, config=config, use_safetensors=True, local_files_only=True
+        )
+        return self.put_loss_into(model)
 
     def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
         """Put the loss, with its modifiers, into the model's forward."""
