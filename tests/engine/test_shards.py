@@ -211,35 +211,38 @@ def with_dtensors(rank):
     ours.backward()
     found = {"logits": (dense.detach(), ours.detach(), whole.grad, sharded.grad.full_tensor())}
 
-    for layout in ("plain hidden", "replicated hidden", "split hidden"):
+    for placement in (Replicate(), Shard(1)):
         head = torch.nn.Linear(D, V)
         with torch.no_grad():
             head.weight.copy_(weight)
             head.bias.copy_(bias)
-        leaf, other = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+        leaf, other = hidden.clone().requires_grad_(), hidden.clone()
         given = {"lm_head_weight": head.weight, "lm_head_bias": head.bias}
         dense = criterion(None, targets, hidden_states=leaf, **given)
         dense.backward()
         expected = (dense.detach(), leaf.grad, head.weight.grad.clone(), head.bias.grad.clone())
         head.zero_grad()
         parallelize_module(head, mesh, ColwiseParallel(use_local_output=False))
-        states = other
-        if layout != "plain hidden":
-            placement = Replicate() if layout == "replicated hidden" else Shard(1)
-            states = distribute_tensor(other.detach(), mesh, [placement]).requires_grad_()
+        states = distribute_tensor(other, mesh, [placement]).requires_grad_()
         given = {"lm_head_weight": head.weight, "lm_head_bias": head.bias}
         loss = criterion(None, targets, hidden_states=states, **given)
         loss.backward()
-        gradient = states.grad if layout == "plain hidden" else states.grad.full_tensor()
-        ours = (loss.detach(), gradient, head.weight.grad.full_tensor(), head.bias.grad.full_tensor())
-        found[layout] = [value for pair in zip(expected, ours, strict=True) for value in pair]
+        ours = (
+            loss.detach(),
+            states.grad.full_tensor(),
+            head.weight.grad.full_tensor(),
+            head.bias.grad.full_tensor(),
+        )
+        found[str(placement)] = [value for pair in zip(expected, ours, strict=True) for value in pair]
 
         # as the model itself leaves its logits
         scored = head(distribute_tensor(hidden, mesh, [Replicate()]))
-        found[layout + ", logits"] = (dense.detach(), criterion(scored, targets).detach())
+        found[f"{placement}, logits"] = (dense.detach(), criterion(scored, targets).detach())
 
     replicated = distribute_tensor(logits.clone(), mesh, [Replicate()])
     found["replicated"] = (criterion(logits, targets), criterion(replicated, targets))
+    with pytest.raises(ValueError, match="pass hidden states that are a DTensor of its mesh, too"):
+        criterion(None, targets, hidden_states=hidden, lm_head_weight=head.weight)
     with pytest.raises(ValueError, match=r"logits must be sharded by class, Shard\(2\)"):
         criterion(distribute_tensor(logits, mesh, [Shard(1)]), targets)
     return found

@@ -124,7 +124,8 @@ def check_head(
         if hasattr(value, "full_tensor"):
             raise ValueError(
                 f"{name} is a DTensor, of which this rank may have a part. Compute the loss inside the "
-                "forward of the module that fully_shard wraps, where the weight is whole"
+                "forward of the module that fully_shard wraps, where the weight is whole; under tensor "
+                "parallelism pass hidden states that are a DTensor of its mesh, too"
             )
         if value.device != hidden.device:
             raise ValueError(f"hidden is on {hidden.device} but {name} on {value.device}; move one of them")

@@ -30,22 +30,25 @@ def logits_as_predictions(logits: Tensor) -> Predictions:
 
 
 def head_as_predictions(hidden: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Predictions:
-    """A linear head, plain or with a DTensor for its weight: ``Shard(0)`` as tensor parallelism leaves an
-    unembedding, or replicated.
+    """A linear head: plain, or with DTensors for its weight, ``Shard(0)`` as tensor parallelism leaves an
+    unembedding, and for the hidden states, in any layout on the same mesh.
+
+    Plain hidden states do not say whether they are the same on every rank. Those beside a weight that FSDP
+    has split are not, so a DTensor for the weight alone is refused.
 
     Raises:
-        ValueError: a DTensor in another layout.
+        ValueError: a DTensor for the weight alone, DTensors of two meshes, or in another layout.
     """
-    shards = None
-    if is_dtensor(weight):
-        shards = _shards("the head's weight", weight, dim=0)
-        weight = _local(weight)
-        bias = None if bias is None else _local(bias)
-    if is_dtensor(hidden):
-        hidden = _whole(hidden)
-    if shards is None:
+    if not is_dtensor(weight) or not is_dtensor(hidden):
         return LinearHead(hidden, weight, bias, **options)
-    return ShardedHead(hidden, weight, shards, bias, **options)
+    if hidden.device_mesh != weight.device_mesh:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError("hidden states and the head's weight are on two meshes; redistribute one of them")
+    shards = _shards("the head's weight", weight, dim=0)
+    plain = _whole(hidden), _local(weight)
+    bias = None if bias is None else _local(bias)
+    if shards is None:
+        return LinearHead(*plain, bias, **options)
+    return ShardedHead(*plain, shards, bias, **options)
 
 
 def _local(value: Tensor) -> Tensor:
