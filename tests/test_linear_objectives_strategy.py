@@ -243,25 +243,32 @@ def test_custom_modifiers_take_logits_and_no_sweep_of_the_head():
     torch.testing.assert_close(pipeline(targets=targets, **head.inputs()), pipeline(head.logits(), targets))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16])
-def test_half_precision_that_underflows_takes_two_sweeps(dtype):
-    """A gradient of 1e-9, scaled by 2^16 by whoever scales losses, must not be 0."""
-    head = linear_case.head(dtype=dtype)
-    targets = linear_case.targets()
-    loss = CrossEntropyLoss()(targets=targets, **head.inputs(2), denominator=2**24) * 2.0**20
-    (gradient,) = torch.autograd.grad(loss, head.hidden)
+@pytest.mark.parametrize("strategy", ["one_sweep", "two_sweep"])
+@pytest.mark.parametrize("share", [2.0**-24, 1.0])
+def test_half_precision_neither_underflows_nor_overflows(strategy, share):
+    """A gradient of 1e-9, scaled by 2^20 by whoever scales losses, must not be 0; nor one of a sum inf."""
+    head, targets = linear_case.head(dtype=torch.float16), linear_case.targets()
+    scale = 2.0**20 if share < 1 else 2.0**-12
+    loss = CrossEntropyLoss()(targets=targets, **head.inputs(2, strategy), denominator=1 / share) * scale
+    found = torch.autograd.grad(loss, [head.hidden, head.weight, head.bias], retain_graph=True)
+    again = torch.autograd.grad(loss, [head.hidden, head.weight, head.bias])
     exact = head.to(torch.float64)
-    expected = CrossEntropyLoss()(exact.logits(), targets, denominator=2**24) * 2.0**20
-    (truth,) = torch.autograd.grad(expected, exact.hidden)
-    torch.testing.assert_close(gradient.double(), truth, rtol=2e-2, atol=2e-2 * float(truth.abs().max()))
-    assert_float16_refused(head, targets)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # the gradients are float16 all the same
-        assert_float16_refused(head, targets)
+    expected = CrossEntropyLoss()(exact.logits(), targets, denominator=1 / share) * scale
+    truth = torch.autograd.grad(expected, [exact.hidden, exact.weight, exact.bias])
+    for gradient, same, true in zip(found, again, truth, strict=True):
+        assert gradient.dtype == torch.float16
+        assert torch.equal(gradient, same)
+        torch.testing.assert_close(gradient.double(), true, rtol=2e-2, atol=1e-2 * float(true.abs().max()))
 
 
-def assert_float16_refused(head: Head, targets: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"one_sweep.*float16"):
-        CrossEntropyLoss()(targets=targets, **head.inputs(2, "one_sweep"))
+def test_a_sum_that_half_precision_does_not_hold_is_kept_wide_until_it_is_scaled():
+    hidden = torch.full((64, 2), 60.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(3, 2, dtype=torch.float16, requires_grad=True)
+    inputs = {"hidden_states": hidden, "lm_head_weight": weight, "strategy": "one_sweep"}
+    CrossEntropyLoss()(targets=torch.zeros(64, dtype=torch.long), **inputs).backward()
+    torch.testing.assert_close(
+        weight.grad[0], torch.full((2,), -40.0, dtype=torch.float16), rtol=1e-2, atol=0
+    )
 
 
 def test_without_gradients_there_is_nothing_to_refuse():

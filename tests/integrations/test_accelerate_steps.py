@@ -1,4 +1,4 @@
-"""accelerate divides by its accumulation steps: what the page on normalisation says to multiply by is right."""
+"""accelerate divides by its accumulation steps, and the page on normalisation says what to do."""
 
 import pytest
 import torch

@@ -80,7 +80,9 @@ class Predictions(ABC):
         """The cap of the logits, where an objective asks for ``softcap``."""
         return softcap
 
-    def sweep_once(self, sweep: Sweep, loss_of: LossOf, unless: str | None) -> SweptOnce | None:
+    def sweep_once(
+        self, sweep: Sweep, loss_of: LossOf, unless: str | None, scale: Tensor
+    ) -> SweptOnce | None:
         """The statistics, and the gradient of ``loss_of`` with them, where that saves a matrix product; None
         elsewhere.
 
@@ -88,6 +90,7 @@ class Predictions(ABC):
             sweep: which statistics to compute.
             loss_of: the loss of some tokens.
             unless: what forbids it, in words, if anything does.
+            scale: [N] the tokens' shares of the loss.
 
         Raises:
             ValueError: it was asked for, and is forbidden.

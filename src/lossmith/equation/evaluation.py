@@ -205,7 +205,7 @@ def _in_one_sweep(
         return total
 
     try:
-        swept = predictions.sweep_once(sweep, loss_of, unless)
+        swept = predictions.sweep_once(sweep, loss_of, unless, batch.scale)
     except OtherGradient:
         names = ", ".join(map(repr, _names(of_terms)))
         raise ValueError(

@@ -151,14 +151,15 @@ class HeadGradient:
             self.weight.zero_()
         self._is_first = False
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients in the shapes and dtypes of what they are the gradients of."""
+    def finish(self, *, is_rounded: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients in the shapes of what they are the gradients of, and in their dtypes; sums as they
+        are unless ``is_rounded``."""
         self.chunks.release()  # before the weight's gradient is rounded into memory of its own
         hidden, weight, bias = self.chunks.factors.tensors
         return (
             None if self.hidden is None else self.hidden.view(hidden.shape),
-            None if self.weight is None else self.weight.to(weight.dtype),
-            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+            None if self.weight is None else self.weight.to(weight.dtype if is_rounded else None),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype if is_rounded else None),
         )
 
 

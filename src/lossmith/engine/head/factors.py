@@ -54,6 +54,11 @@ class Factors:
         return accumulation_dtype(self.compute_dtype)
 
     @property
+    def is_lifted(self) -> bool:
+        """Whether a gradient that is made before the upstream one is known has to be kept from underflow."""
+        return torch.float16 in (self.compute_dtype, self.hidden.dtype, self.weight.dtype)
+
+    @property
     def logits_dtype(self) -> torch.dtype:
         """That of a chunk's logits."""
         return self.compute_dtype if self.narrow_logits else self.wide

@@ -148,11 +148,13 @@ class LinearHead(HeadOptions, Predictions):
         self._check_ids(sweep)
         return stats_of_head(factors, sweep)
 
-    def sweep_once(self, sweep: Sweep, loss_of: LossOf, unless: str | None) -> SweptOnce | None:
+    def sweep_once(
+        self, sweep: Sweep, loss_of: LossOf, unless: str | None, scale: Tensor
+    ) -> SweptOnce | None:
         if self._why_not_once(unless) is not None:
             return None
         self._check_ids(sweep)
-        return sweep_once(self.factors, sweep, loss_of, self.needed)
+        return sweep_once(self.factors, sweep, loss_of, self.needed, scale)
 
     def _check_ids(self, sweep: Sweep) -> None:
         by_kernels = looks_at_ids(self.device, self.dtype, sweep.backend)
@@ -173,9 +175,6 @@ class LinearHead(HeadOptions, Predictions):
         problem = unless
         if problem is None and torch.compiler.is_compiling():
             problem = "torch.compile needs a graph that does not depend on the objective's own autograd"
-        dtypes = (self.compute_dtype, self.hidden.dtype, self.weight.dtype)
-        if problem is None and torch.float16 in dtypes:
-            problem = "in float16 a gradient that was made before the loss was scaled would underflow"
         if problem is not None:
             self._refuse(problem)
         return problem

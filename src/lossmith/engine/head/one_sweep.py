@@ -34,16 +34,18 @@ class SweptOnce:
     Attributes:
         known: the raw statistics, with gradients (by a second sweep, if they are needed).
         of_parts: the same statistics in a graph of their own, which ``part`` may go through again and again.
+        gradients: of hidden states, weight and bias, times ``lift`` if there is one.
     """
 
     known: ByView
     of_parts: TokenStats
     factors: Factors
     gradients: list[Tensor | None]
+    lift: Tensor | None
 
     def loss(self, value: Tensor) -> Tensor:
         """``value`` as the loss whose gradient is known."""
-        return _KnownGradient.apply(value.detach(), self.gradients, *self.factors.tensors)
+        return _KnownGradient.apply(value.detach(), self.gradients, self.lift, *self.factors.tensors)
 
     def part(self, value: Tensor, again: Callable[[TokenStats], Tensor]) -> Tensor:
         """``value``, a part of the loss that ``again`` computes from the statistics; its own gradient takes a
@@ -51,9 +53,24 @@ class SweptOnce:
         return _LazyGradient.apply(value.detach(), lambda: again(self.of_parts), *self.factors.tensors)
 
 
-def sweep_once(factors: Factors, sweep: Sweep, loss_of: LossOf, needed: Needed) -> SweptOnce | None:
+def lift_for(scale: Tensor) -> Tensor:
+    """The power of two that gradients in fp16 are multiplied by until the upstream gradient is known: a token
+    whose share is the largest has one near 16. At shares of 1 / N most of the gradient would be 0."""
+    largest = scale.detach().abs().amax().clamp(min=2.0**-100)
+    return torch.exp2(4 - largest.log2().ceil())
+
+
+def sweep_once(
+    factors: Factors, sweep: Sweep, loss_of: LossOf, needed: Needed, scale: Tensor
+) -> SweptOnce | None:
     """Sweep a head's logits once, for the statistics and for the gradient of ``loss_of``; None where there
     are no tokens to do it for.
+
+    Args:
+        factors, sweep: what the logits are made of, and which statistics to compute.
+        loss_of: the loss of some tokens.
+        needed: which gradients are.
+        scale: [N] the tokens' shares of the loss.
 
     Raises:
         OtherGradient: the loss has gradients that would be lost.
@@ -63,6 +80,7 @@ def sweep_once(factors: Factors, sweep: Sweep, loss_of: LossOf, needed: Needed) 
         if not chunks.num_rows:
             return None
         result = HeadGradient(chunks, needed)
+        lift = lift_for(scale) if factors.is_lifted else None
         outputs = sweep.blank(factors.wide, factors.hidden.device)
         for rows in chunks.all():
             x, some = chunks.inputs(rows), sweep.of(rows)
@@ -70,24 +88,26 @@ def sweep_once(factors: Factors, sweep: Sweep, loss_of: LossOf, needed: Needed) 
             raw = stats_of_rows(z, some)
             for out, value in zip(outputs, raw, strict=True):
                 out[rows] = value
-            grads = _gradients(some, rows, raw, loss_of)
+            grads = _gradients(some, rows, raw, loss_of, lift)
             if any(g is not None for g in grads):
                 result.add(rows, x, gradient_of_rows(z, some, raw, grads, in_place=True))
             else:
                 result.add_nothing(rows)
             del x, z  # their memory, before the next chunk's hidden states or the gradients take more
-        gradients = list(result.finish())
+        gradients = list(result.finish(is_rounded=lift is None))
 
     def known() -> ByView:
         return sweep.by_view(stats_of_head(factors, sweep, [out.detach() for out in outputs]))
 
     of_parts = known()
     stats = TokenStats(RawStats(sweep, lambda *_: of_parts))
-    return SweptOnce(known(), stats, factors, gradients)
+    return SweptOnce(known(), stats, factors, gradients, lift)
 
 
-def _gradients(sweep: Sweep, rows: Rows, raw: list[Tensor], loss_of: LossOf) -> list[Tensor | None]:
-    """The gradients of a chunk's statistics, by autograd on [n] tensors."""
+def _gradients(
+    sweep: Sweep, rows: Rows, raw: list[Tensor], loss_of: LossOf, lift: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients of a chunk's statistics, times the lift, by autograd on [n] tensors."""
     leaves = [value.requires_grad_() if value.is_floating_point() else value for value in raw]
     views = sweep.by_view(leaves)
     with torch.enable_grad():
@@ -97,7 +117,8 @@ def _gradients(sweep: Sweep, rows: Rows, raw: list[Tensor], loss_of: LossOf) -> 
     ours = [value for value in leaves if value.requires_grad]
     if _depends_on_more(loss, ours):
         raise OtherGradient
-    found = iter(torch.autograd.grad(loss, ours, allow_unused=True))
+    upstream = None if lift is None else lift.to(loss.dtype)
+    found = iter(torch.autograd.grad(loss, ours, upstream, allow_unused=True))
     grads = [next(found) if value.requires_grad else None for value in leaves]
     for value in ours:
         value.requires_grad_(False)
@@ -123,8 +144,11 @@ class _KnownGradient(torch.autograd.Function):
     """A number with known gradients, to be multiplied by the upstream gradient."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
-        ctx.gradients = gradients
+    def forward(
+        ctx: Any, value: Tensor, gradients: list[Tensor | None], lift: Tensor | None, *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.gradients, ctx.lift = gradients, lift
+        ctx.dtypes = [None if given is None else given.dtype for given in inputs]
         ctx.inputs_with_gradient = [given for given in inputs if given is not None]
         return value.clone()
 
@@ -140,17 +164,18 @@ class _KnownGradient(torch.autograd.Function):
         stays = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
         scaled: list[Tensor | None] = []
         # Nothing is multiplied where it would not change, if looking does not wait for a device.
-        is_one = upstream.device.type == "cpu" and upstream.item() == 1
-        for gradient in gradients:
+        is_one = ctx.lift is None and upstream.device.type == "cpu" and upstream.item() == 1
+        factor = upstream if ctx.lift is None else upstream / ctx.lift
+        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
             if gradient is None or (is_one and not stays):
                 scaled.append(gradient)
             else:
-                scaled.append(
-                    times(gradient, upstream, into=torch.empty_like(gradient) if stays else gradient)
-                )
+                is_free = not stays and gradient.dtype == dtype
+                into = gradient if is_free else torch.empty_like(gradient, dtype=dtype)
+                scaled.append(times(gradient, factor, into=into))
         if not stays:
             gradients.clear()
-        return (None, None, *once(scaled, (upstream, *ctx.inputs_with_gradient)))
+        return (None, None, None, *once(scaled, (upstream, *ctx.inputs_with_gradient)))
 
 
 class _LazyGradient(torch.autograd.Function):

@@ -103,7 +103,8 @@ class Sizes:
         is_narrowed = dtype != factors.logits_dtype
         sum_bytes = num_classes * size * factors.wide.itemsize if factors.sums_weight else 0
         accumulator = sum_bytes if factors.weight.dtype != factors.wide else 0
-        needs_wide = on_cpu or factors.weight.dtype != dtype  # even for a single chunk
+        # even for a single chunk
+        needs_wide = on_cpu or factors.weight.dtype != dtype or factors.is_lifted
         rows = rows_of_a_chunk(
             num_tokens,
             stride,

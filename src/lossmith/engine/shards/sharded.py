@@ -59,7 +59,7 @@ class _Sharded(Predictions):
     def capped(self, softcap: float | None) -> float | None:
         return self.own.capped(softcap)
 
-    def sweep_once(self, sweep: Sweep, loss_of: Any, unless: str | None) -> None:
+    def sweep_once(self, sweep: Sweep, loss_of: Any, unless: str | None, scale: Tensor) -> None:
         """Never: a chunk's gradient needs the statistics of all ranks."""
         return
 
