@@ -1,6 +1,7 @@
 """What only a GPU can show of whole steps: graphs, scalers, frozen inputs, many chunks, drawn ids."""
 
 import copy
+import shutil
 import subprocess
 import sys
 
@@ -134,3 +135,18 @@ def test_an_id_out_of_range_stops_with_a_message():
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode != 0
     assert "outside [0, V)" in ran.stderr + ran.stdout
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_no_kernel_reads_or_writes_beyond_its_memory():
+    code = (
+        "import torch, lossmith\n"
+        "z = torch.randn(1 + 5 * 507, device='cuda').bfloat16()[1:].view(5, 507).detach().requires_grad_()\n"
+        "y = torch.tensor([0, 506, -100, 3, 7], device='cuda')\n"
+        "loss = lossmith.UnifiedLoss(507, use_ngram_penalty=True, eos_token_id=1).cuda()\n"
+        "loss(z.unsqueeze(0), y.unsqueeze(0)).backward()\n"
+        "lossmith.cross_entropy(z, y, temperature=0.7, softcap=9.0, z_loss=0.1).backward()\n"
+    )
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
