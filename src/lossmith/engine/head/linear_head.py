@@ -18,6 +18,7 @@ from lossmith.engine.head.plan import HeadOptions, Plan
 from lossmith.engine.head.sizes import Sizes
 from lossmith.engine.head.two_sweeps import head_stats_op, stats_of_head
 from lossmith.engine.predictions import LossOf, Predictions
+from lossmith.engine.rows import triton_rows
 from lossmith.engine.rows.backends import looks_at_ids
 from lossmith.engine.sampling import draw, random_numbers
 from lossmith.engine.sweep import Sweep
@@ -157,7 +158,9 @@ class LinearHead(HeadOptions, Predictions):
         return sweep_once(self.factors, sweep, loss_of, self.needed, scale)
 
     def _check_ids(self, sweep: Sweep) -> None:
-        by_kernels = looks_at_ids(self.device, self.dtype, sweep.backend)
+        on_gpu = self.device.type == "cuda" and sweep.backend in (None, "triton")
+        by_kernels = on_gpu and looks_at_ids(triton_rows, self.device, sweep)
+        by_kernels = by_kernels and triton_rows.runs_on(self.device, self.dtype)
         sweep.check_ids(self.num_classes, self.hidden.shape[:-1], by_kernels=by_kernels)
 
     # ── the choice ────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lossmith.engine.rows import blocks, native_rows, triton_rows
 from lossmith.engine.rows.blocks import accumulation_dtype
-from lossmith.engine.statistics.raw import View
+from lossmith.engine.statistics.raw import Needs, View
 from lossmith.engine.sweep import Maybe, Sweep
 from lossmith.options import option
 
@@ -82,10 +82,13 @@ def gradient_of_rows(
     return backend.gradient(logits, sweep, views, in_place=in_place)
 
 
-def looks_at_ids(device: torch.device, dtype: torch.dtype, backend: str | None) -> bool:
-    """Whether the rows of logits there are computed by kernels that stop at an id out of range, so that no
-    launches of their own have to look for one."""
-    return device.type == "cuda" and backend in (None, "triton") and triton_rows.runs_on(device, dtype)
+def looks_at_ids(backend: Backend, device: torch.device, sweep: Sweep) -> bool:
+    """Whether an arithmetic stops at an id out of range by itself, so that nobody else has to look for one;
+    candidates are looked at where they are asked for."""
+    asked = sweep.needs | max(sweep.needs_unscaled, 0)
+    if sweep.candidates is not None and not asked & Needs.CANDIDATES:
+        return False
+    return backend is native_rows or (backend is triton_rows and device.type == "cuda")
 
 
 def backend_for(logits: Tensor, sweep: Sweep) -> Backend:

@@ -157,6 +157,8 @@ def run(logits: Tensor, sweep: Sweep, views: Sequence[View], gradient: Tensor | 
     problem = compiled.lossmith_sweep(ctypes.byref(batch))
     if problem == _NO_MEMORY:
         raise MemoryError(f"no memory for a row of {num_classes} logits")
+    if problem and gradient is None:
+        sweep.check_ids(num_classes, logits.shape[:-1])  # says which one, and where
     if problem:
         raise written_over(_BAD_IDS[problem], batch.bad_id)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
 from lossmith.engine.eager import Tensors, Ways, is_eager, stats_with_gradients
-from lossmith.engine.rows import triton_rows
 from lossmith.engine.rows.backends import backend_for, gradient_of_rows, looks_at_ids, stats_of_rows
 from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.sweep import Maybe, Sweep, saved, unsaved
@@ -29,8 +28,8 @@ def stats_of_logits(logits: Tensor, sweep: Sweep) -> Sequence[Tensor]:
 
 
 def _check_ids(logits: Tensor, sweep: Sweep) -> None:
-    is_kernels = backend_for(logits, sweep) is triton_rows
-    by_kernels = is_kernels and looks_at_ids(logits.device, logits.dtype, sweep.backend)
+    """Ids that the arithmetic does not look at itself."""
+    by_kernels = looks_at_ids(backend_for(logits, sweep), logits.device, sweep)
     sweep.check_ids(logits.shape[-1], logits.shape[:-1], by_kernels=by_kernels)
 
 
