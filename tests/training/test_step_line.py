@@ -18,7 +18,7 @@ from lossmith.training.config.reading import load_config
 from lossmith.training.run.closing import best_checkpoint, best_of, closing_table, series
 from lossmith.training.run.findings import History
 from lossmith.training.run.progress import Display
-from lossmith.training.run.step_line import StepLine, cells_of
+from lossmith.training.run.step_line import StepLine, parts_of, plain_loss
 
 LOGS = [
     {"perplexity": 2112.9, "loss/cross_entropy": 7.655, "loss/z_loss": 0.0058, "loss/mtp_loss": 1.5},
@@ -47,14 +47,18 @@ def test_columns_keep_their_places_and_lines_their_width(width: int):
 
 def test_a_wide_line_is_one_and_a_narrow_one_has_its_parts_below():
     assert [text.count("\n") for text in shown(200)] == [0, 0, 0]
-    assert shown(80)[1].splitlines()[1].startswith(" " * len("step   2/400  ") + "nll 3.844")
+    first, second, third = shown(80)[1].splitlines()
+    assert first == "step   2/400  loss 3.840  perplexity 46.7     nll 3.844"
+    assert second.startswith("    loss/cross_entropy 3.84 (84.4%)")
+    assert third.startswith("    loss/mtp_loss 0.7 (15.4%)")
 
 
 def test_shares_are_those_of_the_parts_sizes_and_sum_to_one():
     row = {"perplexity": math.e**2, "loss/a": 3.0, "loss/b": -1.0}
-    assert cells_of(row) == {"nll": "nll 2.000", "loss/a": "loss/a 3 (75.0%)", "loss/b": "loss/b -1 (-25.0%)"}
-    assert cells_of({"loss/a": 1.0, "loss/b": None}) == {"loss/a": "loss/a 1", "loss/b": "loss/b nan"}
-    assert cells_of({"loss": 1.0, "perplexity": 2.0}) == {}
+    assert plain_loss(row) == ["nll 2.000"]
+    assert parts_of(row) == {"loss/a": "loss/a 3 (75.0%)", "loss/b": "loss/b -1 (-25.0%)"}
+    assert parts_of({"loss/a": 1.0, "loss/b": None}) == {"loss/a": "loss/a 1", "loss/b": "loss/b nan"}
+    assert plain_loss({"loss": 1.0, "perplexity": 2.0}) == []
 
 
 def test_a_terminal_has_the_parts_below_the_bar(tiny: list[str]):

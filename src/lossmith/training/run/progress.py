@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from lossmith.training.config.saved_run import write_whole
 from lossmith.training.run.folder import lines_of, step_in
-from lossmith.training.run.step_line import StepLine, cells_of
+from lossmith.training.run.step_line import StepLine, parts_of, plain_loss
 from lossmith.training.run.terminal import say
 from lossmith.training.tasks.task import Task
 
@@ -153,7 +153,7 @@ class Display(TrainerCallback):
         if "val_loss" in row:
             say(self.console, f"{step}  {self.task.describe(row)}", "bold")
         elif self.bar is not None:
-            self.bar.parts = "  ".join(cells_of(row).values())
+            self.bar.parts = "  ".join([*plain_loss(row), *parts_of(row).values()])
             self.bar.update(self.task_id, measures=self.task.describe(row))
         else:
             say(self.console, self.line.text(step, self.task.figures(row), row, self.console.width))

@@ -7,7 +7,7 @@ from typing import Any
 from lossmith.training.run.findings import PARTS, is_number, shares_of
 from lossmith.training.tasks.measures import Figure
 
-GAP = "  "
+GAP, INDENT = "  ", "    "
 ROOM = len(" 1.23e-05 (12.3%)")  # after the name of a part
 
 
@@ -30,18 +30,18 @@ class StepLine:
             row: the row of the log, whose parts are shown.
             width: columns of the terminal.
         """
-        head = [step, *(self._padded(str(k), figure) for k, figure in enumerate(figures))]
-        parts = [self._padded(name, cell) for name, cell in cells_of(row).items()]
-        first = GAP.join([*head, *parts])
+        cells = [self._padded(str(k), figure) for k, figure in enumerate(figures)]
+        cells += [self._padded("nll", nll) for nll in plain_loss(row)]
+        head = GAP.join([step, *cells])
+        parts = [self._padded(name, cell) for name, cell in parts_of(row).items()]
+        first = GAP.join([head, *parts])
         if len(first.rstrip()) <= width or not parts:
             return first.rstrip()
-        indent = " " * (len(step) + len(GAP))
         column = max(map(len, parts))
-        num = max(1, (width - len(indent) + len(GAP)) // (column + len(GAP)))
-        lines = [GAP.join(head)]
-        cells = [part.ljust(column) for part in parts]
-        lines += [indent + GAP.join(cells[k : k + num]) for k in range(0, len(cells), num)]
-        return "\n".join(line.rstrip() for line in lines)
+        num = max(1, (width - len(INDENT) + len(GAP)) // (column + len(GAP)))
+        columns = [part.ljust(column) for part in parts]
+        below = [INDENT + GAP.join(columns[k : k + num]) for k in range(0, len(columns), num)]
+        return "\n".join(line.rstrip() for line in (head, *below))
 
     def _padded(self, name: str, cell: str) -> str:
         least = len(name) + ROOM if name.startswith(PARTS) else 0
@@ -49,12 +49,16 @@ class StepLine:
         return cell.ljust(self.widths[name])
 
 
-def cells_of(row: dict[str, Any]) -> dict[str, str]:
-    """The plain loss where parts are added to it, and each part with its share, in words."""
+def plain_loss(row: dict[str, Any]) -> list[str]:
+    """The negative log-likelihood in words, where parts are added to it."""
+    is_shown = shares_of(row) and is_number(row.get("perplexity"))
+    return [f"nll {math.log(row['perplexity']):.3f}"] if is_shown else []
+
+
+def parts_of(row: dict[str, Any]) -> dict[str, str]:
+    """Each part with its share, in words."""
     shares = shares_of(row)
     cells = {}
-    if shares and is_number(row.get("perplexity")):
-        cells["nll"] = f"nll {math.log(row['perplexity']):.3f}"
     for name in row:
         if name.startswith(PARTS):
             share = f" ({shares[name]:.1%})" if shares else ""
