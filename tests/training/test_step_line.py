@@ -106,19 +106,16 @@ def test_first_best_and_last_of_each_number():
     ]
 
 
-def test_the_best_checkpoint_is_named_or_said_to_be_gone(tmp_path: Path):
-    folder = tmp_path / "checkpoint-20"
-    folder.mkdir()
-    (folder / "trainer_state.json").write_text("{}")
+def test_the_best_checkpoint_is_named_or_said_to_be_gone():
+    kept = [(20, Path("run/checkpoint-20")), (30, Path("run/checkpoint-30"))]
     rising = [{"step": step, "val_loss": loss} for step, loss in ((10, 2.0), (20, 1.0), (30, 1.5))]
-    assert best_checkpoint(tmp_path, history(*rising)) == (
-        f"Lowest validation loss 1.0000, after step 20: {folder}"
-    )
-    said = best_checkpoint(tmp_path, history({"step": 10, "val_loss": 0.5}, *rising[1:]))
+    said = best_checkpoint(kept, history(*rising))
+    assert said == f"Lowest validation loss 1.0000, after step 20: {kept[0][1]}"
+    said = best_checkpoint(kept, history({"step": 10, "val_loss": 0.5}, *rising[1:]))
     assert (
         said == "Lowest validation loss 0.5000, after step 10: its checkpoint was not kept; the last two are."
     )
-    assert best_checkpoint(tmp_path, history()) is None
+    assert best_checkpoint(kept, history()) is None
 
 
 def test_a_run_ends_with_its_table(tiny: list[str], tmp_path: Path):

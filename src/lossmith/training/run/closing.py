@@ -1,12 +1,12 @@
 """What a run came to: first, best and last of each number that it logged, and its best checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from lossmith.training.run.checkpoints import checkpoints
 from lossmith.training.run.findings import PARTS, History, is_number
 
 HIGH = {"accuracy", "f1", "correlation", "tokens_per_second"}  # the best is the highest
@@ -46,7 +46,7 @@ def best_of(name: str, values: list[tuple[int, float]]) -> tuple[int, float] | N
     return None
 
 
-def best_checkpoint(out_dir: Path, history: History) -> str | None:
+def best_checkpoint(kept: Sequence[tuple[int, Path]], history: History) -> str | None:
     """A sentence about the evaluation with the lowest loss and its checkpoint; None without evaluations.
 
     The closing evaluation counts only if it covers the same data as those during training.
@@ -55,7 +55,7 @@ def best_checkpoint(out_dir: Path, history: History) -> str | None:
         return None
     best = min(history.evaluations, key=lambda row: row["val_loss"])
     said = f"Lowest validation loss {best['val_loss']:.4f}, after step {best['step']}: "
-    kept = dict(checkpoints(out_dir))
-    if best["step"] in kept:
-        return f"{said}{kept[best['step']]}"
+    folder = dict(kept).get(best["step"])
+    if folder is not None:
+        return f"{said}{folder}"
     return f"{said}its checkpoint was not kept; the last two are."

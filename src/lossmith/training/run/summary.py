@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from lossmith.training.config.idle_keys import without_effect
 from lossmith.training.config.saved_run import CONFIG_FILE
-from lossmith.training.run.checkpoints import last_checkpoint
+from lossmith.training.run.checkpoints import checkpoints, last_checkpoint
 from lossmith.training.run.closing import best_checkpoint, closing_table
 from lossmith.training.run.findings import History, far_from_knowing_nothing, too_small_a_text
 from lossmith.training.run.folder import LOG_FILE, SetAside
@@ -103,7 +103,7 @@ def show_results(
         say(console, closing_table(history))
     said = task.describe(log_row(step, measures) or {})
     say(console, f"\nAll held-out text, after step {step}: {said}", "bold")
-    if best := best_checkpoint(out_dir, history):
+    if best := best_checkpoint(checkpoints(out_dir), history):
         say(console, best)
     say(console, f"Saved {checkpoint} (model, tokenizer), {out_dir / LOG_FILE}, {out_dir / CONFIG_FILE}")
     say(console, f"A page about it: lossmith report {shlex.quote(str(out_dir))}")
