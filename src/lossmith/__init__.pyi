@@ -23,7 +23,7 @@ from lossmith.engine.shards.layout import VocabShards as VocabShards
 from lossmith.engine.shards.sharded import ShardedHead as ShardedHead, ShardedLogits as ShardedLogits
 from lossmith.engine.statistics.stats import TokenStats as TokenStats
 from lossmith.equation.batch import TokenBatch as TokenBatch
-from lossmith.equation.output import LossOutput as LossOutput
+from lossmith.equation.output import LossOutput as LossOutput, Pull as Pull
 from lossmith.equation.term import Term as Term
 from lossmith.functional import (
     cross_entropy as cross_entropy,

@@ -21,7 +21,16 @@ def go(flags: list[str]) -> tuple[int, str]:
 
 
 def rows(out_dir: Path) -> list[dict]:
-    """The rows of a run's log."""
+    """The rows of a run's log, without its findings."""
+    return [row for row in all_rows(out_dir) if "finding" not in row]
+
+
+def findings_of(out_dir: Path) -> list[dict]:
+    """The findings of a run's log."""
+    return [row for row in all_rows(out_dir) if "finding" in row]
+
+
+def all_rows(out_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
 
 

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lossmith.core.metrics import Metrics
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
+
+
+class Pull(NamedTuple):
+    """What a part does to the tensors that it is computed from, 0-dimensional and detached.
+
+    Attributes:
+        norm: the norm of its gradient.
+        cosine: of the angle between its gradient and that of the whole loss.
+    """
+
+    norm: Tensor
+    cosine: Tensor
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +70,46 @@ class LossOutput:
         """[N] what each token adds to the per-token terms together, detached and before ``weigh``."""
         return self.shares.sum(0)
 
+    def pull(self, *tensors: Tensor) -> dict[str, Pull]:
+        """How strongly each part pulls at tensors, and whether it pulls where the whole loss does.
+
+        ``norm`` is that of the part's gradient g_k in the tensors; ``cosine`` is g_k · g / (‖g_k‖ ‖g‖) with
+        the gradient g of ``total``, and 0 if one of them is 0. Of logits, or of the hidden states that a head
+        was given, this goes back through the loss alone and not through the model: once for each part and
+        once for the total. Call it before ``backward()``, which then works as before.
+
+        Args:
+            tensors: what the loss was computed from, usually the logits or the hidden states; several are
+                taken as one long vector.
+
+        Raises:
+            RuntimeError: a tensor has no gradient, or the graph is gone.
+            ValueError: no tensors, or a loss per token, whose parts are no scalars.
+
+        Example:
+            >>> import torch, lossmith
+            >>> logits = torch.randn(2, 3, 5, requires_grad=True)
+            >>> criterion = lossmith.CrossEntropyLoss(z_loss=0.1)
+            >>> output = criterion.evaluate(logits, torch.ones(2, 3, dtype=torch.long))
+            >>> sorted(output.pull(logits))
+            ['cross_entropy', 'z_loss']
+        """
+        if not tensors or self.total.dim():
+            raise ValueError(
+                "pull needs a tensor that a scalar loss was computed from, such as the logits; got "
+                + ("no tensor" if not tensors else "a loss per token (reduction='none')")
+            )
+        whole = _gradient(self.total, tensors)
+        size = _dot(whole, whole).sqrt()
+        pulls = {}
+        for name, part in self.parts.items():
+            own = _gradient(part, tensors)
+            norm = _dot(own, own).sqrt()
+            product = norm * size
+            cosine = _dot(own, whole) / torch.where(product > 0, product, 1.0)
+            pulls[name] = Pull(norm, cosine)
+        return pulls
+
     def as_dict(self) -> dict[str, Tensor]:
         """The parts, and the loss as ``total_loss``."""
         return {**self.parts, "total_loss": self.total}
@@ -74,6 +127,24 @@ class LossOutput:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # past the frozen setattr
+
+
+def _gradient(value: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient of a scalar in tensors; None where there is none. The graph is kept."""
+    if not value.requires_grad:  # a part may be a constant
+        return [None] * len(tensors)
+    return list(torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True))
+
+
+def _dot(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
+    """The inner product of two gradients, in single precision or better."""
+    products = [
+        (x.to(wide) * y.to(wide)).sum()
+        for x, y in zip(a, b, strict=True)
+        if x is not None and y is not None
+        for wide in [torch.promote_types(x.dtype, torch.float32)]
+    ]
+    return reduce(operator.add, products, torch.zeros(()))
 
 
 def with_parts(output: LossOutput, parts: Mapping[str, Tensor]) -> LossOutput:

@@ -80,21 +80,23 @@ def require_same_tokenizer(task: Task, judge: Path) -> None:
         )
 
 
-def show_modifiers(console: Console, task: Task) -> None:
-    """Print which modifiers act and which of those switched on do not."""
+def show_modifiers(console: Console, task: Task) -> list[str]:
+    """Print which modifiers act and which of those switched on do not; returns what is said of these."""
     if not getattr(task.config, MASTER):
-        return
+        return []
     wanted, told = switched_on(task.config), told_of(task)
     act = task.pipeline.get_enabled_modifier_names()
     idle = [modifier.__name__ for modifier in wanted if not acts(modifier, task)]
     if act:
         say(console, f"Enabled loss modifiers: {', '.join(act)}", "bold")
-    if idle:
-        say(console, f"Not for mode={task.config.mode}, so without effect: {', '.join(idle)}", "yellow")
+    found = [f"Not for mode={task.config.mode}, so without effect: {', '.join(idle)}"] if idle else []
+    for text in found:
+        say(console, text, "yellow")
     for text in told:
         say(console, f"warning: {with_full_stop(text)}", "yellow")
     if act or idle or told:
         say(console)
+    return found + [with_full_stop(text) for text in told]
 
 
 def told_of(task: Task) -> list[str]:

@@ -3,20 +3,20 @@
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback
 
 from lossmith.training.config.saved_run import write_whole
 from lossmith.training.run.folder import lines_of, step_in
+from lossmith.training.run.step_line import StepLine, parts_of, plain_loss
 from lossmith.training.run.terminal import say
-from lossmith.training.tasks.measures import Figure
 from lossmith.training.tasks.task import Task
-
-PARTS = "loss/"  # the prefix of parts in the logs of a Trainer with an objective
 
 
 class Stopwatch(TrainerCallback):
@@ -72,8 +72,16 @@ class LogFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         row = log_row(state.global_step, logs or {})
         if row and state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self.write(row)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows so far, after a resumed run has dropped those that it repeats."""
+        return [json.loads(line) for line in lines_of(self.path)] if self.path.is_file() else []
 
 
 # Renamed, so that a reader's tables keep them apart from those of training.
@@ -94,20 +102,32 @@ def log_row(step: int, logs: dict[str, Any]) -> dict[str, Any] | None:
     return row
 
 
+class Bar(Progress):
+    """A progress bar with the parts of the loss below it."""
+
+    parts = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.parts:
+            yield Text(self.parts, "dim")
+
+
 class Display(TrainerCallback):
     """A progress bar on a terminal, plain lines otherwise."""
 
     def __init__(self, console: Console, task: Task):
         self.console = console
         self.task = task
-        self.bar: Progress | None = None
+        self.line = StepLine()
+        self.bar: Bar | None = None
         self.task_id: Any = None
         self.done = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.console.is_terminal:
             return
-        bar = Progress(
+        bar = Bar(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
@@ -130,14 +150,13 @@ class Display(TrainerCallback):
             return  # `show_results` prints the closing evaluation
         # of constant width: `step  40/400`
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-        said = self.task.describe(row)
         if "val_loss" in row:
-            say(self.console, f"{step}  {said}", "bold")
+            say(self.console, f"{step}  {self.task.describe(row)}", "bold")
         elif self.bar is not None:
-            self.bar.update(self.task_id, measures=said)
+            self.bar.parts = "  ".join([*plain_loss(row), *parts_of(row).values()])
+            self.bar.update(self.task_id, measures=self.task.describe(row))
         else:
-            parts = [Figure(name, f"{name} {{:.3g}}") for name in row if name.startswith(PARTS)]
-            say(self.console, "  ".join([step, said, *(part.of(row) for part in parts)]))
+            say(self.console, self.line.text(step, self.task.figures(row), row, self.console.width))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.done = True

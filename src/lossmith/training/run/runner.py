@@ -34,6 +34,7 @@ from lossmith.training.run.loss_modifiers import add_modifiers, show_modifiers, 
 from lossmith.training.run.manifest import Damaged
 from lossmith.training.run.progress import Display, LogFile, log_row
 from lossmith.training.run.summary import no_effect, show_first_loss, show_results, show_summary, warn
+from lossmith.training.run.telling import TellFindings
 from lossmith.training.run.terminal import say, saying_warnings
 from lossmith.training.run.trackers import open_trackers, require_trackers
 from lossmith.training.run.trainer import TaskTrainer, choose_dtype, training_arguments, unusable
@@ -85,23 +86,26 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             require_loss(checkpoint, task.pipeline.state_dict())
         model = task.make_model()  # the Trainer loads a checkpoint's weights
         model.to(args.device)  # pyright: ignore[reportArgumentType]
+        found: list[str] = []  # before the first step
         if folder:
             for said in filter(None, (of_sizes, of_judge)):
                 say(console, said)
-            show_summary(console, task, model, args)
-            show_modifiers(console, task)
+            found += show_summary(console, task, model, args)
+            found += show_modifiers(console, task)
             for said in begin.warnings:
                 warn(console, said)
             if checkpoint:
                 say(console, f"Resuming from {checkpoint}.\n")
             else:
-                show_first_loss(console, task, model)
+                found += show_first_loss(console, task, model)
 
         # 3. The loop.
         stop, display = StopOnSignal(console), Display(console, task)
         with open_trackers(config, begin.step, is_main=folder is not None) as trackers:
             aside = prepare_folder(folder, config, begin, console) if folder else None
-            watchers = [*trackers, LogFile(out_dir / LOG_FILE), display, stop]
+            log = LogFile(out_dir / LOG_FILE)
+            findings = TellFindings(console, log, [tracker.tell for tracker in trackers], config, found)
+            watchers = [*trackers, log, display, findings, stop]
             watchers += [KeepCheckpoints(folder)] if folder else []
             trainer = TaskTrainer(task, model, args, watchers, folder)
             with stop, contextlib.closing(display), verbose_modifiers(config, console):
@@ -117,7 +121,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
         if trainer.finite.skipped:
             warn(console, f"{trainer.finite.skipped} steps were skipped: a loss or gradient was not finite.")
         sample = task.sample(model)
-        show_results(console, task, measures, sample, aside)
+        show_results(console, task, measures, sample, aside, findings.history)
         if folder:
             save_analysis(folder, step, analyse(task, model, sample, num_batches=config.eval_iters))
         return 0

@@ -1,6 +1,5 @@
 """What a run prints before and after training."""
 
-import math
 import shlex
 from pathlib import Path
 
@@ -12,15 +11,17 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from lossmith.training.config.idle_keys import without_effect
 from lossmith.training.config.saved_run import CONFIG_FILE
-from lossmith.training.run.checkpoints import last_checkpoint
+from lossmith.training.run.checkpoints import checkpoints, last_checkpoint
+from lossmith.training.run.closing import best_checkpoint, closing_table
+from lossmith.training.run.findings import History, far_from_knowing_nothing, too_small_a_text
 from lossmith.training.run.folder import LOG_FILE, SetAside
 from lossmith.training.run.progress import log_row
 from lossmith.training.run.terminal import say
 from lossmith.training.tasks.task import Task
 
 
-def show_summary(console: Console, task: Task, model: PreTrainedModel, args: TrainingArguments) -> None:
-    """Print what is about to be trained, and warn of keys without effect."""
+def show_summary(console: Console, task: Task, model: PreTrainedModel, args: TrainingArguments) -> list[str]:
+    """Print what is about to be trained; returns what it warned of: keys without effect, a small text."""
     config = task.config
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
@@ -41,15 +42,21 @@ def show_summary(console: Console, task: Task, model: PreTrainedModel, args: Tra
     for name, value in rows.items():
         say(console, Text.assemble((f"{name:<12}", "cyan"), value))
     say(console)
+    found = []
     if config.warmup_iters >= config.max_iters:
-        warn(
-            console,
+        found.append(
             f"warmup_iters={config.warmup_iters} is no less than max_iters={config.max_iters}, so "
-            "the learning rate never reaches its height. Lower --warmup_iters.",
+            "the learning rate never reaches its height. Lower --warmup_iters."
         )
     idle = without_effect(config)
     for need in dict.fromkeys(need for _, need in idle):
-        warn(console, f"{no_effect([name for name, other in idle if other == need])} without {need}.")
+        names = [name for name, other in idle if other == need]
+        found += [f"{no_effect(names)} without {need}."]
+    num_drawn = config.max_iters * tokens_per_step * args.world_size
+    found += filter(None, [too_small_a_text(len(task.train_tokens), num_parameters, num_drawn)])
+    for text in found:
+        warn(console, text)
+    return found
 
 
 def warn(console: Console, text: str) -> None:
@@ -62,18 +69,19 @@ def no_effect(names: list[str]) -> str:
     return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect"
 
 
-def show_first_loss(console: Console, task: Task, model: PreTrainedModel) -> None:
-    """Compare the untrained model's loss with that of a model that knows nothing."""
+def show_first_loss(console: Console, task: Task, model: PreTrainedModel) -> list[str]:
+    """Compare the untrained model's loss with that of one that knows nothing; returns what it warned of."""
     some = range(min(task.config.batch_size, len(task.held_out)))  # pyright: ignore[reportArgumentType]
     first = task.evaluate(model, DataLoader(Subset(task.held_out, some), batch_size=len(some)))["loss"]
     nothing = task.knowing_nothing()
     say(console, f"The initial loss is {first:.3f}; {nothing.said}.\n")
-    if not math.isfinite(first) or abs(first - nothing.loss) > nothing.margin:
-        warn(
-            console,
-            f"these are more than {nothing.margin} apart. An untrained model should know nothing; "
-            "look at the initialisation and at the loss.",
-        )
+    said = far_from_knowing_nothing(first, nothing.loss, nothing.margin)
+    if said is None:
+        return []
+    warn(console, f"they {said}")
+    return [
+        f"The initial loss, {first:.3f}, and that of a model that knows nothing, {nothing.loss:.3f}, {said}"
+    ]
 
 
 def show_results(
@@ -82,15 +90,21 @@ def show_results(
     measures: dict[str, float],
     sample: RenderableType | None,
     aside: SetAside | None,
+    history: History,
 ) -> None:
-    """Print the final measures, a sample, and where everything is."""
+    """Print a sample, a table of what was logged, the final measures, and where everything is."""
     if sample is not None:
         say(console)
         say(console, Panel(sample, title=task.sample_title, title_align="left", border_style="dim"))
     out_dir = Path(task.config.out_dir)
     step, checkpoint = last_checkpoint(out_dir)
+    if history.steps:
+        say(console)
+        say(console, closing_table(history))
     said = task.describe(log_row(step, measures) or {})
     say(console, f"\nAll held-out text, after step {step}: {said}", "bold")
+    if best := best_checkpoint(checkpoints(out_dir), history):
+        say(console, best)
     say(console, f"Saved {checkpoint} (model, tokenizer), {out_dir / LOG_FILE}, {out_dir / CONFIG_FILE}")
     say(console, f"A page about it: lossmith report {shlex.quote(str(out_dir))}")
     if aside:

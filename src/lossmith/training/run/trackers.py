@@ -17,6 +17,7 @@ from lossmith.training.run.folder import TENSORBOARD_FOLDER
 from lossmith.training.run.progress import log_row
 
 WANDB_FOLDER = "wandb"  # the library's own, with a folder for each run
+FINDING = "finding"  # the name of sentences
 NEEDED = {"tensorboard_log": "tensorboard", "wandb_log": "wandb"}
 
 
@@ -34,10 +35,17 @@ def require_trackers(config: TrainConfig) -> None:
 
 
 class Tracker(TrainerCallback):
-    """Passes on what is logged through `write(step, values)`; `close()` ends it."""
+    """Passes on what is logged through `write(step, values)`, and text through `tell(step, text)`; `close()`
+    ends it."""
 
-    def __init__(self, write: Callable[[int, dict[str, float]], None], close: Callable[[], None]):
+    def __init__(
+        self,
+        write: Callable[[int, dict[str, float]], None],
+        tell: Callable[[int, str], None],
+        close: Callable[[], None],
+    ):
         self.write = write
+        self.tell = tell
         self.close = close
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -80,17 +88,23 @@ def tensorboard(config: TrainConfig, first_step: int) -> Tracker:
     folder = Path(config.out_dir) / TENSORBOARD_FOLDER
     writers: list[SummaryWriter] = []  # made on the first write, since it creates the folder
 
-    def write(step: int, values: dict[str, float]) -> None:
+    def writer() -> SummaryWriter:
         if not writers:
             writers.append(SummaryWriter(str(folder), purge_step=purge))
+        return writers[0]
+
+    def write(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            writers[0].add_scalar(name, value, step)
+            writer().add_scalar(name, value, step)
+
+    def tell(step: int, text: str) -> None:
+        writer().add_text(FINDING, text, step)
 
     def close() -> None:
-        for writer in writers:
-            writer.close()
+        for each in writers:
+            each.close()
 
-    return Tracker(write, close)
+    return Tracker(write, tell, close)
 
 
 def weights_and_biases(config: TrainConfig) -> Tracker:
@@ -110,4 +124,8 @@ def weights_and_biases(config: TrainConfig) -> Tracker:
             f"wandb_log=True, but Weights & Biases said: {str(error).rstrip('.')}. Run `wandb login`, or set "
             "WANDB_MODE=offline to write to out_dir alone."
         ) from None
-    return Tracker(lambda step, values: run.log(values, step=step), run.finish)
+    return Tracker(
+        lambda step, values: run.log(values, step=step),
+        lambda step, text: run.log({FINDING: text}, step=step),
+        run.finish,
+    )

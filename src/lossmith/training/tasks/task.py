@@ -199,11 +199,15 @@ class Task(ABC):
 
     def describe(self, row: dict[str, Any]) -> str:
         """A row of the log in words."""
+        return "  ".join(self.figures(row))
+
+    def figures(self, row: dict[str, Any]) -> list[str]:
+        """The measures in a row of the log, each in words."""
         if "val_loss" in row:
             figures = [Figure("val_loss", f"validation {self.loss_words}"), *self.evaluation_figures]
         else:
             figures = [Figure("loss", self.loss_words), self.step_figure, SPEED]
-        return "  ".join(figure.of(row) for figure in figures)
+        return [figure.of(row) for figure in figures]
 
     # ── how good it is ────────────────────────────────────────────────────────────────────────────
 
