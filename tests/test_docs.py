@@ -16,7 +16,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ENTRANCES = [ROOT / "docs" / name for name in ("index.md", "modifiers.md", "unified.md")]
 LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-KERNELS = {"triton_arithmetic", "triton_statistics", "triton_gradient"}
+PARTS = ("arithmetic", "statistics", "gradient", "sampling", "derivation", "weighing")
+KERNELS = {f"triton_{name}" for name in PARTS}
 CORE = [m.name for m in pkgutil.walk_packages(lossmith.__path__, "lossmith.") if ".training" not in m.name]
 
 

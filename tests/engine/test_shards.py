@@ -269,6 +269,18 @@ def refused(rank):
         with pytest.raises(ValueError) as caught:
             make()
         messages.append(str(caught.value))
+    shards = VocabShards((3, 3))
+    for make in (
+        lambda: VocabShards("33"),
+        lambda: VocabShards((3.0, 3)),
+        lambda: ShardedLogits([0.0], shards),
+        lambda: ShardedLogits(torch.zeros(2, 3), (3, 3)),
+        lambda: ShardedHead(torch.zeros(2, 4), None, shards),
+        lambda: ShardedHead(torch.zeros(2, 4), torch.zeros(3, 4), shards, bias=[0.0]),
+    ):
+        with pytest.raises(TypeError) as caught:
+            make()
+        messages.append(str(caught.value))
     return messages
 
 
@@ -279,3 +291,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
         assert "has 3 of the 6 classes; got logits of 4" in messages[2]
         assert "needs the statistics of all ranks" in messages[3]
         assert "class ids in [0, 6)" in messages[4]
+        assert "sizes must be how many classes each rank has, as in (600, 400); got '33'" in messages[5]
+        assert "got (3.0, 3)" in messages[6]
+        assert "logits must be a tensor, this rank's part; got list" in messages[7]
+        assert "lossmith.VocabShards.even(V, group); got tuple" in messages[8]
+        assert "weight must be a tensor" in messages[9]
+        assert "bias must be a tensor" in messages[10]

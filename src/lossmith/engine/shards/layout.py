@@ -23,6 +23,7 @@ class VocabShards:
         group: the ranks that have a shard; None for all.
 
     Raises:
+        TypeError: sizes that are no numbers of classes.
         ValueError: not a size for each rank, or a rank without a class.
 
     Example:
@@ -35,7 +36,11 @@ class VocabShards:
     group: Group = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", tuple(map(int, self.sizes)))
+        is_list = isinstance(self.sizes, list | tuple)
+        if not is_list or not all(type(size) is int for size in self.sizes):
+            expected = "how many classes each rank has, as in (600, 400)"
+            raise TypeError(f"sizes must be {expected}; got {self.sizes!r}")
+        object.__setattr__(self, "sizes", tuple(self.sizes))
         ranks = torch.distributed.get_world_size(self.group)
         if len(self.sizes) != ranks or min(self.sizes) < 1:
             raise ValueError(
@@ -74,11 +79,15 @@ class VocabShards:
         start = self.starts[rank]
         return (ids >= start) & (ids < start + self.sizes[rank])
 
-    def check_size(self, name: str, found: int) -> None:
+    def check_part(self, name: str, part: Any, dim: int) -> None:
         """
         Raises:
-            ValueError: this rank's part has another size.
+            TypeError: this rank's part is no tensor.
+            ValueError: it has another number of classes.
         """
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{name} must be a tensor, this rank's part; got {type(part).__name__}")
+        found = part.shape[dim] if part.dim() else 0
         if found != self.size:
             raise ValueError(
                 f"rank {self.rank} has {self.size} of the {self.num_classes} classes; got {name} of {found}"

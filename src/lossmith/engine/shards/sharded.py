@@ -187,7 +187,7 @@ class ShardedLogits(_Sharded):
     """
 
     def __init__(self, values: Tensor, shards: VocabShards) -> None:
-        shards.check_size("logits", values.shape[-1])
+        given_shards(shards).check_part("logits", values, -1)
         self.own, self.shards = Logits(values), shards
 
     def _blocks(self, softcap: float | None) -> Iterator[tuple[slice, Tensor]]:
@@ -221,7 +221,7 @@ class ShardedHead(_Sharded):
     def __init__(
         self, hidden: Tensor, weight: Tensor, shards: VocabShards, bias: Tensor | None = None, **options: Any
     ) -> None:
-        shards.check_size("weight", weight.shape[0])
+        given_shards(shards).check_part("weight", weight, 0)
         if options.get("strategy") == "one_sweep":
             raise ValueError(
                 "strategy='one_sweep' is not possible: a chunk's gradient needs the statistics of all ranks. "
@@ -248,3 +248,16 @@ class ShardedHead(_Sharded):
 
     def logits(self) -> Tensor:
         raise ValueError("the head is split across ranks; nothing here needs its logits as a whole")
+
+
+def given_shards(shards: Any) -> VocabShards:
+    """
+    Raises:
+        TypeError: they are none.
+    """
+    if not isinstance(shards, VocabShards):
+        raise TypeError(
+            "shards must say which classes each rank has, as in lossmith.VocabShards.even(V, group); got "
+            f"{type(shards).__name__}"
+        )
+    return shards

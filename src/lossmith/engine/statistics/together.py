@@ -24,6 +24,8 @@ def derived_together(
         is_detached: they have no gradients.
     """
     sweep = raw.sweep
+    if name == "candidate_log1m_prob" and sweep.candidates is None:
+        return None  # the formula says what is missing
     if name not in DERIVED or not is_one_step(raw.read(view, DERIVED[name][0]), sweep.backend):
         return None
     # what was not fetched along would take a pass of its own

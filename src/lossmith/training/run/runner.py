@@ -19,7 +19,7 @@ from lossmith.training.config.reading import read_saved_config, resolve
 from lossmith.training.data.corpus import load_corpus
 from lossmith.training.data.tokenizer import END_OF_TEXT
 from lossmith.training.run.analysis import analyse, save_analysis
-from lossmith.training.run.beginning import prepare_folder, where_to_begin
+from lossmith.training.run.beginning import Begin, prepare_folder, where_to_begin
 from lossmith.training.run.checkpoints import (
     KeepCheckpoints,
     checkpoint_of,
@@ -90,14 +90,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
         if folder:
             for said in filter(None, (of_sizes, of_judge)):
                 say(console, said)
-            found += show_summary(console, task, model, args)
-            found += show_modifiers(console, task)
-            for said in begin.warnings:
-                warn(console, said)
-            if checkpoint:
-                say(console, f"Resuming from {checkpoint}.\n")
-            else:
-                found += show_first_loss(console, task, model)
+            found += show_beginning(console, task, model, args, begin)
 
         # 3. The loop.
         stop, display = StopOnSignal(console), Display(console, task)
@@ -125,6 +118,19 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
         if folder:
             save_analysis(folder, step, analyse(task, model, sample, num_batches=config.eval_iters))
         return 0
+
+
+def show_beginning(
+    console: Console, task: Task, model: PreTrainedModel, args: TrainingArguments, begin: Begin
+) -> list[str]:
+    """Print what is going to be trained, and with what; returns what was found to be odd about it."""
+    found = [*show_summary(console, task, model, args), *show_modifiers(console, task)]
+    for said in begin.warnings:
+        warn(console, said)
+    if begin.checkpoint:
+        say(console, f"Resuming from {begin.checkpoint}.\n")
+        return found
+    return [*found, *show_first_loss(console, task, model)]
 
 
 def evaluate_saved(config: TrainConfig, console: Console) -> int:
