@@ -100,7 +100,9 @@ def pairs(values):
     return zip(values[::2], values[1::2], strict=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("num_ranks", SIZES)
 def test_every_loss_is_that_of_the_whole(num_ranks, dtype, tmp_path):
     tolerance = {"rtol": 1e-10, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 3e-5, "atol": 3e-6}
@@ -138,7 +140,7 @@ def statistics_of(rank):
     return found
 
 
-@pytest.mark.parametrize("num_ranks", SIZES)
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_statistic_is_that_of_the_whole(num_ranks, tmp_path):
     for found in on_ranks(num_ranks, statistics_of, tmp_path):
         assert len(found) == 4 * 2 * len(STATISTIC_NAMES)

@@ -277,6 +277,7 @@ def run_limited(flags: list[str], kilobytes: int) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_message_and_the_last_checkpoint_stays(tiny: list[str], out: Path):
     go(tiny)
     sizes = {path.name: path.stat().st_size // 1024 for path in (out / "checkpoint-6").iterdir()}

@@ -167,6 +167,7 @@ def test_lines_of_a_log_that_are_none_are_dropped_on_resuming(tiny: list[str], t
 # ── texts ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_text_of_unusual_size_is_refused_before_it_is_read(tmp_path: Path):
     path = tmp_path / "huge.txt"
     with path.open("wb") as file:
