@@ -78,8 +78,15 @@ class Opened:
         return self.page.evaluate(VISIBLE, self.figure(title))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1400, 420])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1400, "light"),
+        (420, "dark"),
+        pytest.param(1400, "dark", marks=pytest.mark.slow),
+        pytest.param(420, "light", marks=pytest.mark.slow),
+    ],
+)
 def test_it_draws_and_requests_nothing(browser: Any, path: Path, width: int, scheme: str):
     opened = Opened(browser, path, width, scheme)
     opened.draw_all()

@@ -212,8 +212,8 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished(tiny: list[str], out
     [
         "lossmith.training.run.trainer:.seal",  # everything but the manifest is there
         "lossmith.training.run.folder:RunFolder.keep_checkpoints",  # the manifest, too
-        "lossmith.training.run.folder:RunFolder._delete",
-        "transformers.trainer:Trainer._save_optimizer_and_scheduler",
+        pytest.param("lossmith.training.run.folder:RunFolder._delete", marks=pytest.mark.slow),
+        pytest.param("transformers.trainer:Trainer._save_optimizer_and_scheduler", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_killed_around_a_checkpoint_leaves_nothing_behind(
