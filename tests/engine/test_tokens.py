@@ -89,6 +89,12 @@ def test_weighed_sums_are_those_of_pytorch(num_terms, has_weight, dtype):
         assert one.isfinite().all()
 
 
+@pytest.mark.parametrize("weight", [torch.tensor([2.0, 0.0, 1.0], dtype=torch.float64), torch.tensor(2.0)])
+def test_weights_of_another_kind_are_pytorchs_business(weight):
+    total, *_ = weighed_sums([torch.arange(3.0)], torch.ones(3), weight)
+    assert total == (torch.arange(3.0) * weight).sum()
+
+
 @needs_compiler
 def test_many_tokens_on_several_threads_have_the_bits_of_one():
     torch.manual_seed(0)
@@ -114,7 +120,7 @@ def test_compiled_code_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="takes reference as 4"):
         derivation.of(raw)
     with pytest.raises(ValueError, match="takes values as 4"):
-        weighed_sums([torch.zeros(3)], torch.zeros(4))
+        native_tokens.weigh([torch.zeros(3)], torch.zeros(4), None, torch.zeros(1, 4))
 
 
 def test_the_compiled_code_has_the_same_lists():

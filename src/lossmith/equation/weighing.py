@@ -33,7 +33,9 @@ def weighed_sums(
     Returns:
         The sum of all; the sums [K]; and the shares [K, N], scale times value, without a gradient.
     """
-    if is_one_step(scale, backend) and all(value.dtype == scale.dtype for value in values):
+    factors = (*values, *(() if weight is None else (weight,)))
+    is_alike = all(given.dtype == scale.dtype and given.shape == scale.shape for given in factors)
+    if is_alike and is_one_step(scale, backend):
         return _Weighed.apply(backend, scale, weight, *values)
     shares = scaled(torch.stack(list(values)) if len(values) > 1 else values[0].unsqueeze(0), scale)
     sums = (shares if weight is None else scaled(shares, weight)).sum(-1)
