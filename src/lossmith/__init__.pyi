@@ -20,6 +20,7 @@ from lossmith.core.metrics import Metrics as Metrics
 from lossmith.core.warm_up import warm_up as warm_up
 from lossmith.engine.head.plan import Plan as Plan
 from lossmith.engine.shards.layout import VocabShards as VocabShards
+from lossmith.engine.shards.sequence import SequenceShards as SequenceShards
 from lossmith.engine.shards.sharded import ShardedHead as ShardedHead, ShardedLogits as ShardedLogits
 from lossmith.engine.statistics.stats import TokenStats as TokenStats
 from lossmith.equation.batch import TokenBatch as TokenBatch

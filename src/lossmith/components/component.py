@@ -22,6 +22,10 @@ class Component(nn.Module):
         optional: names of the inputs that it uses if they are given.
         per_position: those of them with one entry per position, [..., T]; a term finds them flat, [N], in
             ``batch.features``.
+        per_token: those with a row for each token, [..., T, K] or [N, K], or lists of such. Where sequences
+            are split across ranks they are gathered, and each rank has the rows of all.
+        of_own_positions: those that stay this rank's where sequences are split; ``output.batch.own`` and
+            ``output.batch.predicted`` know which positions those are. Any other input is refused there.
         reads: names of the statistics that :meth:`scalar` and :meth:`token_sum` read from ``output.stats``;
             they are computed in the same pass.
 
@@ -43,6 +47,8 @@ class Component(nn.Module):
     required: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
     per_position: ClassVar[tuple[str, ...]] = ()
+    per_token: ClassVar[tuple[str, ...]] = ()
+    of_own_positions: ClassVar[tuple[str, ...]] = ()
     reads: Reads = ()
 
     def term(self) -> Term | None:

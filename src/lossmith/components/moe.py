@@ -90,6 +90,7 @@ class MoEBalance(Component, Stepped):
 
     required = ("gate_logits",)
     optional = ("expert_indices", "attention_mask")
+    per_token = ("gate_logits", "expert_indices")
 
     expert_bias: Tensor | None
     target_usage: Tensor | None
@@ -296,6 +297,7 @@ class RouterZLoss(Component):
 
     required = ("gate_logits",)
     optional = ("attention_mask",)
+    per_token = ("gate_logits",)
 
     def scalar(self, inputs: Mapping[str, Any], output: LossOutput) -> Tensor:
         losses = []

@@ -63,6 +63,7 @@ class MTP(Component):
 
     optional = ("hidden_states", "additional_logits", "lm_head_weight", *HOW, SCORES)
     per_position = (SCORES,)
+    of_own_positions = ("hidden_states", "additional_logits", "lm_head_weight", *HOW)
 
     @strict_options
     def __init__(
@@ -127,11 +128,11 @@ class MTP(Component):
             scale = scale if weight is None else scale * weight
             valid = targets != batch.ignore_index
             tokens = replace(batch, targets=targets, scale=scale, valid=valid, also_read=None)
-            total = total + evaluate([NLL], predictions, tokens, SweepOptions()).total
+            total = total + evaluate([NLL], batch.predicted(predictions), tokens, SweepOptions()).total
         return total / self.num_future_tokens
 
     def _heads(self, inputs: Mapping[str, Any], batch: TokenBatch) -> Iterator[Predictions]:
-        """What each head predicts at every position [N]."""
+        """What each head predicts at every position [N] that this rank has."""
         given, hidden = inputs.get("additional_logits"), inputs.get("hidden_states")
         if given is not None:
             yield from (Logits(self._checked(logits, batch)) for logits in self._of_model(given))
@@ -146,13 +147,13 @@ class MTP(Component):
                 f"hidden_states must be one tensor, [..., T, D]; got {type(hidden).__name__}. Of the states "
                 "of all layers pass the last, hidden_states[-1]"
             )
-        if hidden.shape[-1] != self.hidden_size or hidden[..., 0].numel() != len(batch.targets):
+        is_used = batch.own(self._where_used(batch)).unsqueeze(-1)
+        if hidden.shape[-1] != self.hidden_size or hidden[..., 0].numel() != len(is_used):
             raise ValueError(
                 f"hidden_states must be [..., T, D] with D = hidden_size = {self.hidden_size} at the "
-                f"targets' positions {list(batch.shape)}; got {list(hidden.shape)}"
+                f"targets' positions {list(batch.own_shape)}; got {list(hidden.shape)}"
             )
         # What stands at positions without a prediction must not spread, forward or backward.
-        is_used = self._where_used(batch).unsqueeze(-1)
         flat = torch.where(is_used, hidden.reshape(-1, hidden.shape[-1]), 0.0)
         for head in range(self.num_future_tokens):
             how = {name: inputs[name] for name in HOW if inputs.get(name) is not None}
@@ -168,10 +169,10 @@ class MTP(Component):
         return logits
 
     def _checked(self, logits: Tensor, batch: TokenBatch) -> Tensor:
-        if logits.shape[:-1] != batch.shape:
+        if logits.shape[:-1] != batch.own_shape:
             raise ValueError(
-                f"additional_logits must be [K, ..., T, V] at the targets' positions {list(batch.shape)}; "
-                f"got {list(logits.shape)} for a head"
+                f"additional_logits must be [K, ..., T, V] at the targets' positions "
+                f"{list(batch.own_shape)}; got {list(logits.shape)} for a head"
             )
         return logits.reshape(-1, logits.shape[-1])
 

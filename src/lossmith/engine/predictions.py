@@ -32,10 +32,12 @@ class Predictions(ABC):
     """A distribution over V classes at every position [...].
 
     Attributes:
-        is_costly: whether a statistic that was not announced takes a matrix product more.
+        is_costly: whether a statistic that was not announced takes a matrix product more, or a collective.
+        has_all_tokens: whether the tokens that are swept here are all of the batch.
     """
 
     is_costly = False
+    has_all_tokens = True
 
     @property
     @abstractmethod

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lossmith.core.warn_user import warn_user
 from lossmith.engine.checks import check_ids, check_targets, check_whole
+from lossmith.engine.predictions import Predictions
+from lossmith.engine.shards.sequence import SequenceShards
+from lossmith.engine.shards.sequence_part import SequencePart
 from lossmith.equation.reduction import (
     Denominator,
     Empty,
@@ -49,6 +52,7 @@ class TokenBatch:
         shift: how many positions at the end of a row have no target by construction.
         also_read: [N] bool, positions without a target whose statistics a loss still reads, such as one of
             tokens further ahead; or None.
+        sequence: how the sequences are split across ranks, of which this is the whole; None if they are not.
     """
 
     targets: Tensor
@@ -66,6 +70,7 @@ class TokenBatch:
     pad_token_id: int | None = None
     shift: int = 0
     also_read: Tensor | None = None
+    sequence: SequenceShards | None = None
 
     @property
     def read_targets(self) -> Tensor:
@@ -73,6 +78,19 @@ class TokenBatch:
         if self.also_read is None:
             return self.targets
         return self.targets.masked_fill(self.also_read & ~self.valid, 0)
+
+    def own(self, values: Tensor) -> Tensor:
+        """[N, ...] values at the positions that this rank has: all of them, unless sequences are split."""
+        return values if self.sequence is None else self.sequence.own_rows(values)
+
+    @property
+    def own_shape(self) -> torch.Size:
+        """That of the targets at the positions that this rank has."""
+        return self.shape if self.sequence is None else torch.Size((*self.shape[:-1], self.sequence.size))
+
+    def predicted(self, own: Predictions) -> Predictions:
+        """Predictions of this rank's positions, as those of all of them."""
+        return own if self.sequence is None else SequencePart(own, self.sequence)
 
     @property
     def num_tokens(self) -> Tensor:

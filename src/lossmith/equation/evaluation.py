@@ -215,6 +215,12 @@ def _in_one_sweep(
     if swept is None:
         return None
     assert shares is not None
+    if not predictions.has_all_tokens:
+        with torch.no_grad():
+            known = swept.stats(swept.known).detach()
+            known.announce(joined(*(term.reads for term, _ in of_terms)) or ())
+            values = _values(of_terms, _supervised(known, batch), batch)
+            shares = weighed_sums(values, batch.scale, backend=sweep.backend)[2]
     values = shares.sum(-1)
     parts = {
         of_term[0].name: swept.part(

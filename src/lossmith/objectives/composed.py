@@ -94,6 +94,19 @@ class ComposedLoss(WrappedObjective):
                     )
         return {**super().features(inputs), **Objective.features(self, inputs)}
 
+    def per_token(self, inputs: Mapping[str, Any]) -> set[str]:
+        found = self.base.per_token(inputs)
+        for name, component, _ in self._active():
+            known = {*component.per_position, *component.per_token, *component.of_own_positions}
+            for needed in (*component.required, *component.optional):
+                if needed not in {*known, *BOUND, "attention_mask"} and inputs.get(needed) is not None:
+                    raise ValueError(
+                        f"the component {name!r} ({type(component).__name__}) reads {needed} of whole "
+                        "sequences, which are split across ranks; give it a weight of 0, or leave it out"
+                    )
+            found |= set(component.per_token)
+        return found
+
     @property
     def reads(self) -> Reads:
         return joined(self.base.reads, *(component.reads for _, component, _ in self._active()))

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
+from lossmith.engine.checks import check_targets
 from lossmith.engine.head.plan import HEAD_OPTIONS
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.shards.dtensor import head_as_predictions, logits_as_predictions
+from lossmith.engine.shards.sequence import SequenceShards
 from lossmith.options import kind_of, option
 from lossmith.options.shared import Softcap
 
@@ -32,6 +34,7 @@ OWN_INPUTS = (
     "num_items_in_batch",
     "scalars",
     "shift",
+    "sequence",
     "stats",
     *HEAD_INPUTS,
 )
@@ -98,6 +101,50 @@ def given_targets(targets: Tensor | None) -> Tensor:
     if targets is None:
         raise TypeError("targets are missing; pass the ids [..., T] that the predictions are judged by")
     return targets
+
+
+def whole_sequences(
+    shards: SequenceShards,
+    targets: Tensor,
+    aligned: Mapping[str, Tensor | None],
+    inputs: Mapping[str, Any],
+    per_position: Collection[str],
+    per_token: Collection[str],
+) -> tuple[Tensor, dict[str, Tensor | None], dict[str, Any]]:
+    """Targets and what goes with them, of this rank's positions, as those of all ranks: one collective, and
+    one for each tensor with a row per token.
+
+    Args:
+        shards: how the sequences are split.
+        targets: [..., T_r].
+        aligned: [..., T_r] tensors, or None.
+        inputs: of components and terms.
+        per_position, per_token: which of them are [..., T_r], and which have a row per token.
+
+    Raises:
+        TypeError, ValueError: not a tensor, or not of this rank's positions.
+    """
+    if not isinstance(shards, SequenceShards):
+        raise TypeError(
+            "sequence must be lossmith.SequenceShards, which positions each rank has; got "
+            f"{type(shards).__name__}"
+        )
+    check_targets(targets)
+    shards.check_part("targets", targets, -1)
+    aligned = {**aligned, **{name: inputs[name] for name in per_position if inputs.get(name) is not None}}
+    given = {name: value for name, value in aligned.items() if value is not None}
+    for name, value in given.items():
+        shards.check_part(name, value, -1)
+        if value.shape != targets.shape:
+            raise ValueError(
+                f"{name} must have the targets' shape {list(targets.shape)}; got {list(value.shape)}"
+            )
+    targets, *found = shards.gather_together([targets, *given.values()])
+    whole = {**aligned, **dict(zip(given, found, strict=True))}
+    rows = {name: inputs[name] for name in per_token if inputs.get(name) is not None}
+    gathered = {name: shards.gather_tokens(value) for name, value in rows.items()}
+    features = {name: whole.pop(name) for name in per_position if name in whole}
+    return targets, whole, {**inputs, **gathered, **features}
 
 
 def both_masks(mask: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

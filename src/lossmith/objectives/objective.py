@@ -7,19 +7,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lossmith.core.stepping import Stepped
 from lossmith.engine.head.plan import Plan
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.rows.backends import BackendName
+from lossmith.engine.shards.sequence import SequenceShards
+from lossmith.engine.shards.sequence_part import SequencePart
 from lossmith.engine.statistics.stats import TokenStats
-from lossmith.engine.sweep_options import SweepOptions, fitting_class_weight
-from lossmith.equation.batch import TokenBatch, align
+from lossmith.engine.sweep_options import SweepOptions
+from lossmith.equation.batch import TokenBatch
 from lossmith.equation.evaluation import evaluate, whole_batch_reason
 from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import Denominator, Empty, Reduction
 from lossmith.equation.term import Reads, Term, TokenLoss, Weigh
+from lossmith.objectives.aligned import Aligned
 from lossmith.objectives.inputs import (
     HEAD_INPUTS,
     OWN_INPUTS,
@@ -27,6 +30,7 @@ from lossmith.objectives.inputs import (
     either,
     given_targets,
     take_predictions,
+    whole_sequences,
 )
 from lossmith.objectives.temperature import AdaptiveTemperature
 from lossmith.options import option, strict_options, unknown_option
@@ -34,7 +38,7 @@ from lossmith.options.shared import ClassWeight, IgnoreIndex, Shift, Softcap, Te
 from lossmith.terms.cross_entropy import cross_entropy
 
 
-class Objective(nn.Module):
+class Objective(Aligned):
     """A training objective: terms, how the logits are read, and how the tokens are averaged.
 
     Args:
@@ -63,13 +67,8 @@ class Objective(nn.Module):
         (['cross_entropy', 'margin'], 2.6094)
     """
 
-    class_weight: Tensor | None
-    # Targets that equal it are ignored, unless it is the end-of-text id too: see `align`.
-    pad_token_id: int | None
-    eos_token_id: int | None
-    # What evaluate takes besides its own arguments; then, of these, the per-position ones [..., T].
+    # What evaluate takes besides its own arguments.
     input_names: tuple[str, ...] = ()
-    feature_names: tuple[str, ...] = ()
 
     @strict_options
     def __init__(
@@ -125,20 +124,11 @@ class Objective(nn.Module):
         """How the tokens of a batch are averaged now."""
         return self.reduction
 
-    def also_read(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor | None:
-        """[N] bool, positions without a target whose statistics :meth:`complete` also reads, from
-        ``output.all_stats``; None for none."""
-        return None
-
     def terms(self, token_loss: TokenLoss | None = None) -> Sequence[Term]:
         """The per-token terms of the next batch, built on ``token_loss`` (default: the objective's own)."""
         if token_loss is None or not self._terms:
             return self._terms
         return [replace(self._terms[0], loss=token_loss, reads=token_loss.reads), *self._terms[1:]]
-
-    def kept(self, targets: Tensor, ignore_index: int) -> Tensor:
-        """The targets [..., T], with ``ignore_index`` in place of those that a subclass leaves out."""
-        return targets
 
     @property
     def weigh(self) -> Weigh | None:
@@ -162,6 +152,7 @@ class Objective(nn.Module):
         num_items_in_batch: Denominator | None = None,
         scalars: Mapping[str, Tensor] | None = None,
         shift: bool | int | None = None,
+        sequence: SequenceShards | None = None,
         **inputs: Any,
     ) -> LossOutput:
         """The loss of ``logits`` [..., V] at ``targets`` [...], with its parts and metrics.
@@ -181,6 +172,7 @@ class Objective(nn.Module):
             denominator, num_items_in_batch: supervised tokens (or samples) over all micro-batches and ranks.
             scalars: weighted scalars to add to the loss, by name.
             shift: overrides the objective's own.
+            sequence: how sequences are split across ranks, of which each passes its positions alone.
             inputs: what else the objective takes (``input_names``); and, without logits, ``hidden_states``
                 [..., T, D], ``lm_head_weight`` [V, D], ``lm_head_bias`` [V], a model's own ``lm_head_scale``
                 and ``lm_head_softcap``, and the ``strategy``, ``memory_budget``, ``skip_ignored`` and
@@ -191,20 +183,33 @@ class Objective(nn.Module):
         """
         self.check_inputs(inputs)
         predictions, inputs = take_predictions(logits, inputs, self.input_names)
+        targets = given_targets(targets)
         mask, attention_mask = both_masks(mask, attention_mask)
+        aligned: dict[str, Any] = {"mask": mask, "token_weight": token_weight}
+        aligned |= {"input_ids": input_ids, "segment_ids": segment_ids}
+        inputs = {"attention_mask": attention_mask, **inputs}
+        if sequence is not None:
+            predictions = SequencePart(predictions, sequence)
+            names = {*self.feature_names, "attention_mask"}, self.per_token(inputs)
+            targets, aligned, inputs = whole_sequences(sequence, targets, aligned, inputs, *names)
         batch = self.bind(
             predictions,
-            self.kept(given_targets(targets), self.ignore_index),
+            self.kept(targets, self.ignore_index),
             inputs,
-            mask=mask,
-            token_weight=token_weight,
-            input_ids=input_ids,
-            segment_ids=segment_ids,
+            **aligned,
             shift=shift,
             denominator=either("denominator", denominator, "num_items_in_batch", num_items_in_batch),
         )
-        inputs = {"attention_mask": attention_mask, **inputs}
+        batch = batch if sequence is None else replace(batch, sequence=sequence)
         return self.evaluate_batch(predictions, batch, inputs, scalars).shaped()
+
+    def per_token(self, inputs: Mapping[str, Any]) -> set[str]:
+        """The names of inputs with a row per token, which are gathered where sequences are split.
+
+        Raises:
+            ValueError: an input that is in use, and cannot be split.
+        """
+        return set()
 
     def evaluate_batch(
         self,
@@ -267,10 +272,6 @@ class Objective(nn.Module):
                 known = {"logits", "targets", *OWN_INPUTS, *self.input_names, *more}
                 raise TypeError(unknown_option(type(self).__name__, name, known))
 
-    def features(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The per-position inputs."""
-        return {name: inputs[name] for name in self.feature_names if inputs.get(name) is not None}
-
     def plan(self, *, hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, **inputs: Any) -> Plan:
         """How this objective would sweep a linear head, and at what cost; computes nothing.
 
@@ -297,83 +298,6 @@ in 1 chunks of 64; 3 products of N V D = 64 x 1000 x 16 (0.00614 GFLOP); 0.244 M
         """Why a linear head must be swept twice, or None; see
         :func:`lossmith.equation.evaluation.whole_batch_reason`."""
         return whole_batch_reason(self.terms(), None, self.weigh, self.reduction == "none")
-
-    def bind(
-        self,
-        predictions: Predictions,
-        targets: Tensor,
-        inputs: Mapping[str, Any] | None = None,
-        *,
-        reduction: Reduction | None = None,
-        ignore_index: int | None = None,
-        **given: Any,
-    ) -> TokenBatch:
-        """Check a batch and align it with its predictions.
-
-        Args:
-            predictions: logits, or a linear head.
-            targets, given: as for :meth:`evaluate`.
-            inputs: what else the objective was given; None where only the targets matter.
-            reduction, ignore_index: override the objective's own.
-        """
-        predictions.check(targets)
-        batch = self._align(
-            targets,
-            ignore_index=self.ignore_index if ignore_index is None else ignore_index,
-            reduction=reduction or self.reduction,
-            num_classes=predictions.num_classes,
-            class_weight=fitting_class_weight(self.class_weight, predictions),
-            dtype=predictions.dtype,
-            features=None if inputs is None else self.features(inputs),
-            **given,
-        )
-        self._warn_if_unshifted(batch)
-        also_read = None if inputs is None else self.also_read(batch, inputs)
-        return batch if also_read is None else replace(batch, also_read=also_read)
-
-    def count(
-        self,
-        targets: Tensor,
-        *,
-        mask: Tensor | None = None,
-        reduction: Reduction | None = None,
-        ignore_index: int | None = None,
-        shift: bool | int | None = None,
-    ) -> Tensor:
-        """What this objective divides by: the supervised tokens, or samples under ``sequence_mean``.
-
-        Its sum over all micro-batches and ranks is the ``denominator`` to pass with each of them.
-
-        Args:
-            targets, mask: [..., T], as for :meth:`evaluate`.
-            reduction, ignore_index, shift: override the objective's own.
-        """
-        ignored = self.ignore_index if ignore_index is None else ignore_index
-        return self._align(
-            self.kept(targets, ignored),
-            mask=mask,
-            shift=shift,
-            reduction=reduction or self.reduction,
-            ignore_index=ignored,
-            class_weight=self.class_weight,
-        ).count
-
-    def _align(self, targets: Tensor, *, shift: bool | int | None = None, **given: Any) -> TokenBatch:
-        own = False if self.shift is None else self.shift
-        return align(
-            targets,
-            shift=own if shift is None else shift,
-            empty=self.empty,
-            pad_token_id=self.pad_token_id,
-            eos_token_id=self.eos_token_id,
-            **given,
-        )
-
-    def _warn_if_unshifted(self, batch: TokenBatch) -> None:
-        """Checks only the first batch: the mistake is in the wiring, and the check waits for the device."""
-        if not self._shift_was_checked and batch.can_be_unshifted:
-            self._shift_was_checked = True
-            batch.warn_if_unshifted()
 
     if TYPE_CHECKING:  # nn.Module's own is untyped
 

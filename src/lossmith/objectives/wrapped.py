@@ -93,6 +93,9 @@ class WrappedObjective(Objective):
     def features(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         return self.base.features(inputs)
 
+    def per_token(self, inputs: Mapping[str, Any]) -> set[str]:
+        return self.base.per_token(inputs)
+
     def count(self, targets: Tensor, **options: Any) -> Tensor:
         return self.base.count(targets, **options)
 

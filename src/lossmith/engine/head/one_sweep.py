@@ -34,11 +34,13 @@ class SweptOnce:
     Attributes:
         known: the raw statistics, with gradients (by a second sweep, if they are needed).
         of_parts: the same statistics in a graph of their own, which ``part`` may go through again and again.
+        sweep: what they are statistics of.
         gradients: of hidden states, weight and bias, times ``lift`` if there is one.
     """
 
     known: ByView
-    of_parts: TokenStats
+    of_parts: ByView
+    sweep: Sweep
     factors: Factors
     gradients: list[Tensor | None]
     lift: Tensor | None
@@ -50,7 +52,12 @@ class SweptOnce:
     def part(self, value: Tensor, again: Callable[[TokenStats], Tensor]) -> Tensor:
         """``value``, a part of the loss that ``again`` computes from the statistics; its own gradient takes a
         second sweep, if it is ever needed."""
-        return _LazyGradient.apply(value.detach(), lambda: again(self.of_parts), *self.factors.tensors)
+        stats = self.stats(self.of_parts)
+        return _LazyGradient.apply(value.detach(), lambda: again(stats), *self.factors.tensors)
+
+    def stats(self, views: ByView) -> TokenStats:
+        """Statistics by name, of raw ones that are known."""
+        return TokenStats(RawStats(self.sweep, lambda *_: views))
 
 
 def lift_for(scale: Tensor) -> Tensor:
@@ -99,9 +106,7 @@ def sweep_once(
     def known() -> ByView:
         return sweep.by_view(stats_of_head(factors, sweep, [out.detach() for out in outputs]))
 
-    of_parts = known()
-    stats = TokenStats(RawStats(sweep, lambda *_: of_parts))
-    return SweptOnce(known(), stats, factors, gradients, lift)
+    return SweptOnce(known(), known(), sweep, factors, gradients, lift)
 
 
 def _gradients(

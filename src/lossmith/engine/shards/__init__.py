@@ -1,1 +1,2 @@
-"""A vocabulary split across ranks: each sweeps its own classes, and the statistics are merged."""
+"""Vocabularies and sequences split across ranks: each sweeps its own part, and each gets the
+statistics of the whole."""

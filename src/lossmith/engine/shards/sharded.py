@@ -36,6 +36,8 @@ class _Sharded(Predictions):
 
     own: Any
     shards: VocabShards
+    # any statistic is a collective, which all ranks must take part in: what is always read is announced
+    is_costly = True
 
     @property
     def num_classes(self) -> int:
@@ -215,8 +217,6 @@ class ShardedHead(_Sharded):
     Raises:
         TypeError, ValueError: they do not belong together; the message says which.
     """
-
-    is_costly = True
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, shards: VocabShards, bias: Tensor | None = None, **options: Any

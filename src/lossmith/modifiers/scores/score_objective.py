@@ -45,6 +45,7 @@ class ScoreObjective:
         denominator: Denominator | None = None,
         token_weight: Tensor | None = None,
         shift: bool | int | None = None,
+        sequence: Any = None,
         scalars: Mapping[str, Tensor] | None = None,
         **_: Any,
     ) -> LossOutput:
@@ -55,7 +56,7 @@ class ScoreObjective:
             targets: [B].
             mask: [B], 0 where a sequence is ignored.
             denominator, scalars: as for :meth:`lossmith.LossModifierPipeline.evaluate`.
-            token_weight, shift: refused; further inputs are for custom modifiers.
+            token_weight, shift, sequence: refused; further inputs are for custom modifiers.
 
         Raises:
             TypeError: predictions that are missing or not floating point, or an input that belongs to tokens.
@@ -67,6 +68,10 @@ class ScoreObjective:
             raise TypeError("token_weight weighs tokens, and a sequence scorer has none; leave it out")
         if shift:
             raise TypeError("shift moves targets along a row, and a sequence scorer has none; leave it out")
+        if sequence is not None:
+            raise TypeError(
+                "sequence splits tokens across ranks, and a sequence scorer has none; leave it out"
+            )
         _check_scores(predictions, targets, mask)
         valid = (torch.ones_like(targets, dtype=torch.bool) if mask is None else mask != 0).reshape(-1)
         output = self._modified(predictions, targets, valid, denominator)

@@ -68,6 +68,12 @@ class TokenObjective(WrappedObjective):
         self._refuse_flat(targets)
         return self.base.count(self.kept(targets, self.ignore_index), **self._of_call, **options)
 
+    @property
+    def _given(self) -> str | None:
+        """What the caller computed of the positions already, by name."""
+        given = {"stats": self.call.stats, "per_position_loss": self.call.per_position_loss}
+        return next((name for name, value in given.items() if value is not None), None)
+
     def _refuse_flat(self, targets: Tensor) -> None:
         """Raise a ValueError if a modifier weighs samples but flat targets [N] make a single sample."""
         for modifier in self.token_modifiers:
@@ -152,6 +158,12 @@ class TokenObjective(WrappedObjective):
     ) -> LossOutput:
         self.targets = given_targets(targets)
         self._refuse_flat(self.targets)
+        if inputs.get("sequence") is not None and (self._given is not None or self.call.custom):
+            raise ValueError(
+                "where sequences are split across ranks a pipeline takes no "
+                f"{self._given or 'custom modifiers'}, which would be of this rank's positions alone; leave "
+                "them out"
+            )
         return super().evaluate(logits, targets, **inputs)
 
     def evaluate_batch(
