@@ -6,6 +6,7 @@ outside is seen. Prints how many cases there were; a report ends the process.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from lossmith.engine.rows import native_rows
 from lossmith.engine.rows.operators import row_grad_op, row_stats_op
 from lossmith.engine.statistics.raw import raw_names
 from lossmith.engine.sweep import Sweep
+from lossmith.equation.weighing import weighed_sums
 
 warnings.simplefilter("ignore")
 INF, NAN = float("inf"), float("nan")
@@ -214,6 +216,66 @@ def products() -> Iterator[None]:
             yield
 
 
+# -- tokens -------------------------------------------------------------------------------------------
+
+DERIVED = (
+    "nll",
+    "target_prob",
+    "entropy",
+    "normalized_wrong_entropy",
+    "wrong_logsumexp",
+    "mean_logit",
+    "top_prob",
+)
+OF_CANDIDATES = ("candidate_logits", "candidate_log1m_prob")
+
+
+def tokens() -> Iterator[None]:
+    """Derived statistics and their gradients, for every number of tokens and candidates."""
+    for num, num_classes, dtype, content, num_candidates, ignored in itertools.product(
+        (1, 2, 7, 16, 33, 3000),
+        (1, 2, 5),
+        (torch.float32, torch.float64),
+        CONTENTS,
+        (None, 0, 1, 3),
+        (False, True),
+    ):
+        z = CONTENTS[content](torch.randn(max(num, 2), 1, num_classes, generator=RNG).to(dtype))[:num, 0]
+        z, targets = exactly(z).requires_grad_(), torch.randint(num_classes, (num,), generator=RNG)
+        if ignored:
+            targets[:: 2 if num > 1 else 1] = -100
+        names, ids = DERIVED, None
+        if num_candidates is not None:
+            ids = exactly(torch.randint(-1, num_classes, (num, num_candidates), generator=RNG))
+            names = (*DERIVED, *OF_CANDIDATES)
+        stats = lossmith.token_stats(z, exactly(targets), candidates=ids, temperature=0.7)
+        found = [getattr(stats.compute(*names), name) for name in names]
+        wanted = [value for value in found if value.requires_grad]
+        upstream = [exactly(torch.randn(value.shape, generator=RNG).to(dtype)) for value in wanted]
+        torch.autograd.grad(wanted, z, upstream)
+        yield
+
+
+def sums() -> Iterator[None]:
+    """Terms weighed and summed, with and without factors, in memory of every layout; and of wrong sizes."""
+    for num, terms, dtype, has_factor, strided in itertools.product(
+        (1, 2, 15, 16, 17, 3000), (1, 2, 9), (torch.float32, torch.float64), (False, True), (False, True)
+    ):
+        values = [torch.randn(num, generator=RNG).to(dtype) for _ in range(terms)]
+        if strided:
+            values = [torch.stack([value, value], -1)[:, 0] for value in values]
+        else:
+            values = [exactly(value) for value in values]
+        values = [value.requires_grad_() for value in values]
+        scale, factor = (exactly(torch.rand(num, generator=RNG).to(dtype)) for _ in range(2))
+        total, each, _ = weighed_sums(values, scale, factor if has_factor else None)
+        (total + (each * torch.randn(terms, generator=RNG).to(dtype)).sum()).backward()
+        for wrong in (scale[:-1], scale.to(torch.float16), torch.cat([scale, scale])):
+            with contextlib.suppress(ValueError, RuntimeError, TypeError):
+                weighed_sums(values, wrong)
+        yield
+
+
 def heads() -> Iterator[None]:
     """Whole losses over a head, chunk by chunk, on both strategies."""
     for num_classes, size, dtype, strategy in itertools.product(
@@ -230,6 +292,9 @@ def heads() -> Iterator[None]:
         yield
 
 
+ALL = (rows, ids_of_every_dtype, ids_written_over, wrong_memory, products, tokens, sums, heads)
+
+
 def main() -> None:
     build._PATIENCE_S = 600  # a sanitized build takes longer
     compiled = build.library()
@@ -237,7 +302,7 @@ def main() -> None:
     native_products.WORTH_IT = native_products.THIN = 0
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        for cases in (rows, ids_of_every_dtype, ids_written_over, wrong_memory, products, heads):
+        for cases in ALL:
             number = sum(1 for _ in cases())
             print(
                 f"{threads} thread{'s' * (threads > 1)}: {cases.__name__.replace('_', ' ')}: {number} cases",

@@ -30,6 +30,14 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lossmith"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many random cases each public function was given."""
+    for report in terminalreporter.getreports(""):  # of what comes before and after tests
+        num = dict(report.user_properties).get("fuzz_cases")
+        if num is not None:
+            terminalreporter.write_line(f"{report.nodeid}: {num:,} cases")
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     """Every test draws the same numbers, whatever ran before it."""

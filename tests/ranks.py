@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,11 @@ def on_ranks(num: int, function: Callable[..., Any], folder: Path, *arguments: A
     return [torch.load(folder / f"{rank}.pt") for rank in range(num)]
 
 
+PATIENCE_S = 240
+
+
 def _run(rank: int, num: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
+    faulthandler.dump_traceback_later(PATIENCE_S, exit=True)  # ranks that wait for each other never end
     torch.set_num_threads(1)
     meeting_point = f"file://{folder}/meeting-point"
     torch.distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=num)
