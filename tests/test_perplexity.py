@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lossmith
+from lossmith.engine.rows import blocks
 
 IGNORE = -100
 
@@ -62,6 +63,18 @@ def test_mask_shift_and_softcap_are_those_of_cross_entropy():
     assert accumulated.compute() == pytest.approx(expected, rel=1e-6)
     one_call = lossmith.perplexity(logits, targets, softcap=3.0, shift=True, mask=mask)
     assert one_call.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_arithmetic_is_the_one_that_was_asked_for(monkeypatch):
+    logits, targets, used = torch.randn(3, 7), torch.tensor([0, 1, 2]), []
+    fill_stats = blocks.fill_stats
+    monkeypatch.setattr(blocks, "fill_stats", lambda *given: (used.append(1), fill_stats(*given)))
+    corpus = lossmith.Perplexity(backend="torch")
+    corpus.update(logits, targets)
+    assert math.isclose(corpus.compute(), lossmith.perplexity(logits, targets, backend="torch"), rel_tol=1e-6)
+    assert len(used) == 2
+    with pytest.raises(ValueError, match="fortran"):
+        lossmith.Perplexity(backend="fortran")
 
 
 def test_another_ignore_index():

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lossmith.engine.rows.backends import BackendName
 from lossmith.functional import cross_entropy
 from lossmith.options import strict_options
 from lossmith.options.shared import IgnoreIndex, Mask, Shift, Softcap
@@ -21,13 +22,14 @@ def perplexity(
     mask: Mask = None,
     softcap: Softcap = None,
     shift: Shift = False,
+    backend: BackendName = None,
 ) -> Tensor:
     """exp of the mean NLL over the supervised tokens: unsmoothed, at temperature 1.
 
     Over a corpus, average tokens and not batches: use :class:`lossmith.Perplexity`.
 
     Args:
-        logits, targets, ignore_index, mask, softcap, shift: see :func:`lossmith.cross_entropy`.
+        logits, targets, ignore_index, mask, softcap, shift, backend: see :func:`lossmith.cross_entropy`.
 
     Returns:
         A scalar; 1 if there is no supervised token.
@@ -38,7 +40,7 @@ def perplexity(
         10.0
     """
     return cross_entropy(
-        logits, targets, ignore_index=ignore_index, mask=mask, softcap=softcap, shift=shift
+        logits, targets, ignore_index=ignore_index, mask=mask, softcap=softcap, shift=shift, backend=backend
     ).exp()
 
 
@@ -53,6 +55,7 @@ class Perplexity:
         ignore_index: the id that marks a token without a target.
         softcap: see :func:`lossmith.cross_entropy`.
         shift: whether targets are unshifted labels.
+        backend: which arithmetic computes the rows; see :func:`lossmith.cross_entropy`.
 
     Raises:
         TypeError, ValueError: an option of the wrong type, or out of range.
@@ -68,11 +71,17 @@ class Perplexity:
 
     @strict_options
     def __init__(
-        self, *, ignore_index: IgnoreIndex = -100, softcap: Softcap = None, shift: Shift = False
+        self,
+        *,
+        ignore_index: IgnoreIndex = -100,
+        softcap: Softcap = None,
+        shift: Shift = False,
+        backend: BackendName = None,
     ) -> None:
         self.ignore_index = ignore_index
         self.softcap = softcap
         self.shift = shift
+        self.backend: BackendName = backend
         self.reset()
 
     def __repr__(self) -> str:
@@ -94,6 +103,7 @@ class Perplexity:
             softcap=self.softcap,
             shift=self.shift,
             mask=mask,
+            backend=self.backend,
             return_stats=True,
         )
         wide = torch.float32 if values.device.type == "mps" else torch.float64
