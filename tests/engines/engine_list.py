@@ -1,0 +1,78 @@
+"""The engines that train as one process does: how each is used, and what it refuses. The table of
+docs/distributed.md is made of it: ``python tests/engines/engine_list.py`` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import loops
+import trainers
+from engines_case import LOSSES
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine.
+
+    Attributes:
+        run: (rank) -> the steps of every loss, or what was said when one was refused.
+        how: what to write.
+        needs: modules that have to be there.
+        of_model: how its model is made, for what is expected; None for the trainers' own.
+        refuses: losses that it refuses, with words of the message.
+        tolerance: how far gradients and loss may be off.
+    """
+
+    run: Callable[[int], Mapping[str, Any]]
+    how: str
+    needs: tuple[str, ...] = ()
+    of_model: Mapping[str, Any] | None = field(default_factory=dict)
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    tolerance: float = 1e-6
+
+
+TRAINER = {"needs": ("transformers", "accelerate"), "of_model": None}
+ZERO = {"how": "`engine.backward(loss * ranks * steps)`", "needs": ("deepspeed",), "tolerance": 1e-6}
+ENGINES = {
+    "DistributedDataParallel": Engine(loops.ddp, "`(loss * ranks).backward()`"),
+    "FSDP2": Engine(loops.fsdp2, "`(loss * ranks).backward()`"),
+    "FSDP2, tied embeddings": Engine(loops.fsdp2_tied, "the same", of_model={"tied": True}),
+    "FSDP2, checkpointed": Engine(loops.fsdp2_checkpointed, "the same"),
+    "DeepSpeed ZeRO-1": Engine(loops.zero_1, **ZERO),
+    "DeepSpeed ZeRO-2": Engine(loops.zero_2, **ZERO),
+    "DeepSpeed ZeRO-3": Engine(loops.zero_3, **ZERO),
+    "accelerate": Engine(
+        loops.accelerate, "`accelerator.backward(loss * ranks * steps)`", needs=("accelerate",)
+    ),
+    "Lightning": Engine(loops.lightning, "return `loss * ranks * steps`", needs=("lightning",)),
+    "Fabric, DDP": Engine(loops.fabric, "`fabric.backward(loss * ranks)`", needs=("lightning",)),
+    "Fabric, FSDP2": Engine(loops.fabric_fsdp2, "the same", needs=("lightning",)),
+    "Trainer: `LossTrainer`": Engine(trainers.loss_trainer, "nothing", **TRAINER),
+    "Trainer: `attach`": Engine(
+        trainers.attached, "nothing", **TRAINER, refuses={"modifier pipeline": "divides by"}
+    ),
+    "Trainer: `compute_loss_func`": Engine(
+        trainers.loss_function,
+        "nothing",
+        **TRAINER,
+        refuses={"modifier pipeline": "divides by", "UnifiedLoss": "has parameters"},
+    ),
+    "SFTTrainer: `LossTrainer`": Engine(
+        trainers.sft_trainer, "nothing", **{**TRAINER, "needs": ("transformers", "accelerate", "trl")}
+    ),
+}
+
+
+def table() -> str:
+    """Engine by loss, in Markdown."""
+    lines = [f"| | | {' | '.join(LOSSES)} |", "| --- | --- |" + " --- |" * len(LOSSES)]
+    for name, engine in ENGINES.items():
+        cells = ["refused" if loss in engine.refuses else "exact" for loss in LOSSES]
+        lines.append(f"| {name} | {engine.how} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
