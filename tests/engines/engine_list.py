@@ -1,10 +1,11 @@
-"""The engines that train as one process does: how each is used, and what it refuses. The table of
-docs/distributed.md is made of it: ``python tests/engines/engine_list.py`` prints it."""
+"""The engines that train as one process does: how each is used, and what it refuses. ``python
+tests/engines/engine_list.py`` writes the table of docs/distributed.md from it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import loops
@@ -33,46 +34,58 @@ class Engine:
     tolerance: float = 1e-6
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
+BEGIN, END = "<!-- engines -->", "<!-- end of engines -->"
+
 TRAINER = {"needs": ("transformers", "accelerate"), "of_model": None}
-ZERO = {"how": "`engine.backward(loss * ranks * steps)`", "needs": ("deepspeed",), "tolerance": 1e-6}
+ZERO = {"how": "`loss * ranks * steps`", "needs": ("deepspeed",), "tolerance": 1e-6}
 ENGINES = {
-    "DistributedDataParallel": Engine(loops.ddp, "`(loss * ranks).backward()`"),
-    "FSDP2": Engine(loops.fsdp2, "`(loss * ranks).backward()`"),
-    "FSDP2, tied embeddings": Engine(loops.fsdp2_tied, "the same", of_model={"tied": True}),
-    "FSDP2, checkpointed": Engine(loops.fsdp2_checkpointed, "the same"),
+    "DistributedDataParallel": Engine(loops.ddp, "`loss * ranks`"),
+    "FSDP2": Engine(loops.fsdp2, "`loss * ranks`"),
+    "FSDP2, tied embeddings": Engine(loops.fsdp2_tied, "`loss * ranks`", of_model={"tied": True}),
+    "FSDP2, checkpointed": Engine(loops.fsdp2_checkpointed, "`loss * ranks`"),
     "DeepSpeed ZeRO-1": Engine(loops.zero_1, **ZERO),
     "DeepSpeed ZeRO-2": Engine(loops.zero_2, **ZERO),
     "DeepSpeed ZeRO-3": Engine(loops.zero_3, **ZERO),
-    "accelerate": Engine(
-        loops.accelerate, "`accelerator.backward(loss * ranks * steps)`", needs=("accelerate",)
-    ),
-    "Lightning": Engine(loops.lightning, "return `loss * ranks * steps`", needs=("lightning",)),
-    "Fabric, DDP": Engine(loops.fabric, "`fabric.backward(loss * ranks)`", needs=("lightning",)),
-    "Fabric, FSDP2": Engine(loops.fabric_fsdp2, "the same", needs=("lightning",)),
-    "Trainer: `LossTrainer`": Engine(trainers.loss_trainer, "nothing", **TRAINER),
+    "accelerate": Engine(loops.accelerate, "`loss * ranks * steps`", needs=("accelerate",)),
+    "Lightning": Engine(loops.lightning, "`loss * ranks * steps`", needs=("lightning",)),
+    "Fabric, DDP": Engine(loops.fabric, "`loss * ranks`", needs=("lightning",)),
+    "Fabric, FSDP2": Engine(loops.fabric_fsdp2, "`loss * ranks`", needs=("lightning",)),
+    "Trainer: `LossTrainer`": Engine(trainers.loss_trainer, "`loss`, by itself", **TRAINER),
     "Trainer: `attach`": Engine(
-        trainers.attached, "nothing", **TRAINER, refuses={"modifier pipeline": "divides by"}
+        trainers.attached, "`loss`, by itself", **TRAINER, refuses={"modifier pipeline": "divides by"}
     ),
     "Trainer: `compute_loss_func`": Engine(
         trainers.loss_function,
-        "nothing",
+        "`loss`, by itself",
         **TRAINER,
         refuses={"modifier pipeline": "divides by", "UnifiedLoss": "has parameters"},
     ),
     "SFTTrainer: `LossTrainer`": Engine(
-        trainers.sft_trainer, "nothing", **{**TRAINER, "needs": ("transformers", "accelerate", "trl")}
+        trainers.sft_trainer,
+        "`loss`, by itself",
+        **{**TRAINER, "needs": ("transformers", "accelerate", "trl")},
     ),
 }
 
 
 def table() -> str:
     """Engine by loss, in Markdown."""
-    lines = [f"| | | {' | '.join(LOSSES)} |", "| --- | --- |" + " --- |" * len(LOSSES)]
+    lines = [
+        f"| engine | what it is given | {' | '.join(LOSSES)} |",
+        "| --- | --- |" + " --- |" * len(LOSSES),
+    ]
     for name, engine in ENGINES.items():
         cells = ["refused" if loss in engine.refuses else "exact" for loss in LOSSES]
         lines.append(f"| {name} | {engine.how} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def page_with_table(page: str) -> str:
+    """The page with the table in its place."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
 if __name__ == "__main__":
-    print(table())
+    PAGE.write_text(page_with_table(PAGE.read_text()))

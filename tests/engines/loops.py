@@ -86,6 +86,7 @@ def fsdp2(rank: int, **of_the_model: bool) -> Found:
             model.set_requires_gradient_sync(is_last)
             (loss * RANKS).backward()
 
+        assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
         return steps(objective, rank, model, backward, lambda: gradients_of(model))
 
     return each(run)
@@ -225,6 +226,7 @@ def zero(rank: int, stage: int) -> Found:
         model = Model(objective, dtype=torch.float32)
         optimizer = torch.optim.SGD(model.parameters(), **SGD)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        assert (model.head.weight.numel() == 0) == (stage == 3)
         factor = RANKS * engine.gradient_accumulation_steps()
         found: dict[str, Tensor] = {}
 

@@ -8,7 +8,7 @@ import socket
 import pytest
 import torch
 import trainers
-from engine_list import ENGINES
+from engine_list import ENGINES, PAGE, page_with_table
 from engines_case import LOSSES, RANKS, expected
 
 from ranks import on_two_ranks
@@ -80,3 +80,8 @@ def test_two_ranks_train_as_one_process(name, loss, found_by):
                 torch.testing.assert_close(
                     found, gradient, check_dtype=False, **close, msg=lambda said, p=parameter: f"{p}: {said}"
                 )
+
+
+def test_the_page_says_what_is_tested():
+    """If not: python tests/engines/engine_list.py"""
+    assert PAGE.read_text() == page_with_table(PAGE.read_text())
