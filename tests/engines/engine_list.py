@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import attached_models
 import loops
 import trainers
 from engines_case import LOSSES
@@ -44,9 +45,16 @@ ENGINES = {
     "FSDP2": Engine(loops.fsdp2, "`loss * ranks`"),
     "FSDP2, tied embeddings": Engine(loops.fsdp2_tied, "`loss * ranks`", of_model={"tied": True}),
     "FSDP2, checkpointed": Engine(loops.fsdp2_checkpointed, "`loss * ranks`"),
+    "FSDP2, the head by itself": Engine(loops.fsdp2_apart, "`loss * ranks`, `head.unshard()` in the forward"),
+    "FSDP2, `attach`, the head by itself": Engine(
+        attached_models.fsdp2, "`loss * ranks`", needs=("transformers",), of_model=None
+    ),
     "DeepSpeed ZeRO-1": Engine(loops.zero_1, **ZERO),
     "DeepSpeed ZeRO-2": Engine(loops.zero_2, **ZERO),
     "DeepSpeed ZeRO-3": Engine(loops.zero_3, **ZERO),
+    "DeepSpeed ZeRO-3, `attach`": Engine(
+        attached_models.zero_3, **{**ZERO, "needs": ("deepspeed", "transformers"), "of_model": None}
+    ),
     "accelerate": Engine(loops.accelerate, "`loss * ranks * steps`", needs=("accelerate",)),
     "Lightning": Engine(loops.lightning, "`loss * ranks * steps`", needs=("lightning",)),
     "Fabric, DDP": Engine(loops.fabric, "`loss * ranks`", needs=("lightning",)),

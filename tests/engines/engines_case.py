@@ -121,6 +121,7 @@ class Model(nn.Module):
             self.head = nn.Linear(D, V, bias=False)
         self.objective = objective
         self.to(dtype)
+        self.unshards_head = False  # FSDP2 was given the head by itself
         self.checkpointed = checkpointed
         if tied:
             self.head.weight = self.embedding.weight
@@ -132,6 +133,8 @@ class Model(nn.Module):
                 hidden = torch.tanh(checkpoint(layer, hidden, use_reentrant=False))
             else:
                 hidden = torch.tanh(layer(hidden))
+        if self.unshards_head:
+            self.head.unshard()
         return self.objective(
             targets=labels,
             hidden_states=hidden,

@@ -70,7 +70,7 @@ def ddp(rank: int) -> Found:
     return each(run)
 
 
-def fsdp2(rank: int, **of_the_model: bool) -> Found:
+def fsdp2(rank: int, apart: bool = False, **of_the_model: bool) -> Found:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -78,9 +78,9 @@ def fsdp2(rank: int, **of_the_model: bool) -> Found:
 
     def run(objective: lossmith.Objective) -> list[Step]:
         model = Model(objective, **of_the_model)
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        model.unshards_head = apart
+        for part in (*model.layers, *([model.head] if apart else []), model):
+            fully_shard(part, mesh=mesh)
 
         def backward(loss: Tensor, is_last: bool) -> None:
             model.set_requires_gradient_sync(is_last)
@@ -98,6 +98,10 @@ def fsdp2_tied(rank: int) -> Found:
 
 def fsdp2_checkpointed(rank: int) -> Found:
     return fsdp2(rank, checkpointed=True)
+
+
+def fsdp2_apart(rank: int) -> Found:
+    return fsdp2(rank, apart=True)
 
 
 # ── accelerate, Lightning, Fabric ─────────────────────────────────────────────────────────────────
@@ -210,7 +214,14 @@ def fabric_fsdp2(rank: int) -> Found:
 # ── DeepSpeed ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def zero(rank: int, stage: int) -> Found:
+def steps_of_deepspeed(
+    objective: lossmith.Objective,
+    rank: int,
+    model: nn.Module,
+    forward_of: Callable[[Any], Callable[..., Tensor]],
+    stage: int,
+) -> list[Step]:
+    """The steps of a model in fp32; ``forward_of`` makes of the engine what takes a micro-batch."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
@@ -221,24 +232,27 @@ def zero(rank: int, stage: int) -> Found:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    assert all((parameter.numel() == 0) == (stage == 3) for parameter in model.parameters())
+    factor = RANKS * engine.gradient_accumulation_steps()
+    found: dict[str, Tensor] = {}
 
+    def backward(loss: Tensor, is_last: bool) -> None:
+        engine.backward(loss * factor)
+        if is_last:
+            found.update({n: safe_get_full_grad(p).clone() for n, p in model.named_parameters()})
+        engine.step()
+
+    made = steps(objective, rank, forward_of(engine), backward, lambda: dict(found))
+    engine.destroy()
+    return made
+
+
+def zero(rank: int, stage: int) -> Found:
     def run(objective: lossmith.Objective) -> list[Step]:
         model = Model(objective, dtype=torch.float32)
-        optimizer = torch.optim.SGD(model.parameters(), **SGD)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        assert (model.head.weight.numel() == 0) == (stage == 3)
-        factor = RANKS * engine.gradient_accumulation_steps()
-        found: dict[str, Tensor] = {}
-
-        def backward(loss: Tensor, is_last: bool) -> None:
-            engine.backward(loss * factor)
-            if is_last:
-                found.update({n: safe_get_full_grad(p).clone() for n, p in model.named_parameters()})
-            engine.step()
-
-        made = steps(objective, rank, engine, backward, lambda: dict(found))
-        engine.destroy()
-        return made
+        return steps_of_deepspeed(objective, rank, model, lambda engine: engine, stage)
 
     return each(run)
 
