@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.multiprocessing
+
+# After this many seconds ranks that wait for each other say where, and end.
+PATIENCE = 180
 
 
 def on_two_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
@@ -24,14 +28,13 @@ def on_ranks(num: int, function: Callable[..., Any], folder: Path, *arguments: A
     return [torch.load(folder / f"{rank}.pt") for rank in range(num)]
 
 
-PATIENCE_S = 240
-
-
 def _run(rank: int, num: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
-    faulthandler.dump_traceback_later(PATIENCE_S, exit=True)  # ranks that wait for each other never end
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
     torch.set_num_threads(1)
     meeting_point = f"file://{folder}/meeting-point"
     torch.distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=num)
     torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)  # a process group at exit may abort

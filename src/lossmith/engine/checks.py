@@ -120,12 +120,14 @@ def check_head(
             hint = ". Of the states of all layers pass the last" if isinstance(value, tuple | list) else ""
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}{hint}")
         if not value.is_floating_point():
-            raise TypeError(f"{name} must be floating point; got {value.dtype}")
+            hint = ". A quantised head has no other weight; pass its logits" if name == "weight" else ""
+            raise TypeError(f"{name} must be floating point; got {value.dtype}{hint}")
         if hasattr(value, "full_tensor"):
             raise ValueError(
                 f"{name} is a DTensor, of which this rank may have a part. Compute the loss inside the "
-                "forward of the module that fully_shard wraps, where the weight is whole; under tensor "
-                "parallelism pass hidden states that are a DTensor of its mesh, too"
+                "forward of the module that fully_shard wraps, where the weight is whole; if fully_shard "
+                "was given the head by itself, call head.unshard() there first. Under tensor parallelism "
+                "pass hidden states that are a DTensor of its mesh, too"
             )
         if value.device != hidden.device:
             raise ValueError(f"hidden is on {hidden.device} but {name} on {value.device}; move one of them")
@@ -135,7 +137,13 @@ def check_head(
                 "torch.autocast"
             )
     if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"weight must be [V, D] with V >= 1; got {list(weight.shape)}")
+        hint = ""
+        if hasattr(weight, "ds_id"):
+            hint = (
+                ". ZeRO-3 has it whole only inside the forward of the model that deepspeed.initialize was "
+                "given; compute the loss there"
+            )
+        raise ValueError(f"weight must be [V, D] with V >= 1; got {list(weight.shape)}{hint}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         size = hidden.shape[-1] if hidden.dim() else None
         hint = "pass weight.t()" if size == weight.shape[0] else "pass weight as [V, D]"

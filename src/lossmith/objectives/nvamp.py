@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from lossmith.core.distributed import StatsScope, gather_over_ranks, masked_mean, num_ranks, sum_over_ranks
+from lossmith.core.distributed import StatsScope, gather_over_ranks, masked_mean, sum_over_ranks
 from lossmith.engine.rows.backends import BackendName
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.batch import TokenBatch
@@ -163,9 +163,11 @@ class NVAMPLoss(Objective):
         if self.stats_scope == "global":
             everyone = gather_over_ranks(top.values)
             chosen = chosen * (values >= everyone.topk(min(self.top_k, len(everyone))).values[-1])
-            count = sum_over_ranks(chosen.sum(), "global").clamp(min=1)
             # without a denominator each rank's loss is its own mean, and the ranks' losses are averaged
-            share = chosen / count * (1 if isinstance(batch.share, Tensor) else num_ranks())
+            own = torch.stack([chosen.sum(), batch.share * loss.new_ones(())])
+            count, total = sum_over_ranks(own, "global").unbind()
+            in_full = self.legacy and isinstance(batch.share, Tensor)
+            share = chosen / count.clamp(min=1) * (1 if in_full else total)
         else:
             share = chosen / chosen.sum().clamp(min=1) * (1 if self.legacy else batch.share)
         return share / torch.where(batch.scale == 0, 1.0, batch.scale)

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lossmith.engine.predictions import Predictions
 from lossmith.equation.output import LossOutput
-from lossmith.integrations.huggingface.fused_head import FusedHead
+from lossmith.integrations.huggingface.fused_head import FusedHead, unembedding_of
 from lossmith.integrations.huggingface.labels import evaluate, label_mask, segments, targets_of
 from lossmith.objectives.objective import Objective
 from lossmith.options import nearest
@@ -83,7 +83,7 @@ class AttachedLoss(nn.Module):
             )
         made = {
             "hidden_states": hidden,
-            "lm_head_weight": getattr(model.get_output_embeddings(), "weight", None),
+            "lm_head_weight": unembedding_of(model.get_output_embeddings()),
             **self.fused.options.options,
             "gate_logits": [z for z in output.get("router_logits") or () if z is not None] or None,
             "segment_ids": segments(inputs.get("position_ids"), labels),

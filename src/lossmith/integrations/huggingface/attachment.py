@@ -14,7 +14,7 @@ from lossmith.components.mtp import MTP
 from lossmith.engine.head.plan import HeadOptions, LogitsDtype, MemoryBudget, SkipIgnored, Strategy
 from lossmith.equation.batch import num_steps
 from lossmith.integrations.huggingface.attached_loss import NAME, PER_BATCH, AttachedLoss
-from lossmith.integrations.huggingface.fused_head import FusedHead
+from lossmith.integrations.huggingface.fused_head import FusedHead, unembedding_of
 from lossmith.integrations.huggingface.labels import NEXT_TOKEN, check_objective
 from lossmith.integrations.huggingface.trial import Trial, steps_of_loss_function, try_out
 from lossmith.objectives.objective import Objective
@@ -30,7 +30,7 @@ def attach(
     model: Model,
     loss: Objective,
     *,
-    materialize_logits: bool = False,
+    materialize_logits: bool | None = None,
     strategy: Strategy = "auto",
     memory_budget: MemoryBudget = None,
     skip_ignored: SkipIgnored = None,
@@ -58,7 +58,8 @@ def attach(
     Args:
         model: a causal language model of transformers, or one inside a PEFT model.
         loss: the objective; it moves to the device of the model's head.
-        materialize_logits: compute all the logits as the model does, and the loss from them.
+        materialize_logits: True: compute all the logits as the model does, and the loss from them. False:
+            never where there are labels. None: in evaluation, where a trainer's metrics may read them.
         strategy, memory_budget, skip_ignored, logits_dtype: see :func:`lossmith.linear_cross_entropy`.
 
     Returns:
@@ -95,8 +96,8 @@ def attach(
     head = base.get_output_embeddings()
     loss.to(next((head or base).parameters()).device)
     attached.handles = [base.register_forward_hook(attached.after_forward, with_kwargs=True)]
-    attached.handles += fused.watch(base)
-    attached.frozen = [] if head is None else _unused(loss)
+    fused.watch(base)
+    attached.frozen = [] if unembedding_of(head) is None else _unused(loss)
     for parameter in attached.frozen:
         parameter.requires_grad_(False)
     # The Trainer reads this to know whether position 0 has a target. GPT-2 does not have it, and the one of
@@ -128,6 +129,7 @@ def detach(model: Model) -> Model:
         return model
     for handle in attached.handles:
         handle.remove()
+    attached.fused.unwatch()
     for parameter in attached.frozen:
         parameter.requires_grad_(True)
     for module in (base, model):

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lossmith.core.distributed import num_ranks
 from lossmith.engine.head.plan import HeadOptions
 from lossmith.engine.predictions import Predictions
 from lossmith.integrations.huggingface.trial import LENGTH, ROWS, AfterHead, Trial, agreed, made_up_logits
 from lossmith.objectives.inputs import scaled_head
+
+ASKED = "it was asked to"
 
 # The output of a forward, the hidden states before the head, and the predictions: logits or a linear head.
 Forward = tuple[Any, Tensor | None, Tensor | Predictions]
@@ -24,7 +27,8 @@ class FusedHead:
 
     A head that is left out gets no positions and so costs nothing. That requires knowing what the model does
     to its logits: from a trial before training, or else from the first batch, in which the head gets a few
-    positions and made-up logits replace its output.
+    positions and made-up logits replace its output. A head that replaces the first, with adapters, quantised
+    or resized, is looked at in the same way. All ranks leave it out, or none: their collectives must pair up.
     """
 
     def __init__(
@@ -33,35 +37,59 @@ class FusedHead:
         trial: Trial,
         options: HeadOptions | None = None,
         *,
-        materialize: bool = False,
+        materialize: bool | None = None,
     ) -> None:
         self.options = options or HeadOptions()
         self.after: AfterHead | None = None  # what the model does to its logits, once known
         # Why the logits must be materialised; None if they need not be.
-        self.why_not = "it was asked to" if materialize else _unusual(model.get_output_embeddings())
+        why_not = ASKED if materialize else unusual(model.get_output_embeddings())
+        self.why_not = _agreed_reason(why_not)
+        self.leaves_out_always = materialize is False  # in evaluation, too
+        self._head: nn.Module | None = None
+        self._handles: list[RemovableHandle] = []
         self._listens = self._skips = False
         self._hidden: Tensor | None = None
         self._given: Tensor | None = None
         if self.why_not is None and trial.why_not is None:
             self._conclude(trial.after)
 
-    def watch(self, model: Any) -> list[RemovableHandle]:
+    def watch(self, model: Any) -> None:
         """Hook the model's head, if it exposes one."""
+        head = self._head = model.get_output_embeddings()
+        if head is not None:
+            before = head.register_forward_pre_hook(self._on_head)
+            # first, since other hooks may change the logits
+            self._handles = [before, head.register_forward_hook(self._on_logits, prepend=True)]
+
+    def unwatch(self) -> None:
+        """Undo :meth:`watch`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._head = [], None
+
+    def _follow(self, model: Any) -> bool:
+        """Watch the head that the model has now; return whether that is the one that is watched."""
         head = model.get_output_embeddings()
-        if head is None:
-            return []
-        before = head.register_forward_pre_hook(self._on_head)
-        # first, since other hooks may change the logits
-        return [before, head.register_forward_hook(self._on_logits, prepend=True)]
+        if head is not self._head and not torch.compiler.is_compiling():
+            self.unwatch()
+            self.watch(model)
+            if not (self.why_not or "").endswith(ASKED):
+                self.after, self.why_not = None, unusual(head)
+        return head is self._head
 
     def run(
         self, model: Any, forward: Callable[[], Any], *, leaves_out: bool, listens: bool = False
     ) -> Forward:
         """Run the model without labels, with the head left out if that is wanted and possible; ``listens``
         asks for the hidden states in any case."""
+        is_watched = self._follow(model)
         # A compiled forward cannot find out what happens to the logits.
         is_known = self.after is not None
-        leaves_out = leaves_out and self.why_not is None and (is_known or not torch.compiler.is_compiling())
+        leaves_out = (leaves_out or self.leaves_out_always) and self.why_not is None and is_watched
+        leaves_out = leaves_out and (is_known or not torch.compiler.is_compiling())
+        if leaves_out and _is_sharded_apart(self._head):
+            # Else its weight is gone after its own forward, and gathered again for the loss.
+            self._head.set_reshard_after_forward(False)  # pyright: ignore
         if leaves_out and not is_known:
             output, hidden, leaves_out = self._run_first(forward, listens)
         else:
@@ -95,11 +123,10 @@ class FusedHead:
             seen = None
         finally:
             self._given = None
-        if seen is None:
+        after = agreed(Trial(after=seen)).after
+        if after is None:  # also if another rank's model differs: all run again, or none
             output, hidden = self._run(forward, listens, False)
-        self._conclude(agreed(Trial(after=seen)).after)
-        if self.why_not is not None and seen is not None:  # another rank's model differs
-            output, hidden = self._run(forward, listens, False)
+        self._conclude(after)
         return output, hidden, self.why_not is None
 
     def _conclude(self, after: AfterHead | None) -> None:
@@ -132,16 +159,44 @@ class FusedHead:
         return self._given.clone()  # the model may change it in place
 
 
-def _unusual(head: Any) -> str | None:
+def unusual(head: Any) -> str | None:
     """Why a head's weight cannot be used by itself, or None."""
     if head is None:
         return "it shows no head"
-    if type(head) is not nn.Linear:
-        return f"its head is a {type(head).__name__}"  # from LoRA, or quantised
+    kind = type(head)
+    if _plain_class(head) is not nn.Linear:  # from LoRA, or quantised
+        return f"its head is a {kind.__name__ if kind.__name__ != 'Linear' else f'{kind.__module__}.Linear'}"
     if hasattr(head, "_hf_hook"):
         return "its head is moved between devices"
     if "forward" in vars(head):
         return "its head has a forward of its own"
-    if hasattr(head.weight, "ds_id"):
-        return "ZeRO-3 has its head's weight only inside the head's forward"
+    if type(head.weight) not in (Tensor, nn.Parameter) and not hasattr(head.weight, "full_tensor"):
+        return f"its head's weight is a {type(head.weight).__name__}"  # quantised in place
     return None
+
+
+def unembedding_of(head: Any) -> Tensor | None:
+    """A head's weight, [V, D] unless ZeRO-3 has parted it; None if it has none of numbers."""
+    weight = getattr(head, "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
+
+
+def _plain_class(head: nn.Module) -> type:
+    """The class of a module before ``fully_shard``, which puts a subclass in its place."""
+    kind = type(head)
+    return kind.__bases__[1] if _is_sharded_apart(head) and len(kind.__bases__) == 2 else kind
+
+
+def _is_sharded_apart(head: nn.Module | None) -> bool:
+    """Whether ``fully_shard`` was given the head by itself: its weight is whole in its own forward only."""
+    return hasattr(head, "set_reshard_after_forward")
+
+
+def _agreed_reason(mine: str | None) -> str | None:
+    """Why the logits must be materialised, if they must be on any rank."""
+    if num_ranks() == 1:
+        return mine
+    found: list[Any] = [None] * num_ranks()
+    torch.distributed.all_gather_object(found, mine)
+    others = [reason for reason in found if reason is not None]
+    return mine if mine is not None or not others else f"on another rank, {others[0]}"

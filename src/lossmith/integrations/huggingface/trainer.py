@@ -177,7 +177,7 @@ class LossTrainer(ObjectiveTrainer):
         self,
         *args: Any,
         loss: Objective,
-        materialize_logits: bool = False,
+        materialize_logits: bool | None = None,
         strategy: Strategy = "auto",
         memory_budget: MemoryBudget = None,
         skip_ignored: SkipIgnored = None,

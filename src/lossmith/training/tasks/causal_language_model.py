@@ -47,7 +47,7 @@ class CausalLanguageModel(TokenTask):
 
     def put_loss_into(self, model: PreTrainedModel) -> PreTrainedModel:
         # `attach` gives components the hidden states, the routers' logits and the unembedding.
-        attach(model, self.pipeline, materialize_logits=self.config.materialize_logits)
+        attach(model, self.pipeline, materialize_logits=self.config.materialize_logits or None)
         for part in self.pipeline.modules():
             if isinstance(part, MoEBalance) and part.mode == "bias":
                 choose_experts_by_bias(model, part)

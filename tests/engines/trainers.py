@@ -1,0 +1,196 @@
+"""Trainers of Hugging Face and TRL around a small Llama, and what one process makes of the same batches."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from engines_case import (
+    LOSSES,
+    MICRO_BATCHES,
+    RANKS,
+    ROWS,
+    D,
+    Step,
+    T,
+    V,
+    batches,
+    denominator_of,
+    gradients_of,
+)
+
+import lossmith
+
+Found = dict[str, list[Step] | str]
+
+
+def llama() -> Any:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=T,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+        for parameter in model.parameters():  # initialised at 0.02, nothing would differ much
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model.double()
+
+
+def expected(name: str) -> list[Step]:
+    """The steps of one process, by itself."""
+    from lossmith.integrations.huggingface import attach
+
+    loss = LOSSES[name]
+    model = attach(llama(), loss.make("local").double())
+    found = []
+    for batch in batches():
+        denominator = denominator_of(model.attached_loss.objective, batch)
+        parts = [batch.of(micro, None) for micro in range(MICRO_BATCHES)]
+        total = torch.zeros(())
+        for ids, labels in [batch.rows()] if loss.is_whole else parts:
+            part = model(ids, labels=labels, denominator=denominator).loss
+            part.backward()
+            total = total + part.detach()
+        found.append({"loss": total, "gradients": gradients_of(model)})
+    return found
+
+
+def recorded(trainer_class: type) -> type:
+    """A Trainer that keeps what each of its steps came to."""
+    from transformers import TrainerCallback
+
+    class Keep(TrainerCallback):
+        def __init__(self, trainer: Any) -> None:
+            self.trainer = trainer
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any):
+            plain = self.trainer.accelerator.unwrap_model(model)
+            gradients = {n: p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None}
+            self.trainer.found.append({"loss": self.trainer.total, "gradients": gradients})
+            self.trainer.total = torch.zeros(())
+
+    class Recorded(trainer_class):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.found: list[Step] = []
+            self.total = torch.zeros(())
+            super().__init__(*args, **options)
+            self.add_callback(Keep(self))
+
+        def training_step(self, *args: Any, **options: Any) -> Any:
+            loss = super().training_step(*args, **options)
+            self.total = self.total + loss / self.args.world_size  # it has multiplied the loss by it
+            return loss
+
+    return Recorded
+
+
+def options(arguments: type | None = None, **more: Any) -> dict[str, Any]:
+    """What a trainer is made with: the model, two steps, and the rows of both in their order."""
+    import transformers
+
+    of_both = [batch.rows() for batch in batches()]
+    rows = [
+        {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        for all_ids, all_labels in of_both
+        for ids, labels in zip(all_ids, all_labels, strict=True)
+    ]
+    args = (arguments or transformers.TrainingArguments)(
+        tempfile.mkdtemp(),
+        max_steps=len(of_both),
+        per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=MICRO_BATCHES,
+        train_sampling_strategy="sequential",
+        optim="sgd",
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        **more,
+    )
+    return {"model": llama(), "args": args, "train_dataset": rows}
+
+
+def each(make: Callable[[lossmith.Objective], Any]) -> Found:
+    """The steps of every loss, or what was said when one was refused."""
+    found: Found = {}
+    for name, loss in LOSSES.items():
+        try:
+            trainer = make(loss.make("global").double())
+            trainer.train()
+        except (ValueError, TypeError) as error:
+            found[name] = str(error)
+            continue
+        assert trainer.args.world_size == RANKS
+        found[name] = trainer.found
+    return found
+
+
+def loss_trainer(rank: int) -> Found:
+    from lossmith.integrations.huggingface import LossTrainer
+
+    kind = recorded(LossTrainer)
+    return each(lambda loss: kind(loss=loss, **options()))
+
+
+def attached(rank: int) -> Found:
+    from transformers import Trainer
+
+    from lossmith.integrations.huggingface import attach
+
+    kind = recorded(Trainer)
+
+    def make(loss: lossmith.Objective) -> Any:
+        given = options()
+        attach(given["model"], loss)
+        return kind(**given)
+
+    return each(make)
+
+
+def loss_function(rank: int) -> Found:
+    from transformers import Trainer
+
+    from lossmith.integrations.huggingface import compute_loss_func
+
+    kind = recorded(Trainer)
+    return each(lambda loss: kind(compute_loss_func=compute_loss_func(loss), **options()))
+
+
+def sft_trainer(rank: int) -> Found:
+    import transformers
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from trl import SFTConfig, SFTTrainer
+
+    from lossmith.integrations.huggingface import LossTrainer
+
+    class SFT(LossTrainer, SFTTrainer):
+        pass
+
+    kind = recorded(SFT)
+    words = {"<pad>": 0, "<end>": 1, **{str(i): i for i in range(2, V)}}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words)), pad_token="<pad>", eos_token="<end>"
+    )
+
+    def make(loss: lossmith.Objective) -> Any:
+        given = options(
+            SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False
+        )
+        rows = [{n: column.tolist() for n, column in row.items()} for row in given.pop("train_dataset")]
+        dataset = Dataset.from_list(rows).remove_columns("attention_mask")
+        return kind(loss=loss, processing_class=tokenizer, train_dataset=dataset, **given)
+
+    return each(make)
