@@ -99,7 +99,8 @@ class FusedHead:
         head, after = model.get_output_embeddings(), self.after
         assert after is not None
         options = {"scale": after.scale, "softcap": after.softcap, **self.options.options}
-        return output, hidden, scaled_head(hidden, head.weight, head.bias, **options)
+        of_head = as_dtensor(hidden, head.weight) if is_split_by_class(head) else hidden
+        return output, hidden, scaled_head(of_head, head.weight, head.bias, **options)
 
     def _run(self, forward: Callable[[], Any], listens: bool, skips: bool) -> tuple[Any, Tensor | None]:
         """The forward's output, and the input of the head."""
@@ -148,7 +149,10 @@ class FusedHead:
         hidden = self._hidden = inputs[0]
         if not self._skips:
             return None
-        return (hidden[:ROWS, :LENGTH] if self.after is None else hidden[..., :0, :], *inputs[1:])
+        if self.after is None:
+            return hidden[:ROWS, :LENGTH], *inputs[1:]
+        least = 1 if is_split_by_class(head) else 0  # DTensor cannot divide what is empty
+        return hidden[..., :least, :], *inputs[1:]
 
     def _on_logits(self, head: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor | None:
         """A forward hook of the head."""
@@ -168,11 +172,26 @@ def unusual(head: Any) -> str | None:
         return f"its head is a {kind.__name__ if kind.__name__ != 'Linear' else f'{kind.__module__}.Linear'}"
     if hasattr(head, "_hf_hook"):
         return "its head is moved between devices"
-    if "forward" in vars(head):
+    if "forward" in vars(head) and not is_split_by_class(head):
         return "its head has a forward of its own"
     if type(head.weight) not in (Tensor, nn.Parameter) and not hasattr(head.weight, "full_tensor"):
         return f"its head's weight is a {type(head.weight).__name__}"  # quantised in place
     return None
+
+
+def is_split_by_class(head: Any) -> bool:
+    """Whether transformers' tensor parallelism has split a head by class: its forward takes hidden states
+    that are the same on every rank."""
+    weight = getattr(head, "weight", None)
+    is_split = [placement.is_shard(0) for placement in getattr(weight, "placements", ())] == [True]
+    return is_split and getattr(head, "_is_hooked", False)
+
+
+def as_dtensor(hidden: Tensor, weight: Any) -> Tensor:
+    """Hidden states that every rank of the weight's mesh has."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
 
 
 def unembedding_of(head: Any) -> Tensor | None:
