@@ -35,6 +35,34 @@ def unified(**options) -> lossmith.UnifiedLoss:
         return lossmith.UnifiedLoss(V, D, **{**UNIFIED, **options})
 
 
+# ── sequences that are cut, or joined ─────────────────────────────────────────────────────────────
+
+
+def test_labels_may_be_shifted_already():
+    inputs = batch(side="left")
+    labels, mask = inputs["labels"], inputs["attention_mask"]
+    aligned = torch.full_like(labels, -100)
+    aligned[:, :-1] = labels[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    for loss in (lossmith.CrossEntropyLoss(label_smoothing=0.1), unified(use_ngram_penalty=True)):
+        found = []
+        for more in ({}, {"shift_labels": aligned}):
+            model = attach(make("llama"), loss)
+            model(**inputs, **more).loss.backward()
+            found.append(gradients(model))
+        assert_same(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_sequences_may_be_split(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        inputs, loss = batch(), unified(use_ngram_penalty=True)
+        sequence = lossmith.SequenceShards([[(0, 5), (5, T)]])
+        values = [attach(make("llama"), loss)(**inputs, **more).loss for more in ({}, {"sequence": sequence})]
+        torch.testing.assert_close(values[1], values[0])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ── the value ─────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -17,7 +17,7 @@ from lossmith.options import nearest
 
 NAME = "attached_loss"
 # Inputs that a caller may pass besides the objective's own.
-PER_BATCH = ("denominator", "segment_ids", "token_weight")
+PER_BATCH = ("denominator", "segment_ids", "token_weight", "sequence", "shift_labels")
 # An objective's name for an input -> the model's name for it.
 OTHER_NAMES = {"targets": "labels", "mask": "attention_mask"}
 
@@ -127,8 +127,13 @@ class AttachedLoss(nn.Module):
             "segment_ids": own.get("segment_ids"),
             "token_weight": own.get("token_weight"),
         }
+        shifted, shift = own.pop("shift_labels", None), self.shift
+        if shifted is not None:  # as trainers shift them before they cut sequences, or join them
+            labels, shift = shifted, 0
+            mask = per_token["mask"]  # of the tokens, not of what they predict
+            per_token |= {"attention_mask": mask, "mask": shifted.new_ones(shifted.shape)}
         own |= {n: value.to(predictions.device) for n, value in per_token.items() if value is not None}
-        output = evaluate(self.objective, predictions, labels, num_items, shift=self.shift, **own)
+        output = evaluate(self.objective, predictions, labels, num_items, shift=shift, **own)
         self._has_run = True
         self.parts = {name: part.detach() for name, part in output.parts.items()}
         self.observed = None if self.observe is None else self.observe(output).detach()

@@ -46,7 +46,8 @@ def attach(
     ``position_ids`` restart; ``denominator=`` or, if it divides by tokens, ``num_items_in_batch``;
     ``hidden_states``, the input of the model's head; ``lm_head_weight``; ``gate_logits`` of a mixture of
     experts, whose own auxiliary loss is not added; and any other of its ``input_names`` that the caller
-    passes, with ``token_weight`` and ``segment_ids``.
+    passes, with ``token_weight``, ``segment_ids`` and ``sequence``. ``shift_labels`` that the caller has
+    aligned with the logits (-100 at padding) replace the labels.
 
     The loss becomes a submodule: its parameters are among ``model.parameters()``, so make the optimizer and
     wrap the model (DDP, FSDP, ``torch.compile``) afterwards. ``state_dict`` and ``save_pretrained`` work as
