@@ -25,6 +25,7 @@ from lossmith.training.errors import UserError
 from lossmith.training.run.checkpoints import checkpoints
 from lossmith.training.run.finite import FiniteSteps, finite_weights
 from lossmith.training.run.folder import RunFolder
+from lossmith.training.run.launcher import require_data_parallel
 from lossmith.training.run.manifest import seal, times_of
 from lossmith.training.run.progress import Stopwatch
 from lossmith.training.tasks.task import Task
@@ -264,7 +265,8 @@ class SettingsOfThisRun(TrainerCallback):
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The Trainer's arguments; a UserError if the device or the precision is not available."""
+    """The Trainer's arguments; a UserError if the device, the precision or the engine is not available."""
+    require_data_parallel(config.compile)
     device, dtype = choose_device(config), choose_dtype(config)
     args = TrainingArguments(
         output_dir=config.out_dir,
