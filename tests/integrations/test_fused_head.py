@@ -164,7 +164,8 @@ def test_an_unusual_head_keeps_its_logits():
     head = Head(D, V, bias=False)
     head.weight = model.get_output_embeddings().weight
     model.set_output_embeddings(head)
-    output = attach(model, lossmith.CrossEntropyLoss())(**inputs)
+    with pytest.warns(UserWarning, match="all at once, and the loss from them: its head is a Head"):
+        output = attach(model, lossmith.CrossEntropyLoss())(**inputs)
     torch.testing.assert_close(output.loss, expected)
     assert output.logits is not None
     assert "Head" in attached_to(model).fused.why_not

@@ -51,13 +51,17 @@ def shared_heads() -> lossmith.UnifiedLoss:
 def test_another_head_has_its_own_logits(kind, when):
     inputs = batch()
     model = make("llama").train()
+    said = pytest.warns(UserWarning, match="all at once, and the loss from them: its head is a")
     if when == "before":
         swapped(model, kind)
-    attach(model, lossmith.CrossEntropyLoss())
-    model(**inputs)
-    if when != "before":
+        with said:
+            attach(model, lossmith.CrossEntropyLoss())
+        found = model(**inputs)
+    else:
+        attach(model, lossmith.CrossEntropyLoss())(**inputs)
         swapped(model, kind)
-    found = model(**inputs)
+        with said:
+            found = model(**inputs)
     assert found.logits is not None
     torch.testing.assert_close(found.loss, detach(copy.deepcopy(model))(**inputs).loss, **CLOSE)
     name = "Linear4bit" if kind is Linear4bit else "Sequential"
@@ -70,7 +74,8 @@ def test_shared_heads_keep_an_unembedding_of_their_own(kind):
     model = make("llama").train()
     swapped(model, kind)
     loss = shared_heads()
-    attach(model, loss)
+    with pytest.warns(UserWarning, match="its head is a"):
+        attach(model, loss)
     model(**batch()).loss.backward()
     assert any("unembedding" in name and gradient.any() for name, gradient in gradients(loss).items())
 
@@ -86,7 +91,8 @@ def test_an_adapter_that_is_put_on_the_head_after_the_first_batch():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.3)
-    found = adapted(**inputs)
+    with pytest.warns(UserWarning, match="its head is a"):
+        found = adapted(**inputs)
     assert found.logits is not None
     assert "lora" in attached_to(model).fused.why_not
     found.loss.backward()
@@ -111,7 +117,8 @@ def test_a_weight_that_is_quantised_in_place():
 
     model = make("llama").train()
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Quantised))
-    attach(model, lossmith.CrossEntropyLoss())
+    with pytest.warns(UserWarning, match="its head's weight is a Quantised"):
+        attach(model, lossmith.CrossEntropyLoss())
     assert attached_to(model).fused.why_not == "its head's weight is a Quantised"
 
 

@@ -17,7 +17,9 @@ from lossmith.options import nearest
 
 NAME = "attached_loss"
 # Inputs that a caller may pass besides the objective's own.
-PER_BATCH = ("denominator", "segment_ids", "token_weight", "sequence", "shift_labels")
+PER_BATCH = ("denominator", "segment_ids", "token_weight", "sequence")
+# Targets that are aligned already. No signature shows it: the Trainer would wait for it in every batch.
+SHIFTED = "shift_labels"
 # An objective's name for an input -> the model's name for it.
 OTHER_NAMES = {"targets": "labels", "mask": "attention_mask"}
 
@@ -100,7 +102,7 @@ class AttachedLoss(nn.Module):
 
     def _check_names(self, inputs: Mapping[str, Any]) -> None:
         """Refuse an input that neither the model nor the objective takes."""
-        known = {*self.known, *PER_BATCH, *self.objective.input_names}
+        known = {*self.known, *PER_BATCH, SHIFTED, *self.objective.input_names}
         for name in inputs:
             if name not in known:
                 near = OTHER_NAMES.get(name) or nearest(name, known)
@@ -127,7 +129,7 @@ class AttachedLoss(nn.Module):
             "segment_ids": own.get("segment_ids"),
             "token_weight": own.get("token_weight"),
         }
-        shifted, shift = own.pop("shift_labels", None), self.shift
+        shifted, shift = own.pop(SHIFTED, None), self.shift
         if shifted is not None:  # as trainers shift them before they cut sequences, or join them
             labels, shift = shifted, 0
             mask = per_token["mask"]  # of the tokens, not of what they predict

@@ -13,7 +13,7 @@ from lossmith.components.moe import MoEBalance
 from lossmith.components.mtp import MTP
 from lossmith.engine.head.plan import HeadOptions, LogitsDtype, MemoryBudget, SkipIgnored, Strategy
 from lossmith.equation.batch import num_steps
-from lossmith.integrations.huggingface.attached_loss import NAME, PER_BATCH, AttachedLoss
+from lossmith.integrations.huggingface.attached_loss import NAME, PER_BATCH, SHIFTED, AttachedLoss
 from lossmith.integrations.huggingface.fused_head import FusedHead, unembedding_of
 from lossmith.integrations.huggingface.labels import NEXT_TOKEN, check_objective
 from lossmith.integrations.huggingface.trial import Trial, steps_of_loss_function, try_out
@@ -173,7 +173,7 @@ def _with_loss(original: type, extras: tuple[str, ...]) -> type:
             return original.forward(self, *args, **inputs)
         plain = functools.partial(original.forward, self) if attached.inner is None else attached.inner
         inputs.update(zip(names, args, strict=False))
-        given = {name: inputs.pop(name) for name in extras if name in inputs}
+        given = {name: inputs.pop(name) for name in (*extras, SHIFTED) if name in inputs}
         if inputs.get("labels") is not None:
             return attached.run(self, plain, inputs, given)
         if inputs.pop("num_items_in_batch", None) is not None:

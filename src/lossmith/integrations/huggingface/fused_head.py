@@ -44,6 +44,8 @@ class FusedHead:
         # Why the logits must be materialised; None if they need not be.
         why_not = ASKED if materialize else unusual(model.get_output_embeddings())
         self.why_not = _agreed_reason(why_not)
+        if self.why_not is not None and not self.why_not.endswith(ASKED):
+            _say(self.why_not)
         self.leaves_out_always = materialize is False  # in evaluation, too
         self._head: nn.Module | None = None
         self._handles: list[RemovableHandle] = []
@@ -75,6 +77,8 @@ class FusedHead:
             self.watch(model)
             if not (self.why_not or "").endswith(ASKED):
                 self.after, self.why_not = None, unusual(head)
+                if self.why_not is not None:
+                    _say(self.why_not)
         return head is self._head
 
     def run(
@@ -135,12 +139,7 @@ class FusedHead:
         self.after = after
         if after is None:
             self.why_not = "it makes something else of its logits than is known of it"
-            warnings.warn(
-                "this model's logits are not hidden @ weight.T, scaled and capped, so they are computed as "
-                "always, all at once, and the loss from them. attach(..., materialize_logits=True) says that "
-                "you know",
-                stacklevel=4,
-            )
+            _say("its logits are not hidden @ weight.T, scaled and capped")
 
     def _on_head(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A forward pre-hook of the head."""
@@ -161,6 +160,14 @@ class FusedHead:
         torch.set_grad_enabled(True)  # the graph shows whether anything else goes into the model's logits
         self._given = made_up_logits(logits)
         return self._given.clone()  # the model may change it in place
+
+
+def _say(why: str) -> None:
+    warnings.warn(
+        f"this model's logits are computed as always, all at once, and the loss from them: {why}. "
+        "attach(..., materialize_logits=True) says that you know",
+        stacklevel=5,
+    )
 
 
 def unusual(head: Any) -> str | None:
