@@ -100,7 +100,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             findings = TellFindings(console, log, [tracker.tell for tracker in trackers], config, found)
             watchers = [*trackers, log, display, findings, stop]
             watchers += [KeepCheckpoints(folder)] if folder else []
-            trainer = TaskTrainer(task, model, args, watchers, folder)
+            trainer = TaskTrainer(task, model, args, watchers, folder, findings.say_now)
             with stop, contextlib.closing(display), verbose_modifiers(config, console):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

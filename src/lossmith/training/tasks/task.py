@@ -48,10 +48,12 @@ class Seen:
     Attributes:
         parts: the parts of its loss, detached.
         observed: [2] the sum of what `training_measures` averages, and its number of terms.
+        shares: [K, N] what each token adds to the first K parts; None if they belong to no tokens.
     """
 
     parts: Mapping[str, Tensor]
     observed: Tensor
+    shares: Tensor | None = None
 
 
 class Task(ABC):
@@ -76,6 +78,7 @@ class Task(ABC):
     step_figure: ClassVar[Figure]  # shown beside the loss of a step
     evaluation_figures: ClassVar[Sequence[Figure]]  # and beside that of an evaluation
     sample_title: ClassVar[str] = "sample"
+    shares: Tensor | None = None  # of the last batch; see `Seen`
 
     def __init__(
         self, config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_blocks: int
@@ -177,7 +180,7 @@ class Task(ABC):
 
     def seen(self, outputs: Any) -> Seen:
         """What is known of the last batch, from what the model's forward returned."""
-        return Seen(outputs["parts"], outputs["observed"])
+        return Seen(outputs["parts"], outputs["observed"], self.shares)
 
     def count(self, batch: Batch) -> Tensor:
         """The denominator of a batch's loss."""
@@ -274,6 +277,7 @@ class TokenTask(Task):
         next batch.
         """
         assert output.stats is not None
+        self.shares = output.shares
         self.measured = output.metrics.only(lambda name: "/" in name and name not in output.parts)
         return torch.stack([self.observe(output.stats).detach().sum(), output.num_tokens])
 
