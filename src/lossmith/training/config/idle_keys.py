@@ -27,7 +27,8 @@ NEEDS = {
 # Keys that an evaluation does not read.
 OF_TRAINING = (
     *(spec.name for spec in fields(OptimizerKeys) if spec.name != "batch_size"),
-    "eval_interval", "eval_iters", "log_interval", "sample_tokens", "compile", "materialize_logits", "seed",
+    "eval_interval", "eval_iters", "log_interval", "pull_interval", "sample_tokens", "compile", "seed",
+    "materialize_logits",
     "tensorboard_log", "wandb_log", "wandb_project",
     # The bias that chooses experts is part of the model.
     *(name for name in LOSS_KEYS if not name.startswith(("moe_", "num_experts", "use_moe"))),

@@ -28,6 +28,11 @@ def check(config: TrainConfig) -> None:
     for names, why in _out_of_place(config):
         for name in config.changed(names):
             raise UserError(f"{name}={getattr(config, name)} {why}{name} out.")
+    if config.compile and config.pull_interval and config.changed(["pull_interval"]):
+        raise UserError(
+            f"pull_interval={config.pull_interval} goes back through the loss alone, and compile=True makes "
+            "one graph of it and the model. Leave one of them out."
+        )
     if config.is_language_model:
         _check_experts(config)
         _refuse_keys_of_others(config)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
+from lossmith import Pull
 from lossmith.integrations.huggingface.trainer import ObjectiveTrainer
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
@@ -32,6 +33,7 @@ from lossmith.training.run.progress import Stopwatch
 from lossmith.training.tasks.task import Task
 from lossmith.training.untrusted import shortened
 
+PULL, PULL_COSINE = "pull/", "pull_cosine/"  # prefixes in the log
 # What `accelerate launch --mixed_precision` calls them.
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -64,6 +66,9 @@ class TaskTrainer(ObjectiveTrainer):
         self.finite = FiniteSteps(self.loss, skips=config.on_nonfinite == "skip", tell=self._not_finite)
         self.bad_steps = BadSteps(Path(config.out_dir), folder, tell)
         self.step = Step()
+        # A compiled model makes one graph of itself and its loss, and there is no way back through one alone.
+        self.pull_interval = 0 if config.compile else config.pull_interval
+        self.pulls: Mapping[str, Pull] = {}  # measured since the last line of the log
         self.settings = SettingsOfThisRun(config)
         super().__init__(
             model=model,
@@ -93,6 +98,7 @@ class TaskTrainer(ObjectiveTrainer):
         self.was_finite = self.finite.see(outputs["loss"])
         seen, batch = self.task.seen(outputs), self.step.batches[-1]
         batch.loss, batch.parts, batch.shares = outputs["loss"].detach(), seen.parts, seen.shares
+        self.pulls = seen.pulls or self.pulls
         return seen.parts if len(seen.parts) > 1 else {}  # a single part is the loss
 
     def _take_in(self, parts: Mapping[str, torch.Tensor], factor: int) -> None:
@@ -109,6 +115,9 @@ class TaskTrainer(ObjectiveTrainer):
     ) -> Any:
         given = {} if num_items_in_batch is None else {"denominator": num_items_in_batch}
         self.step.begin({**inputs, **given}, self.state.global_step)
+        is_first = len(self.step.batches) == 1
+        step = self.state.global_step + 1
+        self.task.asks_pull = is_first and self.pull_interval > 0 and step % self.pull_interval == 0
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         wide = torch.float32 if loss.device.type == "mps" else torch.float64
         observed = self.task.seen(outputs).observed.to(wide)
@@ -222,6 +231,8 @@ class TaskTrainer(ObjectiveTrainer):
             self.observed = 0.0
             logs.update(self.task.training_measures(total / max(number, 1)))
             logs.update(self.task.part_metrics())
+            logs.update(logged_pulls(self.pulls))
+            self.pulls = {}
             if self.finite.skipped:
                 logs["skipped_steps"] = self.finite.skipped
         super().log(logs, start_time)
@@ -237,6 +248,12 @@ class TaskTrainer(ObjectiveTrainer):
             f"the {what} by step {self.state.global_step}, so training stopped. {first}"
             f"Lower --learning_rate or keep --grad_clip on, {then}."
         )
+
+
+def logged_pulls(pulls: Mapping[str, Pull]) -> dict[str, float]:
+    """The pulls of the parts as the log names them."""
+    found = {f"{PULL}{name}": float(pull.norm) for name, pull in pulls.items()}
+    return found | {f"{PULL_COSINE}{name}": float(pull.cosine) for name, pull in pulls.items()}
 
 
 def changed_since(before: Mapping[str, int], folder: Path) -> list[str]:

@@ -6,9 +6,10 @@ The runner knows nothing else about a mode, so a new mode is a subclass and a li
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lossmith
+from lossmith.engine.predictions import source_of
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.loss_keys import OPTIONS
 from lossmith.training.config.objective import make_objective
@@ -49,11 +51,13 @@ class Seen:
         parts: the parts of its loss, detached.
         observed: [2] the sum of what `training_measures` averages, and its number of terms.
         shares: [K, N] what each token adds to the first K parts; None if they belong to no tokens.
+        pulls: what `LossOutput.pull` says of each part; empty unless it was asked for.
     """
 
     parts: Mapping[str, Tensor]
     observed: Tensor
     shares: Tensor | None = None
+    pulls: Mapping[str, lossmith.Pull] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -78,7 +82,10 @@ class Task(ABC):
     step_figure: ClassVar[Figure]  # shown beside the loss of a step
     evaluation_figures: ClassVar[Sequence[Figure]]  # and beside that of an evaluation
     sample_title: ClassVar[str] = "sample"
-    shares: Tensor | None = None  # of the last batch; see `Seen`
+    asks_pull = False  # of the parts of the next batch
+    # Of the last batch; see `Seen`.
+    shares: Tensor | None = None
+    pulls: Mapping[str, lossmith.Pull] = MappingProxyType({})
 
     def __init__(
         self, config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_blocks: int
@@ -180,7 +187,7 @@ class Task(ABC):
 
     def seen(self, outputs: Any) -> Seen:
         """What is known of the last batch, from what the model's forward returned."""
-        return Seen(outputs["parts"], outputs["observed"], self.shares)
+        return Seen(outputs["parts"], outputs["observed"], self.shares, self.pulls)
 
     def count(self, batch: Batch) -> Tensor:
         """The denominator of a batch's loss."""
@@ -268,9 +275,10 @@ class TokenTask(Task):
         output = self.pipeline.evaluate(
             targets=labels, denominator=denominator, input_ids=inputs["input_ids"], **predictions
         )
-        return {"loss": output.total, "parts": detached(output.parts), "observed": self.observed(output)}
+        observed = self.observed(output, source_of(predictions["logits"]))
+        return {"loss": output.total, "parts": detached(output.parts), "observed": observed}
 
-    def observed(self, output: lossmith.LossOutput) -> Tensor:
+    def observed(self, output: lossmith.LossOutput, source: Tensor) -> Tensor:
         """[2] the sum of what is observed of every token, and their number.
 
         The metrics of the objective's parts, those with a slash in their names, are kept unread until the
@@ -278,6 +286,7 @@ class TokenTask(Task):
         """
         assert output.stats is not None
         self.shares = output.shares
+        self.pulls = pulls_of(output, source) if self.asks_pull else {}
         self.measured = output.metrics.only(lambda name: "/" in name and name not in output.parts)
         return torch.stack([self.observe(output.stats).detach().sum(), output.num_tokens])
 
@@ -330,6 +339,14 @@ class CorruptedTask(Task):
     def replacement(self) -> Replacement:
         """Draws tokens by their frequency in the training text."""
         return Replacement(self.train_tokens, self.config.vocab_size, [self.end_of_text, self.mask, self.cls])
+
+
+def pulls_of(output: lossmith.LossOutput, source: Tensor) -> dict[str, lossmith.Pull]:
+    """The pull of each part of a loss at what it was computed from; a single part pulls alone."""
+    if len(output.parts) < 2:
+        return {}
+    with torch.autocast(source.device.type, enabled=False):  # the way back has the precision of the way there
+        return output.pull(source)
 
 
 def detached(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
