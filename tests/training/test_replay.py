@@ -12,11 +12,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 from planted import LAST_NORM, Fault, plant, with_gradient, with_parameter, with_row
-from running import findings_of, go, rows
+from running import call, findings_of, go, rows
 from safetensors.torch import save_file
 from traps import Trap
 
-from lossmith.training import cli
 from lossmith.training.errors import UserError
 from lossmith.training.run.batch_file import read_batch
 
@@ -80,14 +79,6 @@ FAULTS: dict[str, tuple[str, Fault, list[str], str, str]] = {
 def out(tmp_path: Path) -> Path:
     """The folder of the run."""
     return tmp_path / "run"
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error of `lossmith ...`, line breaks as spaces."""
-    with pytest.raises(SystemExit) as caught:
-        cli.main([str(arg) for arg in args])
-    shown = capsys.readouterr()
-    return int(caught.value.code or 0), " ".join(shown.out.split()), " ".join(shown.err.split())
 
 
 @pytest.mark.parametrize("name", FAULTS)

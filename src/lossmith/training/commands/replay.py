@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.console import Console
 from lossmith.training.commands.tables import table_of
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.objective import make_objective
+from lossmith.training.config.own_loss import MODULE, how_to_name, is_own
 from lossmith.training.config.reading import Setting, moderate, resolve
 from lossmith.training.config.rules import check
 from lossmith.training.errors import UserError
@@ -23,12 +25,13 @@ from lossmith.training.tasks.task import TokenTask
 from lossmith.training.untrusted import shortened
 
 
-def replay_batch(console: Console, path: Path) -> None:
+def replay_batch(console: Console, path: Path, own_loss: str = "") -> None:
     """Print what a saved batch's loss is made of.
 
     Args:
         console: where to print.
         path: the file, or the folder of a run, whose newest is taken.
+        own_loss: `module:function` of a loss of one's own.
 
     Raises:
         UserError: there is no such file, or it does not belong to its own configuration.
@@ -42,7 +45,7 @@ def replay_batch(console: Console, path: Path) -> None:
         say(console, f"It cannot be computed again: {saved.why_not}.", "yellow")
     else:
         with quiet_libraries():
-            parts = examine(path, saved)
+            parts = examine(path, saved, own_loss)
         say(console)
         say(console, table_of("Computed again", HEAD, [row_of(part) for part in parts]))
         say(console, verdict(parts))
@@ -65,10 +68,10 @@ def choose_file(path: Path) -> Path:
     return max(found)[1]
 
 
-def examine(path: Path, saved: SavedBatch) -> list[Examined]:
+def examine(path: Path, saved: SavedBatch, own_loss: str) -> list[Examined]:
     """The parts of the loss, from the run's own objective and its state."""
     assert saved.call is not None
-    config = configuration(path, saved)
+    config = configuration(path, saved, own_loss)
     task = task_class(config)
     base = make_objective(config, shift=task.shift) if issubclass(task, TokenTask) else None
     try:
@@ -86,14 +89,21 @@ def examine(path: Path, saved: SavedBatch) -> list[Examined]:
         ) from None
 
 
-def configuration(path: Path, saved: SavedBatch) -> TrainConfig:
-    """The checked configuration in the file."""
+def configuration(path: Path, saved: SavedBatch, own_loss: str) -> TrainConfig:
+    """The checked configuration in the file, whose own loss is code that the command itself has to name."""
     settings = [Setting(str(name), value, str(path)) for name, value in saved.config.items()]
     for setting in settings:
         moderate(setting)
     config = resolve(settings)
     check(config)
-    return config
+    if is_own(config.loss) and not own_loss:
+        raise UserError(
+            f"the batch in {path} is of a run with loss={config.loss}, which is code: "
+            f"{how_to_name(config.loss)}."
+        )
+    if own_loss and not MODULE.fullmatch(own_loss):
+        raise UserError(f"--loss={own_loss}; expected module:function, as the run had it.")
+    return replace(config, loss=own_loss or config.loss)
 
 
 def row_of(part: Examined) -> list[str]:

@@ -23,6 +23,7 @@ from lossmith.engine.predictions import source_of
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.loss_keys import OPTIONS
 from lossmith.training.config.objective import make_objective
+from lossmith.training.config.own_loss import require_usable
 from lossmith.training.data.blocks import RandomBlocks, WholeBlocks
 from lossmith.training.data.corpus import Corpus
 from lossmith.training.data.corruption import Corrupted, Replacement
@@ -68,6 +69,7 @@ class Task(ABC):
         corpus: the text.
         tokenizer: trained on the corpus's training split, or the saved run's.
         num_blocks: the number of training blocks that the run will draw.
+        objective: what a language model is trained with in place of what the keys say.
 
     Attributes:
         held_out: the data for evaluations.
@@ -88,9 +90,15 @@ class Task(ABC):
     pulls: Mapping[str, lossmith.Pull] = MappingProxyType({})
 
     def __init__(
-        self, config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_blocks: int
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerFast,
+        num_blocks: int,
+        objective: lossmith.Objective | None = None,
     ):
         self.config = config
+        self.given = objective
         self.tokenizer = tokenizer
         self.corpus = corpus
         self.num_blocks = num_blocks
@@ -204,8 +212,9 @@ class Task(ABC):
     def describe_loss(self) -> str:
         """The loss and its options that are on."""
         config = self.config
-        changed = [f"{name} {getattr(config, name)}" for name in config.changed(OPTIONS[config.loss])]
-        return ", ".join([LOSS_NAMES[config.loss] + self.loss_of, *changed])
+        options = OPTIONS.get(config.loss, ())  # none, if it is one's own
+        changed = [f"{name} {getattr(config, name)}" for name in config.changed(options)]
+        return ", ".join([f"{LOSS_NAMES.get(config.loss, config.loss)}{self.loss_of}", *changed])
 
     def describe(self, row: dict[str, Any]) -> str:
         """A row of the log in words."""
@@ -263,6 +272,8 @@ class TokenTask(Task):
     far_off: ClassVar[float] = 0.5  # nats
 
     def make_objective(self) -> lossmith.Objective:
+        if self.given is not None:
+            return require_usable(self.given, self.config.loss, shift=self.shift)
         return make_objective(self.config, shift=self.shift)
 
     def loss(
