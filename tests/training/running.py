@@ -4,13 +4,23 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from lossmith.training import cli
 from lossmith.training.config.reading import load_config
 from lossmith.training.run.manifest import seal, times_of, unseal
 from lossmith.training.run.runner import run
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error of `lossmith ...`, line breaks as spaces."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(arg) for arg in args])
+    shown = capsys.readouterr()
+    return int(caught.value.code or 0), " ".join(shown.out.split()), " ".join(shown.err.split())
 
 
 def go(flags: list[str]) -> tuple[int, str]:

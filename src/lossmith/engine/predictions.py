@@ -123,6 +123,15 @@ class Predictions(ABC):
         return TokenStats(RawStats(sweep, fetch, default_needs), shape=shape)
 
 
+def source_of(predictions: Tensor | Predictions) -> Tensor:
+    """What comes from the model: the logits, or the hidden states of a head."""
+    if isinstance(predictions, Tensor):
+        return predictions
+    source = next(iter(predictions.tensors.values()))
+    assert source is not None
+    return source
+
+
 @dataclass(frozen=True)
 class Logits(Predictions):
     """Logits [..., V] that are there already."""

@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from lossmith.report.comparison import gaps
-from lossmith.report.reading import MODIFIERS, PARTS, PULLS, Run
+from lossmith.report.reading import COSINES, MODIFIERS, PARTS, PULLS, Run
 
 Trace = dict[str, Any]
 Figure = dict[str, Any]
@@ -137,13 +137,27 @@ def parts(index: int, run: Run, known: Sequence[str]) -> list[Figure]:
 
 
 def pulls(index: int, run: Run, known: Sequence[str]) -> list[Figure]:
-    names = [key.removeprefix(PULLS) for key in run.logged if key.startswith(PULLS)]
-    traces = [
-        line(index, n, column(run.steps, PULLS + n), of=known.index(n) if n in known else k, part=n)
-        for k, n in enumerate(names)
+    """How hard each part pulls, and where to; measured in some of the logged steps."""
+    note = "The norm of each part's gradient in the model's last hidden states, or else its logits."
+    hard = drawn("Pull", note, pulled(index, run, known, PULLS), "norm of the gradient")
+    note = (
+        "The cosine of each part's gradient and that of the whole loss: 1 pulls where the loss goes, 0 "
+        "elsewhere, below 0 against it."
+    )
+    axis = {"title": {"text": "cosine"}, "range": [-1.05, 1.05]}
+    return hard + drawn("Direction of the pull", note, pulled(index, run, known, COSINES), "", yaxis=axis)
+
+
+def pulled(index: int, run: Run, known: Sequence[str], prefix: str) -> list[Trace]:
+    """A curve for each part, over the steps that were measured."""
+    names = [key.removeprefix(prefix) for key in run.logged if key.startswith(prefix)]
+    found = {name: column(run.steps, prefix + name) for name in names}
+    few = {"mode": "lines+markers", "connectgaps": True}
+    return [
+        line(index, name, y, of=known.index(name) if name in known else k, part=name)
+        | (few if None in y else {})
+        for k, (name, y) in enumerate(found.items())
     ]
-    note = "How hard each part pulls on the model, as the log has it."
-    return drawn("Pull", note, traces, "pull")
 
 
 def modifier_weights(index: int, run: Run) -> list[Figure]:
@@ -170,7 +184,7 @@ def modifier_weights(index: int, run: Run) -> list[Figure]:
 
 def measured(index: int, run: Run) -> list[Figure]:
     """What the parts of the objective measure, such as how far experts are from balance."""
-    known = (PARTS, PULLS, MODIFIERS)
+    known = (PARTS, PULLS, COSINES, MODIFIERS)
     names = [key for key in run.logged if "/" in key and not key.startswith(known)]
     traces = [line(index, name, column(run.steps, name), of=k) for k, name in enumerate(names)]
     return drawn("Measured by parts", "Of the last batch before each line of the log.", traces, "")

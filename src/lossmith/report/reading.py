@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 CONFIG_FILE, LOG_FILE, ANALYSIS_FILE = "config.yaml", "log.jsonl", "analysis.json"
-PARTS, PULLS, MODIFIERS = "loss/", "pull/", "loss_modifiers/"  # prefixes of keys of the log
+# Prefixes of keys of the log.
+PARTS, PULLS, COSINES, MODIFIERS = "loss/", "pull/", "pull_cosine/", "loss_modifiers/"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)", re.ASCII)
 
 _BANDS = {"labels": [str], "loss": [float], "num_tokens": [int]}
@@ -187,13 +188,17 @@ def number(value: Any) -> float | int | None:
 
 def thinned(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     """At most ``limit`` rows: of every stretch those with the lowest and the highest loss and the largest
-    gradient, so that no spike is lost. All series keep the same rows, so parts still sum to the loss."""
+    gradient, so that no spike is lost, and one with pulls where few have them. All series keep the same rows,
+    so parts still sum to the loss."""
     if len(rows) <= limit:
         return rows
     kept = {0, len(rows) - 1}
-    num = max(1, (limit - 2) // 3)
+    with_pulls = {i for i, row in enumerate(rows) if any(key.startswith(PULLS) for key in row)}
+    are_few = 0 < len(with_pulls) < len(rows)
+    num = max(1, (limit - 2) // (4 if are_few else 3))
     for k in range(num):
         stretch = range(k * len(rows) // num, (k + 1) * len(rows) // num)
+        kept |= {*[i for i in stretch if are_few and i in with_pulls][:1]}
         for key, sign in (("loss", 1), ("loss", -1), ("grad_norm", 1)):
             kept.add(max(stretch, key=lambda i: -math.inf if (y := rows[i].get(key)) is None else sign * y))
     return [rows[i] for i in sorted(kept)]

@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "watch": ("report", TO_READ_RUNS),
     "analyze": ("train,report", (*NEEDED, *TO_READ_RUNS)),
     "sample": ("train,report", (*NEEDED, *TO_READ_RUNS)),
+    "replay": ("train,report", (*NEEDED, *TO_READ_RUNS)),
     "losses": ("train,report", (*NEEDED, *TO_READ_RUNS)),
 }
 HELP = ("--help", "-h")
@@ -40,6 +41,7 @@ Training objectives of language models. `lossmith train --help` lists the keys.
   watch     a run while it trains
   analyze   losses token by token, calibration, repetition: lossmith analyze RUN --text=FILE
   sample    text of a trained model: lossmith sample RUN --prompt="Once upon"
+  replay    a batch that was not finite, part by part: lossmith replay RUN/nonfinite-5.safetensors
   losses    every loss, component and modifier, and the options of one: lossmith losses [NAME]
 
 A RUN is a run's folder or one of its checkpoints."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lossmith.engine.predictions import Predictions
+from lossmith.engine.predictions import Predictions, source_of
 from lossmith.equation.output import LossOutput
 from lossmith.integrations.huggingface.fused_head import FusedHead, unembedding_of
 from lossmith.integrations.huggingface.labels import evaluate, label_mask, segments, targets_of
@@ -35,9 +35,10 @@ class AttachedLoss(nn.Module):
         self.fused = fused  # the model's head
         self.shift = shift  # how many steps ahead the model's logits predict its labels
         self.leaves_out_logits = False  # in evaluation too
-        # Of the last batch, detached: the parts of its loss, and what `observe` returned for its output.
+        # Of the last batch, detached: the parts of its loss, and what `observe` returned for its output and
+        # for what that was computed from, the input of the model's head or else the logits.
         self.parts: dict[str, Tensor] | None = None
-        self.observe: Callable[[LossOutput], Tensor] | None = None
+        self.observe: Callable[[LossOutput, Tensor], Tensor] | None = None
         self.observed: Tensor | None = None
         # For detach: the model's own forward and loss_type, if any, and the parameters that were frozen.
         self.inner: Callable[..., Any] | None = None
@@ -93,7 +94,7 @@ class AttachedLoss(nn.Module):
         own = {name: value for name, value in given.items() if value is not None}
         used = {"segment_ids", *wanted} - own.keys()  # the caller's come first
         own |= {name: value for name, value in made.items() if value is not None and name in used}
-        loss = self._evaluate(predictions, labels, num_items, inputs, own)
+        loss = self._evaluate(predictions, hidden, labels, num_items, inputs, own)
         left_out = () if were_asked or not asks_routers else ("router_logits", "aux_loss")
         left_out += ("logits",) if isinstance(predictions, Predictions) else ()
         values = {name: value for name, value in output.items() if name not in left_out}
@@ -116,6 +117,7 @@ class AttachedLoss(nn.Module):
     def _evaluate(
         self,
         predictions: Tensor | Predictions,
+        hidden: Tensor | None,
         labels: Tensor,
         num_items: Any,
         inputs: Mapping[str, Any],
@@ -138,7 +140,9 @@ class AttachedLoss(nn.Module):
         output = evaluate(self.objective, predictions, labels, num_items, shift=shift, **own)
         self._has_run = True
         self.parts = {name: part.detach() for name, part in output.parts.items()}
-        self.observed = None if self.observe is None else self.observe(output).detach()
+        if self.observe is not None:
+            source = source_of(predictions) if hidden is None else hidden
+            self.observed = self.observe(output, source).detach()
         return output.total
 
     def count(self, labels: Tensor, attention_mask: Any = None) -> Tensor:

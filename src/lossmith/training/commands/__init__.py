@@ -1,1 +1,2 @@
-"""The commands for what a run leaves: `report`, `compare`, `watch`, `analyze`, `sample`, and `losses`."""
+"""The commands for what a run leaves: `report`, `compare`, `watch`, `analyze`, `sample`, `replay`,
+and `losses`."""

@@ -115,6 +115,20 @@ def sample(
 
 
 @app.command()
+def replay(
+    ctx: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="a nonfinite-N.safetensors, or a run's folder")
+    ],
+    loss: Annotated[str, typer.Option(help="module:function, if the run had a loss of its own")] = "",
+) -> None:
+    """Compute a batch again whose loss or gradient was not finite, part by part."""
+    from lossmith.training.commands.replay import replay_batch
+
+    replay_batch(ctx.obj, file, loss)
+
+
+@app.command()
 def losses(
     ctx: typer.Context,
     name: Annotated[

@@ -7,6 +7,7 @@ from lossmith.modifiers.config import KEYS, MASTER, MODIFIERS
 from lossmith.objectives import unified_parts
 from lossmith.training.config.keys import OptimizerKeys, TrainConfig
 from lossmith.training.config.loss_keys import LOSS_KEYS
+from lossmith.training.config.own_loss import is_own
 
 # The weight of each component of UnifiedLoss; at 0 its switch has no effect.
 WEIGHTS = {
@@ -27,7 +28,8 @@ NEEDS = {
 # Keys that an evaluation does not read.
 OF_TRAINING = (
     *(spec.name for spec in fields(OptimizerKeys) if spec.name != "batch_size"),
-    "eval_interval", "eval_iters", "log_interval", "sample_tokens", "compile", "materialize_logits", "seed",
+    "eval_interval", "eval_iters", "log_interval", "pull_interval", "sample_tokens", "compile", "seed",
+    "materialize_logits",
     "tensorboard_log", "wandb_log", "wandb_project",
     # The bias that chooses experts is part of the model.
     *(name for name in LOSS_KEYS if not name.startswith(("moe_", "num_experts", "use_moe"))),
@@ -90,4 +92,6 @@ def _of_modifiers(config: TrainConfig) -> Iterator[tuple[str, str]]:
 
 def idle_in_evaluation(config: TrainConfig, saved: TrainConfig) -> list[str]:
     """The keys that differ from the saved run's but that an evaluation ignores."""
-    return [name for name in OF_TRAINING if getattr(config, name) != getattr(saved, name)]
+    own = ("loss",) if is_own(saved.loss) else ()  # which an evaluation does without unless it is named
+    names = [name for name in OF_TRAINING if name not in own]
+    return [name for name in names if getattr(config, name) != getattr(saved, name)]

@@ -119,6 +119,13 @@ class RunKeys:
         ),
     ] = 20
     log_interval: Annotated[int, option("steps between lines of `log.jsonl`", low=1)] = 10
+    pull_interval: Annotated[
+        int,
+        option(
+            "steps between measurements of how each part of the loss pulls at the hidden states; 0 for none",
+            low=0,
+        ),
+    ] = 100
     sample_tokens: Annotated[int, option("tokens of the sample shown at the end; 0 for none", low=0)] = 120
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], option("where to train")] = "auto"
     dtype: Annotated[

@@ -87,7 +87,12 @@ def _keys_of(loss: str) -> Iterator[tuple[str, Any, Any]]:
             yield name, hint if here is None else Annotated[hint, here], spec.default
 
 
-_LOSS = Annotated[str, option("what a language model is trained with", choices=tuple(CONSTRUCTORS))]
+_LOSS = Annotated[
+    str,
+    option(
+        "what a language model is trained with, or `module:function` of your own", choices=tuple(CONSTRUCTORS)
+    ),
+]
 LossKeys = keys_class(
     "The training objective. Evaluation always reports the loss without any of these options.",
     [("loss", _LOSS, "cross_entropy"), *_keys_of("cross_entropy")],

@@ -9,11 +9,21 @@ import torch
 import lossmith
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.loss_keys import CONSTRUCTORS, OPTIONS
+from lossmith.training.config.own_loss import find_own, is_own, require_usable
 from lossmith.training.errors import UserError
 
 
 def make_objective(config: TrainConfig, *, shift: bool) -> lossmith.Objective:
-    """The objective of a token task, without modifiers; `shift` if logits[t] predict labels[t + 1]."""
+    """The objective of a token task, without modifiers; `shift` if logits[t] predict labels[t + 1].
+
+    Raises:
+        UserError: a loss of one's own that there is not, or that the trainer cannot train with.
+    """
+    if is_own(config.loss):
+        make = find_own(config.loss)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return require_usable(make(config), config.loss, shift=shift)
     options: dict[str, Any] = {option: getattr(config, name) for name, option in OPTIONS[config.loss].items()}
     if config.loss == "unified":
         options |= _of_the_model(config)
@@ -48,6 +58,8 @@ def check_objective(config: TrainConfig) -> None:
                 f"{name}={token} is no token of vocab_size={config.vocab_size}; expected an id below that. "
                 f"The end of text is 0, so pass --{name}=0."
             )
+    if is_own(config.loss):  # nothing is imported to check a configuration
+        return
     try:
         with torch.device("meta"):  # checks the values without allocating memory
             make_objective(config, shift=True)

@@ -15,6 +15,7 @@ from lossmith.modifiers.config import ALIASES
 from lossmith.options import nearest
 from lossmith.options.forms import WrongForm
 from lossmith.training.config.keys import MIN_LR_DIVISOR, SPECS, TrainConfig
+from lossmith.training.config.own_loss import how_to_name, is_own
 from lossmith.training.config.rules import LARGEST_FLOAT, check, check_range, limits_of
 from lossmith.training.config.saved_run import CONFIG_FILE, read_config, run_of
 from lossmith.training.errors import UserError
@@ -73,8 +74,23 @@ def load_config(args: list[str]) -> TrainConfig:
         UserError: an unknown key, a wrong type, a value out of range, or a config file that is not one.
     """
     config_file, flags = read_flags(args)
+    return configured(config_file, flags)
+
+
+def configured(config_file: Path | None, told: list[Setting]) -> TrainConfig:
+    """The checked configuration of a config file and of what the command itself says; see `load_config`.
+
+    Raises:
+        UserError: as `load_config`; or a loss of one's own that the command itself does not name.
+    """
     from_file = read_config_file(config_file) if config_file else []
-    settings = without_aliases(from_file) + without_aliases(flags)
+    for setting in from_file:
+        if setting.key == "loss" and is_own(setting.value):
+            raise UserError(
+                f"{setting.origin}: loss={setting.value} is code, and a config file is read, not executed; "
+                f"{how_to_name(setting.value)}."
+            )
+    settings = without_aliases(from_file) + without_aliases(told)
     config = resolve(settings)
     if config.resume and config.eval_only:
         raise UserError("resume and eval_only are both on; pass the one you mean.")
@@ -83,6 +99,14 @@ def load_config(args: list[str]) -> TrainConfig:
         settings = without_derived(saved) + settings
         config = resolve(settings)
         refuse_another_model(saved, config)
+        if is_own(config.loss) and all(setting.key != "loss" for setting in told):
+            if config.resume:
+                raise UserError(
+                    f"the run in {config.out_dir} was trained with loss={config.loss}, which is code, and a "
+                    f"saved run alone does not start it: {how_to_name(config.loss)}."
+                )
+            config = replace(config, loss=SPECS["loss"].default)  # evaluations are plain
+            settings = [setting for setting in settings if setting.key != "loss"]
     for name, setting in {setting.key: setting for setting in settings}.items():  # the last of each key
         check_range(SPECS[name], getattr(config, name), f"{setting.origin}: ")
     check(config)

@@ -7,6 +7,7 @@ from lossmith.options import Declared
 from lossmith.training.config.keys import MIN_LR_DIVISOR, SPECS, TaskKeys, TrainConfig
 from lossmith.training.config.loss_keys import LOSS_KEYS, OPTIONS
 from lossmith.training.config.objective import check_objective
+from lossmith.training.config.own_loss import is_own
 from lossmith.training.errors import UserError
 from lossmith.training.untrusted import shown
 
@@ -28,6 +29,11 @@ def check(config: TrainConfig) -> None:
     for names, why in _out_of_place(config):
         for name in config.changed(names):
             raise UserError(f"{name}={getattr(config, name)} {why}{name} out.")
+    if config.compile and config.pull_interval and config.changed(["pull_interval"]):
+        raise UserError(
+            f"pull_interval={config.pull_interval} goes back through the loss alone, and compile=True makes "
+            "one graph of it and the model. Leave one of them out."
+        )
     if config.is_language_model:
         _check_experts(config)
         _refuse_keys_of_others(config)
@@ -93,7 +99,7 @@ def _check_experts(config: TrainConfig) -> None:
 
 def _refuse_keys_of_others(config: TrainConfig) -> None:
     of_the_model = OF_EXPERTS[:2] if config.experts else ()
-    own = {"loss", *OPTIONS[config.loss], *of_the_model}
+    own = {"loss", *OPTIONS.get(config.loss, ()), *of_the_model}
     for name in config.changed(LOSS_KEYS):
         if name not in own:
             having = [f"loss={loss}" for loss, options in OPTIONS.items() if name in options]
@@ -108,7 +114,7 @@ def _refuse_keys_of_others(config: TrainConfig) -> None:
 
 def check_range(spec: Declared, value: Any, origin: str = "") -> None:
     """Raise UserError if `value` is out of range; the message begins with where it was set."""
-    if spec.kind.holds(value):
+    if spec.kind.holds(value) or (spec.name == "loss" and is_own(value)):
         return
     if spec.choices:
         raise UserError(f"{origin}{spec.name}={shown(value)}; expected one of {', '.join(spec.choices)}.")

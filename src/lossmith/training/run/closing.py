@@ -12,10 +12,11 @@ from lossmith.training.run.findings import PARTS, History, is_number
 HIGH = {"accuracy", "f1", "correlation", "tokens_per_second"}  # the best is the highest
 LOW = {"loss", "val_loss", "perplexity", "bits_per_byte", "mean_absolute_error"}  # the lowest
 NOT_SHOWN = {"step", "val_tokens", "val_sequences"}
+LEFT_TO_THE_REPORT = ("loss_modifiers/", "pull/", "pull_cosine/")
 
 
 def closing_table(history: History) -> Table:
-    """First, best and last of each number, without the metrics of modifiers."""
+    """First, best and last of each number, without the metrics of modifiers and the pulls."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("", style="cyan", no_wrap=True)
     for head in ("first", "best", "at step", "last"):
@@ -32,7 +33,7 @@ def closing_table(history: History) -> Table:
 def series(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """The values of each number in rows of the log as (step, value)."""
     names = dict.fromkeys(name for row in rows for name in row)
-    shown = [name for name in names if name not in NOT_SHOWN and not name.startswith("loss_modifiers/")]
+    shown = [name for name in names if name not in NOT_SHOWN and not name.startswith(LEFT_TO_THE_REPORT)]
     found = {name: [(row["step"], row[name]) for row in rows if is_number(row.get(name))] for name in shown}
     return {name: values for name, values in found.items() if values}
 

@@ -1,6 +1,6 @@
 """Losses, gradients and weights that are not finite: the run stops, or skips the step and counts it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,23 +13,26 @@ STATE = "FiniteSteps"  # the class's name, under which the Trainer saves its sta
 
 
 class FiniteSteps(TrainerCallback, ExportableState):
-    """Watches the losses and gradients of every step.
+    """Watches the losses and gradients of every step, before the step moves the weights.
 
     If it skips, a step with one that is not finite changes neither the weights nor the optimizer nor the
     state of the loss; the data and the learning rate go on. To know, the host waits for the device once a
-    step. Otherwise `are_finite` says, when asked, whether all steps so far were finite.
+    step.
 
     Args:
         loss: its buffers are restored if a step is skipped.
         skips: whether such a step is skipped.
+        tell: called after the way back of such a step, on all ranks, with whether a loss was not finite,
+            rather than a gradient.
     """
 
-    def __init__(self, loss: nn.Module, *, skips: bool):
+    def __init__(self, loss: nn.Module, *, skips: bool, tell: Callable[[bool], None] = lambda is_loss: None):
         self.loss = loss
         self.skips = skips
+        self.tell = tell
         self.skipped = 0
-        self.is_step_finite: Tensor | None = None  # bool scalars on the device
-        self.is_run_finite: Tensor | None = None
+        self.is_step_finite: Tensor | None = None  # a bool scalar on the device
+        self.is_run_finite = True
         self.before: list[tuple[Tensor, Tensor]] = []
         self.to_restore = False
 
@@ -56,17 +59,21 @@ class FiniteSteps(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
-        is_finite = self.is_step_finite
-        assert is_finite is not None, "a step without a loss"
+        is_loss = self.is_step_finite
+        assert is_loss is not None, "a step without a loss"
+        both = torch.stack([is_loss, is_loss])
         if getattr(optimizer, "scaler", None) is None:  # a scaler looks for itself, and skips
-            is_finite = is_finite & finite_gradients(model.parameters()).to(is_finite.device)
+            both[1] &= finite_gradients(model.parameters()).to(both.device)
         if args.world_size > 1:
-            everywhere = is_finite.to(torch.int32)
+            everywhere = both.to(torch.int32)
             torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
-            is_finite = everywhere.bool()
-        if not self.skips:
-            self.is_run_finite = is_finite if self.is_run_finite is None else self.is_run_finite & is_finite
-        elif not is_finite:
+            both = everywhere.bool()
+        is_loss_finite, is_finite = both.tolist()  # waits for the device
+        if is_finite:
+            return
+        self.is_run_finite = self.skips
+        self.tell(not is_loss_finite)
+        if self.skips:
             for parameter in model.parameters():  # an optimizer passes over what has no gradient
                 parameter.grad = None
             self.to_restore = True
@@ -79,7 +86,7 @@ class FiniteSteps(TrainerCallback, ExportableState):
 
     def are_finite(self) -> bool:
         """Whether every loss and gradient that was not skipped was finite."""
-        return self.is_run_finite is None or bool(self.is_run_finite)
+        return self.is_run_finite
 
 
 def finite_gradients(parameters: Iterable[Tensor]) -> Tensor:

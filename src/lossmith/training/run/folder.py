@@ -23,6 +23,7 @@ from lossmith.training.run.manifest import MANIFEST, is_sealed, read_manifest
 from lossmith.training.untrusted import MIB, Unreadable, parse_json, read_json
 
 RUN_FILE = "lossmith_run.json"
+BAD_BATCH = re.compile(r"nonfinite-(\d+)(-rank-\d+)?\.safetensors", re.ASCII)
 LOG_FILE = "log.jsonl"
 LOCK_FILE = ".lossmith_run.lock"  # where a folder cannot be locked
 TENSORBOARD_FOLDER = "tensorboard"
@@ -34,7 +35,7 @@ OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 # And what `write_whole` and safetensors leave in a checkpoint.
 HALF_A_FILE = re.compile(rf"\.{MANIFEST}\.[0-9a-f]{{8}}|\.tmp\w{{6}}")
 HALF_WRITTEN = re.compile(
-    rf"\.({'|'.join(map(re.escape, (CONFIG_FILE, LOG_FILE, RUN_FILE)))})\.[0-9a-f]{{8}}"
+    rf"\.({'|'.join([*map(re.escape, (CONFIG_FILE, LOG_FILE, RUN_FILE)), BAD_BATCH.pattern])})\.[0-9a-f]{{8}}"
 )
 
 
@@ -59,7 +60,8 @@ class RunFolder:
         path = self.path / name
         if name not in self.written or path.is_symlink():  # a run creates no links
             return False
-        return path.is_file() if name in (CONFIG_FILE, LOG_FILE) else path.is_dir()
+        is_file = name in (CONFIG_FILE, LOG_FILE) or BAD_BATCH.fullmatch(name)
+        return path.is_file() if is_file else path.is_dir()
 
     def recognise(self) -> None:
         """List what an older run without a list must have written; its configuration has been read."""
@@ -184,7 +186,8 @@ def is_ours(name: str) -> bool:
     first, *others = name.split("/")
     if others:
         return step_of(first) >= 0 and not {"", ".", ".."} & {*others} and "\\" not in name
-    return first in (CONFIG_FILE, LOG_FILE, TENSORBOARD_FOLDER) or step_of(first) >= 0
+    is_named = first in (CONFIG_FILE, LOG_FILE, TENSORBOARD_FOLDER) or BAD_BATCH.fullmatch(first)
+    return bool(is_named) or step_of(first) >= 0
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -30,21 +30,30 @@ def add_modifiers(task: Task, device: str, dtype: str) -> None:
     Raises:
         UserError: incompatible values, or a judge that cannot be used.
     """
-    values = {name: value for name, value in asdict(task.config).items() if name in KEYS}
-    for modifier in switched_on(task.config):
-        if not acts(modifier, task):
+    pipeline = with_modifiers(task.config, task.pipeline.base, task.mode, device, dtype)
+    task.pipeline = pipeline.to(device)
+    if any(isinstance(m, lossmith.SequenceScoringJudgeWeightModifier) for m in pipeline.modifiers):
+        require_same_tokenizer(task, Path(task.config.judge_weight_checkpoint).expanduser())
+
+
+def with_modifiers(
+    config: TrainConfig, base: lossmith.Objective | None, mode: lossmith.ModelMode, device: str, dtype: str
+) -> lossmith.LossModifierPipeline:
+    """An objective with the modifiers that the keys switch on.
+
+    Raises:
+        UserError: as :func:`add_modifiers`.
+    """
+    values = {name: value for name, value in asdict(config).items() if name in KEYS}
+    for modifier in switched_on(config):
+        if not acts(modifier, mode):
             values[modifier.enabled_key] = False  # a judge would be loaded for nothing
     try:
-        pipeline = lossmith.create_loss_modifier_pipeline(
-            {**values, "device": device, "dtype": dtype},
-            base=task.pipeline.base,
-            model_mode=task.mode,
+        return lossmith.create_loss_modifier_pipeline(
+            {**values, "device": device, "dtype": dtype}, base=base, model_mode=mode
         )
     except (ValueError, OSError) as error:
         raise UserError(with_full_stop(str(error))) from None
-    task.pipeline = pipeline.to(device)
-    if any(isinstance(m, lossmith.SequenceScoringJudgeWeightModifier) for m in pipeline.modifiers):
-        require_same_tokenizer(task, Path(values["judge_weight_checkpoint"]).expanduser())
 
 
 def switched_on(config: TrainConfig) -> list[type[ConfiguredModifier]]:
@@ -52,9 +61,9 @@ def switched_on(config: TrainConfig) -> list[type[ConfiguredModifier]]:
     return [modifier for modifier in MODIFIERS if getattr(config, modifier.enabled_key)]
 
 
-def acts(modifier: type[ConfiguredModifier], task: Task) -> bool:
-    """Whether a modifier applies to a task's mode."""
-    return modifier({"enabled": False}).supports_mode(task.mode)
+def acts(modifier: type[ConfiguredModifier], mode: lossmith.ModelMode) -> bool:
+    """Whether a modifier applies to a mode."""
+    return modifier({"enabled": False}).supports_mode(mode)
 
 
 def with_full_stop(text: str) -> str:
@@ -86,7 +95,7 @@ def show_modifiers(console: Console, task: Task) -> list[str]:
         return []
     wanted, told = switched_on(task.config), told_of(task)
     act = task.pipeline.get_enabled_modifier_names()
-    idle = [modifier.__name__ for modifier in wanted if not acts(modifier, task)]
+    idle = [modifier.__name__ for modifier in wanted if not acts(modifier, task.mode)]
     if act:
         say(console, f"Enabled loss modifiers: {', '.join(act)}", "bold")
     found = [f"Not for mode={task.config.mode}, so without effect: {', '.join(idle)}"] if idle else []

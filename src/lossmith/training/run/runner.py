@@ -13,8 +13,10 @@ import transformers
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
+from lossmith import Objective
 from lossmith.training.config.idle_keys import idle_in_evaluation
 from lossmith.training.config.keys import TrainConfig
+from lossmith.training.config.own_loss import find_own, is_own
 from lossmith.training.config.reading import read_saved_config, resolve
 from lossmith.training.data.corpus import load_corpus
 from lossmith.training.data.tokenizer import END_OF_TEXT
@@ -42,13 +44,19 @@ from lossmith.training.tasks import make_task
 from lossmith.training.tasks.task import Task
 
 
-def run(config: TrainConfig, console: Console, command: str = "python train.py") -> int:
+def run(
+    config: TrainConfig,
+    console: Console,
+    command: str = "python train.py",
+    objective: Objective | None = None,
+) -> int:
     """Train, or evaluate, as the configuration says.
 
     Args:
         config: a checked configuration.
         console: where to print.
         command: how the user started this, for the line that says how to resume.
+        objective: what to train with, if the keys do not say it.
 
     Returns:
         The exit code: 0, or 128 plus the signal's number if a signal ended the run.
@@ -58,10 +66,12 @@ def run(config: TrainConfig, console: Console, command: str = "python train.py")
             full disk raise it.
     """
     with quiet_libraries(), saying_warnings(console):
-        return evaluate_saved(config, console) if config.eval_only else train(config, console, command)
+        if config.eval_only:
+            return evaluate_saved(config, console)
+        return train(config, console, command, objective)
 
 
-def train(config: TrainConfig, console: Console, command: str) -> int:
+def train(config: TrainConfig, console: Console, command: str, objective: Objective | None = None) -> int:
     """A training run, new or resumed."""
     args = training_arguments(config)
     require_trackers(config)
@@ -69,6 +79,8 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
     with opened(out_dir, is_main=not args.process_index) as folder, writing_into(out_dir):
         # 1. Refuse what can be refused before any work.
         begin = where_to_begin(config, folder, args.world_size)
+        if is_own(config.loss) and objective is None:
+            find_own(config.loss)
         checkpoint = begin.checkpoint
         config, of_judge = choose_judge(config)
 
@@ -79,7 +91,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
         else:
             config, tokenizer, of_sizes = choose_sizes(config, corpus)
         transformers.set_seed(config.seed)
-        task = make_task(config, corpus, tokenizer, blocks_to_draw(config, args))
+        task = make_task(config, corpus, tokenizer, blocks_to_draw(config, args), objective)
         _ = task.train_blocks[0]  # refuses a text shorter than a block
         add_modifiers(task, str(args.device), choose_dtype(config))
         if checkpoint:
@@ -100,7 +112,7 @@ def train(config: TrainConfig, console: Console, command: str) -> int:
             findings = TellFindings(console, log, [tracker.tell for tracker in trackers], config, found)
             watchers = [*trackers, log, display, findings, stop]
             watchers += [KeepCheckpoints(folder)] if folder else []
-            trainer = TaskTrainer(task, model, args, watchers, folder)
+            trainer = TaskTrainer(task, model, args, watchers, folder, findings.say_now)
             with stop, contextlib.closing(display), verbose_modifiers(config, console):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

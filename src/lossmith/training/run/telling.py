@@ -73,6 +73,12 @@ class TellFindings(TrainerCallback):
             if self._write(state.global_step, name, text):
                 say(self.console, f"finding: {text}", "yellow")
 
+    def say_now(self, step: int, name: str, text: str) -> None:
+        """Take a finding that is not of the log's numbers."""
+        is_main = not self.console.quiet  # on the other ranks it is
+        if is_main and self._write(step, name, text):
+            say(self.console, f"finding: {text}", "yellow")
+
     def _write(self, step: int, name: str, text: str) -> bool:
         """Write a finding down unless it was said before; returns whether it was not."""
         if name in self.said:

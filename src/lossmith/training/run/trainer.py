@@ -19,9 +19,12 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
+from lossmith import Pull
 from lossmith.integrations.huggingface.trainer import ObjectiveTrainer
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
+from lossmith.training.run.bad_step import Step
+from lossmith.training.run.bad_steps import BadSteps, Tell
 from lossmith.training.run.checkpoints import checkpoints
 from lossmith.training.run.finite import FiniteSteps, finite_weights
 from lossmith.training.run.folder import RunFolder
@@ -31,6 +34,7 @@ from lossmith.training.run.progress import Stopwatch
 from lossmith.training.tasks.task import Task
 from lossmith.training.untrusted import shortened
 
+PULL, PULL_COSINE = "pull/", "pull_cosine/"  # prefixes in the log
 # What `accelerate launch --mixed_precision` calls them.
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -41,6 +45,7 @@ class TaskTrainer(ObjectiveTrainer):
     Args:
         task, model, args, callbacks: what is trained, and how.
         folder: the run's, on the rank that writes.
+        tell: takes what is found of a step that was not finite: (step, name, sentence).
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class TaskTrainer(ObjectiveTrainer):
         args: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
         folder: RunFolder | None = None,
+        tell: Tell = lambda *_: None,
     ):
         self.task = task
         self.folder = folder
@@ -58,7 +64,12 @@ class TaskTrainer(ObjectiveTrainer):
         self.observed: torch.Tensor | float = 0.0  # summed since the last line of the log
         tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.stopwatch = Stopwatch(tokens_per_step * config.block_size)
-        self.finite = FiniteSteps(self.loss, skips=config.on_nonfinite == "skip")
+        self.finite = FiniteSteps(self.loss, skips=config.on_nonfinite == "skip", tell=self._not_finite)
+        self.bad_steps = BadSteps(Path(config.out_dir), folder, tell)
+        self.step = Step()
+        # A compiled model makes one graph of itself and its loss, and there is no way back through one alone.
+        self.pull_interval = 0 if config.compile else config.pull_interval
+        self.pulls: Mapping[str, Pull] = {}  # measured since the last line of the log
         self.settings = SettingsOfThisRun(config)
         super().__init__(
             model=model,
@@ -86,8 +97,10 @@ class TaskTrainer(ObjectiveTrainer):
 
     def parts_of(self, outputs: Any) -> Mapping[str, torch.Tensor]:
         self.was_finite = self.finite.see(outputs["loss"])
-        parts = self.task.seen(outputs).parts
-        return parts if len(parts) > 1 else {}  # a single part is the loss
+        seen, batch = self.task.seen(outputs), self.step.batches[-1]
+        batch.loss, batch.parts, batch.shares = outputs["loss"].detach(), seen.parts, seen.shares
+        self.pulls = seen.pulls or self.pulls
+        return seen.parts if len(seen.parts) > 1 else {}  # a single part is the loss
 
     def _take_in(self, parts: Mapping[str, torch.Tensor], factor: int) -> None:
         if self.finite.skips:  # as the Trainer does with the loss: the mean since the last line
@@ -101,6 +114,11 @@ class TaskTrainer(ObjectiveTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        given = {} if num_items_in_batch is None else {"denominator": num_items_in_batch}
+        self.step.begin({**inputs, **given}, self.state.global_step)
+        is_first = len(self.step.batches) == 1
+        step = self.state.global_step + 1
+        self.task.asks_pull = is_first and self.pull_interval > 0 and step % self.pull_interval == 0
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         wide = torch.float32 if loss.device.type == "mps" else torch.float64
         observed = self.task.seen(outputs).observed.to(wide)
@@ -108,6 +126,14 @@ class TaskTrainer(ObjectiveTrainer):
             observed = torch.where(self.was_finite, observed, 0.0)
         self.observed = self.observed + observed
         return (loss, outputs) if return_outputs else loss
+
+    # ── numbers that are not finite ───────────────────────────────────────────────────────────────
+
+    def _not_finite(self, is_loss: bool) -> None:
+        """Look at a step whose loss or gradient is not finite. Unless it is skipped, the next line of the
+        log, evaluation or checkpoint stops the run."""
+        if self.finite.skips or not self.bad_steps.said:
+            self.bad_steps.take(self, self.state.global_step + 1, is_loss)
 
     # ── checkpoints ───────────────────────────────────────────────────────────────────────────────
 
@@ -206,6 +232,8 @@ class TaskTrainer(ObjectiveTrainer):
             self.observed = 0.0
             logs.update(self.task.training_measures(total / max(number, 1)))
             logs.update(self.task.part_metrics())
+            logs.update(logged_pulls(self.pulls))
+            self.pulls = {}
             if self.finite.skipped:
                 logs["skipped_steps"] = self.finite.skipped
         super().log(logs, start_time)
@@ -216,10 +244,17 @@ class TaskTrainer(ObjectiveTrainer):
         found = checkpoints(Path(self.config.out_dir))
         is_older = bool(found) and found[-1][0] < self.state.global_step  # older than the failure
         then = f"and --resume from {found[-1][1]}" if is_older else "and start again"
+        first = f"It began in {self.bad_steps.said}. " if self.bad_steps.said else ""
         return UserError(
-            f"the {what} by step {self.state.global_step}, so training stopped. "
+            f"the {what} by step {self.state.global_step}, so training stopped. {first}"
             f"Lower --learning_rate or keep --grad_clip on, {then}."
         )
+
+
+def logged_pulls(pulls: Mapping[str, Pull]) -> dict[str, float]:
+    """The pulls of the parts as the log names them."""
+    found = {f"{PULL}{name}": float(pull.norm) for name, pull in pulls.items()}
+    return found | {f"{PULL_COSINE}{name}": float(pull.cosine) for name, pull in pulls.items()}
 
 
 def changed_since(before: Mapping[str, int], folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from importlib import import_module
 
 from transformers import PreTrainedTokenizerFast
 
+from lossmith import Objective
 from lossmith.training.config.keys import MODES, TrainConfig
 from lossmith.training.data.corpus import Corpus
 from lossmith.training.tasks.task import Task
@@ -16,7 +17,11 @@ def task_class(config: TrainConfig) -> type[Task]:
 
 
 def make_task(
-    config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_blocks: int
+    config: TrainConfig,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    num_blocks: int,
+    objective: Objective | None = None,
 ) -> Task:
     """The task of a run; the arguments are those of :class:`Task`."""
-    return task_class(config)(config, corpus, tokenizer, num_blocks)
+    return task_class(config)(config, corpus, tokenizer, num_blocks, objective)

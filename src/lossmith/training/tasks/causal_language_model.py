@@ -60,7 +60,7 @@ class CausalLanguageModel(TokenTask):
         assert self.attached is not None
         assert self.attached.parts is not None
         assert self.attached.observed is not None
-        return Seen(self.attached.parts, self.attached.observed)
+        return Seen(self.attached.parts, self.attached.observed, self.shares, self.pulls)
 
     def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         labels = batch["labels"]  # [B, T]

@@ -6,9 +6,10 @@ The runner knows nothing else about a mode, so a new mode is a subclass and a li
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +19,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lossmith
+from lossmith.engine.predictions import source_of
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.loss_keys import OPTIONS
 from lossmith.training.config.objective import make_objective
+from lossmith.training.config.own_loss import require_usable
 from lossmith.training.data.blocks import RandomBlocks, WholeBlocks
 from lossmith.training.data.corpus import Corpus
 from lossmith.training.data.corruption import Corrupted, Replacement
@@ -48,10 +51,14 @@ class Seen:
     Attributes:
         parts: the parts of its loss, detached.
         observed: [2] the sum of what `training_measures` averages, and its number of terms.
+        shares: [K, N] what each token adds to the first K parts; None if they belong to no tokens.
+        pulls: what `LossOutput.pull` says of each part; empty unless it was asked for.
     """
 
     parts: Mapping[str, Tensor]
     observed: Tensor
+    shares: Tensor | None = None
+    pulls: Mapping[str, lossmith.Pull] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -62,6 +69,7 @@ class Task(ABC):
         corpus: the text.
         tokenizer: trained on the corpus's training split, or the saved run's.
         num_blocks: the number of training blocks that the run will draw.
+        objective: what a language model is trained with in place of what the keys say.
 
     Attributes:
         held_out: the data for evaluations.
@@ -76,11 +84,21 @@ class Task(ABC):
     step_figure: ClassVar[Figure]  # shown beside the loss of a step
     evaluation_figures: ClassVar[Sequence[Figure]]  # and beside that of an evaluation
     sample_title: ClassVar[str] = "sample"
+    asks_pull = False  # of the parts of the next batch
+    # Of the last batch; see `Seen`.
+    shares: Tensor | None = None
+    pulls: Mapping[str, lossmith.Pull] = MappingProxyType({})
 
     def __init__(
-        self, config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_blocks: int
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerFast,
+        num_blocks: int,
+        objective: lossmith.Objective | None = None,
     ):
         self.config = config
+        self.given = objective
         self.tokenizer = tokenizer
         self.corpus = corpus
         self.num_blocks = num_blocks
@@ -177,7 +195,7 @@ class Task(ABC):
 
     def seen(self, outputs: Any) -> Seen:
         """What is known of the last batch, from what the model's forward returned."""
-        return Seen(outputs["parts"], outputs["observed"])
+        return Seen(outputs["parts"], outputs["observed"], self.shares, self.pulls)
 
     def count(self, batch: Batch) -> Tensor:
         """The denominator of a batch's loss."""
@@ -194,8 +212,9 @@ class Task(ABC):
     def describe_loss(self) -> str:
         """The loss and its options that are on."""
         config = self.config
-        changed = [f"{name} {getattr(config, name)}" for name in config.changed(OPTIONS[config.loss])]
-        return ", ".join([LOSS_NAMES[config.loss] + self.loss_of, *changed])
+        options = OPTIONS.get(config.loss, ())  # none, if it is one's own
+        changed = [f"{name} {getattr(config, name)}" for name in config.changed(options)]
+        return ", ".join([f"{LOSS_NAMES.get(config.loss, config.loss)}{self.loss_of}", *changed])
 
     def describe(self, row: dict[str, Any]) -> str:
         """A row of the log in words."""
@@ -253,6 +272,8 @@ class TokenTask(Task):
     far_off: ClassVar[float] = 0.5  # nats
 
     def make_objective(self) -> lossmith.Objective:
+        if self.given is not None:
+            return require_usable(self.given, self.config.loss, shift=self.shift)
         return make_objective(self.config, shift=self.shift)
 
     def loss(
@@ -265,15 +286,18 @@ class TokenTask(Task):
         output = self.pipeline.evaluate(
             targets=labels, denominator=denominator, input_ids=inputs["input_ids"], **predictions
         )
-        return {"loss": output.total, "parts": detached(output.parts), "observed": self.observed(output)}
+        observed = self.observed(output, source_of(predictions["logits"]))
+        return {"loss": output.total, "parts": detached(output.parts), "observed": observed}
 
-    def observed(self, output: lossmith.LossOutput) -> Tensor:
+    def observed(self, output: lossmith.LossOutput, source: Tensor) -> Tensor:
         """[2] the sum of what is observed of every token, and their number.
 
         The metrics of the objective's parts, those with a slash in their names, are kept unread until the
         next batch.
         """
         assert output.stats is not None
+        self.shares = output.shares
+        self.pulls = pulls_of(output, source) if self.asks_pull else {}
         self.measured = output.metrics.only(lambda name: "/" in name and name not in output.parts)
         return torch.stack([self.observe(output.stats).detach().sum(), output.num_tokens])
 
@@ -326,6 +350,14 @@ class CorruptedTask(Task):
     def replacement(self) -> Replacement:
         """Draws tokens by their frequency in the training text."""
         return Replacement(self.train_tokens, self.config.vocab_size, [self.end_of_text, self.mask, self.cls])
+
+
+def pulls_of(output: lossmith.LossOutput, source: Tensor) -> dict[str, lossmith.Pull]:
+    """The pull of each part of a loss at what it was computed from; a single part pulls alone."""
+    if len(output.parts) < 2:
+        return {}
+    with torch.autocast(source.device.type, enabled=False):  # the way back has the precision of the way there
+        return output.pull(source)
 
 
 def detached(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
