@@ -20,6 +20,8 @@ ROLE = re.compile(r":\w+:`~?(?:lossmith\.)?([\w.]+)`")
 CODE = re.compile(r"``([^`]+)``")
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields|Example):\n((?:    .*\n|\n)*)", re.MULTILINE)
 SPELT_OUT = re.compile(r"\n\n((?:    .*\n?)+)")
+REFERENCE = HERE.parents[1] / "docs" / "reference"
+SHOWN = set(re.findall(r"^::: ([\w.]+)", "\n".join(p.read_text() for p in REFERENCE.glob("*.md")), re.M))
 FORMULAS = dict(
     re.findall(r"^## (\w+)\n\n(.*?)(?=\n## |\Z)", (HERE / "formulas.md").read_text(), re.M | re.S)
 )
@@ -27,13 +29,19 @@ FORMULAS = dict(
 
 def as_markdown(text: str, formula: str | None = None) -> str:
     """A docstring as Markdown, with a formula after its first paragraph."""
-    text = CODE.sub(r"`\1`", ROLE.sub(r"`\1`", inspect.cleandoc(text))) + "\n"
+    text = CODE.sub(r"`\1`", ROLE.sub(_name, inspect.cleandoc(text))) + "\n"
     at = next((found.start() for found in SECTION.finditer(text)), len(text))
     head, sections = text[:at], text[at:]
     if formula is not None:
         first, _, rest = SPELT_OUT.sub("\n", head).strip().partition("\n\n")
         head = f"{first}\n\n{formula}\n\n{rest}\n\n"
     return head + SECTION.sub(_section, sections)
+
+
+def _name(found: re.Match[str]) -> str:
+    """A name, as a link if the reference shows it."""
+    name = found[1]
+    return f"[`{name}`][lossmith.{name}]" if f"lossmith.{name}" in SHOWN else f"`{name}`"
 
 
 def _section(found: re.Match[str]) -> str:
