@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 TESTS  := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test test-all check clean
+.PHONY: help demo test test-all check docs dist clean
 
 help:            ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/'
@@ -25,6 +25,12 @@ test-all: $(VENV)/.dev    ## run all the tests
 check: $(VENV)/.dev   ## format, lint, types and tests
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check
 
+docs: $(VENV)/.docs   ## build the site into site/; with ARGS=serve, show it while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
+
+dist: $(VENV)/.dev    ## build sdist and wheel into dist/, and try the wheel in a fresh environment with torch alone
+	PATH="$(abspath $(BIN)):$$PATH" scripts/dist
+
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"lossmith needs Python 3.10 or newer; {sys.executable} is {v.major}.{v.minor}. Try: make PYTHON=python3.12 ...")'
 	@echo "setting up $(VENV) (once; a minute or two)"
@@ -33,12 +39,16 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml
-	$(PIP) install -c constraints.txt -e '.[train,report]'
+	$(PIP) install -c constraints.txt -e '.[train,report]' tensorboard
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install -c constraints.txt -e '.[train,report,track,dev]'
-	@touch $@ $(VENV)/.train
+	$(PIP) install -c constraints.txt -e '.[train,report,track,docs,dev]'
+	@touch $@ $(VENV)/.train $(VENV)/.docs
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
 
 clean:           ## remove the environment and the caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis site dist

@@ -61,3 +61,16 @@ def test_what_pip_is_asked_for(versions):
 
 def test_every_test_that_it_runs_is_there(versions):
     assert [test for test in versions.TESTS if not (ROOT / test).exists()] == []
+
+
+def test_the_matrix_has_the_oldest_of_everything_and_every_python(versions):
+    assert versions.pythons()[0] == "3.10"
+    assert versions.matrix() == ["oldest/3.10", *(f"newest/{python}" for python in versions.pythons())]
+    assert versions.wanted("oldest/3.10") == versions.wanted("oldest")
+    rows = versions.matrix()
+    parts = [versions.part(rows, f"{k}/3") for k in (1, 2, 3)]
+    assert sorted(row for each in parts for row in each) == sorted(rows)
+    with pytest.raises(ValueError, match="K/N"):
+        versions.part(rows, "4/3")
+    with pytest.raises(FileNotFoundError, match=r"python2\.0"):
+        versions.python_for("newest/2.0")

@@ -18,31 +18,13 @@ from lossmith.engine.sweep_options import SweepOptions
 from lossmith.equation.batch import check_mask
 from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import Denominator, scaled, token_scale
+from lossmith.objectives.calls import BatchOptions, Bias, explained
 from lossmith.objectives.cross_entropy import CrossEntropyLoss, CrossEntropyOptions
 from lossmith.options import option, strict_options
 from lossmith.options.shared import Candidates, IgnoreIndex, Mask, Softcap, Temperature, TokenWeight
 from lossmith.terms.ranking import ranking
 
-Bias = Annotated[Tensor | None, option("the head's bias [V]")]
 ReturnStats = Annotated[bool, option("also return the statistics")]
-
-
-class BatchOptions(CrossEntropyOptions, total=False):
-    """The further options of a call of :func:`cross_entropy`: those of the batch."""
-
-    mask: Mask
-    token_weight: TokenWeight
-    denominator: Denominator | None
-
-
-class HeadOptions(BatchOptions, total=False):
-    """The further options of a call of :func:`linear_cross_entropy`: those of the head."""
-
-    bias: Bias
-    strategy: Strategy
-    memory_budget: MemoryBudget
-    skip_ignored: SkipIgnored
-    logits_dtype: LogitsDtype
 
 
 @strict_options
@@ -183,7 +165,7 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they take th
 
         (1 - p_y)^focal_gamma * smoothed cross-entropy  +  z_loss * logsumexp^2  -  confidence_penalty * H(p)
 
-    averaged over the supervised tokens. With the defaults it equals
+    This is averaged over the supervised tokens. With the defaults it equals
     ``torch.nn.functional.cross_entropy``, except that a batch without a supervised token gives 0. An option
     left at its default leaves the result bit-identical.
 
@@ -236,26 +218,9 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they take th
     return _with_stats(output) if return_stats else output.total
 
 
-@overload
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    return_stats: Literal[True],
-    **options: Unpack[HeadOptions],
-) -> tuple[Tensor, TokenStats]: ...
-@overload
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    return_stats: Literal[False] = False,
-    **options: Unpack[HeadOptions],
-) -> Tensor: ...
+@explained
 @strict_options(also=CrossEntropyLoss, name="linear_cross_entropy")
-def linear_cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (as cross_entropy)
+def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -351,7 +316,7 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> 
     return criterion.plan(hidden_states=hidden, lm_head_weight=weight, targets=targets, **given)
 
 
-linear_cross_entropy.explain = explain  # type: ignore[attr-defined]
+linear_cross_entropy.explain = explain  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @strict_options

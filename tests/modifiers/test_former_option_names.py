@@ -26,7 +26,7 @@ from lossmith.modifiers.config import ALIASES, MODIFIERS
 
 ON = {"loss_modifiers_enabled": True}
 KINDS = {kind.__name__: kind for kind in MODIFIERS}
-MIGRATION = Path(__file__).parents[2] / "docs" / "migration.md"
+MIGRATION = Path(__file__).parents[2] / "docs" / "migration"
 
 
 def judge(ids):
@@ -316,7 +316,8 @@ def test_the_table_leads_somewhere():
 
 
 def test_the_migration_page_lists_the_table():
-    rows = [line.split("|")[1:3] for line in MIGRATION.read_text().splitlines() if line.startswith("| ")]
+    pages = "\n".join(page.read_text() for page in MIGRATION.glob("*.md"))
+    rows = [line.split("|")[1:3] for line in pages.splitlines() if line.startswith("| ")]
     listed = {name: former.new or "" for formers in OPTIONS.values() for name, former in formers.items()}
     for name, new in {**listed, **dict.fromkeys([*CALLS, *REDUCTIONS], "")}.items():
         found = [here for theirs, here in rows if re.search(rf"\b{name}\b", theirs)]

@@ -1,5 +1,7 @@
-"""docs/training.md against the code."""
+"""docs/training_keys.md against the code."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ pytest.importorskip("transformers")
 from lossmith.modifiers.config import ALIASES
 from lossmith.training.config.keys import TrainConfig, default_of, describe, sections
 
-PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "training_keys.md").read_text(encoding="utf-8")
 HEAD = "| key | default | meaning |\n| --- | --- | --- |\n"
 
 
@@ -43,3 +46,10 @@ def test_every_key_is_in_a_section():
 
 def test_other_names_of_keys_are_told():
     assert [name for name in ALIASES if f"`{name}`" not in PAGE] == []
+
+
+def test_the_script_would_write_the_page_as_it_is():
+    script = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "keys", "--check"], capture_output=True, text=True
+    )
+    assert script.returncode == 0, script.stdout + script.stderr

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from collections.abc import ItemsView, Mapping, ValuesView
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -120,3 +120,16 @@ class Weighted(nn.Module):
 
     def extra_repr(self) -> str:
         return f"weight={self.weight}"
+
+
+if TYPE_CHECKING:
+
+    class Components(nn.ModuleDict):
+        """Weighted components by name; a plain ``nn.ModuleDict`` at run time."""
+
+        def __getitem__(self, key: str) -> Weighted: ...
+        def values(self) -> ValuesView[Weighted]: ...
+        def items(self) -> ItemsView[str, Weighted]: ...
+
+else:
+    Components = nn.ModuleDict

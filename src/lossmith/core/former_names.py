@@ -1,7 +1,7 @@
 """Former names: those that users of nano_gpt and FundamentaLLM know, and what replaces them here.
 
 This is the only table. An option in it works, with a DeprecationWarning, or is refused with a message that
-says what to write. `docs/migration.md` lists them.
+says what to write. `docs/migration/` lists them.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class BaseLossModifier(nn.Module, ABC):
             per-position loss, and which the pipeline then weights and reduces.
         """
 
-    def get_metrics(self) -> Mapping[str, Any]:
+    def get_metrics(self) -> Mapping[str, float]:
         """The metrics of the last call; they become floats when read."""
         return Metrics(self._metrics)
 

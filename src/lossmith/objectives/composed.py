@@ -8,9 +8,9 @@ from dataclasses import replace
 from functools import reduce
 from typing import Annotated, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lossmith.components.component import Component, Weighted
+from lossmith.components.component import Component, Components, Weighted
 from lossmith.core.metrics import Metrics, Source
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.output import LossOutput, with_parts
@@ -57,7 +57,7 @@ class ComposedLoss(WrappedObjective):
         ] = None,
     ) -> None:
         super().__init__(primary)
-        self.components = nn.ModuleDict()
+        self.components = Components()
         for name, given in (components or {}).items():
             weighted = given if isinstance(given, Weighted) else Weighted(given)
             self.components[name] = weighted

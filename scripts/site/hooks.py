@@ -1,0 +1,46 @@
+"""What the site does beyond mkdocs: formulas as MathML, drawings in the colours of the page, the changelog.
+
+The pages need no script and no network for any of it. mkdocs.yml names this file.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+DRAWING = re.compile(r'<img alt="([^"]*)" src="[^"]*?images/([\w-]+\.svg)"\s*/?>')
+OWN_COLOURS = re.compile(r'<style id="alone">.*?</style>\s*', re.DOTALL)
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """The page of changes is CHANGELOG.md, which lies outside docs/."""
+    if page.file.src_uri != "changes.md":
+        return markdown
+    return (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas become MathML, which browsers draw themselves; drawings become part of the page."""
+    return DRAWING.sub(_drawing, FORMULA.sub(_formula, content))
+
+
+def _formula(found: re.Match[str]) -> str:
+    is_block = found[1] == "div"
+    drawn = convert(html.unescape(found[2]).strip(), display="block" if is_block else "inline")
+    return f'<div class="formula">{drawn}</div>' if is_block else drawn
+
+
+def _drawing(found: re.Match[str]) -> str:
+    """An <img> cannot see which theme the reader chose; an inline drawing takes the colour of the text."""
+    file = ROOT / "docs" / "images" / found[2]
+    source = file.read_text(encoding="utf-8")
+    if 'id="alone"' not in source:
+        return found[0]
+    drawing = OWN_COLOURS.sub("", source[source.index("<svg") :])
+    return f'<span class="drawing">{drawing}</span>'

@@ -1,0 +1,88 @@
+"""The pages as a site: it builds without a warning, leads where it says, and asks nobody for anything."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NEEDED = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
+FETCHED = re.compile(r'<(?:script|img|iframe)[^>]* src="(?!data:)([^"]*)"|<link[^>]* href="([^"]*)"')
+
+
+@pytest.fixture
+def links():
+    """The script as a module."""
+    loader = SourceFileLoader("links_script", str(ROOT / "scripts" / "links"))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def test_links_signatures_and_goals_are_as_they_should_be(links):
+    assert links.problems() == []
+
+
+def test_the_script_notices_what_is_wrong(links, tmp_path, monkeypatch):
+    for name in ("docs", "src/lossmith"):
+        ignored = shutil.ignore_patterns("*.svg", "*.png", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+        (tmp_path / name).write_text("")
+    docs = tmp_path / "docs"
+    monkeypatch.setattr(links, "ROOT", tmp_path)
+    monkeypatch.setattr(links, "DOCS", docs)
+    monkeypatch.setattr(links, "FRONT", docs / "index.md")
+    (docs / "alone.md").write_text("# Alone\n\n[no](nowhere.md) [no](index.md#no-such-heading)\n")
+    page = docs / "reference" / "functions.md"
+    page.write_text(page.read_text().replace("::: lossmith.token_stats\n", ""))
+    index = docs / "index.md"
+    index.write_text(index.read_text().replace("inventing.md", "training.md"))
+    found = "\n".join(links.problems())
+    assert "docs/alone.md: nowhere.md leads nowhere" in found
+    assert "docs/alone.md: index.md#no-such-heading: no such heading" in found
+    assert "docs/alone.md is not linked from anywhere" in found
+    assert "lossmith.token_stats has 0 signatures" in found
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site."""
+    for name in NEEDED:
+        pytest.importorskip(name, reason=f"{name} is not installed: it is in the extra docs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_builds_and_asks_nobody_for_anything(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 50
+    for page in pages:
+        fetched = [either for pair in FETCHED.findall(page.read_text()) for either in pair if either]
+        assert not [address for address in fetched if address.startswith(("http", "//"))], page
+
+
+def test_the_reference_has_signatures_formulas_and_examples(site):
+    page = (site / "reference" / "functions.html").read_text()
+    assert 'id="lossmith.cross_entropy"' in page
+    signature = page[page.index('id="lossmith.cross_entropy"') :]
+    text = re.sub(r"<[^>]*>", "", signature[: signature.index("<math")])
+    for option in ("label_smoothing", "z_loss", "denominator", "return_stats"):
+        assert option in text
+    assert "Unpack" not in text
+    assert "arithmatex" not in page
+
+
+def test_drawings_take_the_colour_of_the_page_and_changes_are_the_changelog(site):
+    assert "<svg" in (site / "how_it_works.html").read_text()
+    assert "Unreleased" in (site / "changes.html").read_text()
