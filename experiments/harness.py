@@ -74,7 +74,8 @@ def shown(number: float) -> str:
 def table(rows: list[Row]) -> str:
     """Means of the seeds in Markdown, with the lowest and the highest."""
     metrics = [name for name in rows[0] if name not in ("arm", "seed")]
-    lines = [f"| | {' | '.join(metrics)} |", "| --- |" + " --- |" * len(metrics)]
+    heads = [metric.replace("|", r"\|") for metric in metrics]
+    lines = [f"| | {' | '.join(heads)} |", "| --- |" + " --- |" * len(metrics)]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         cells = []
         for metric in metrics:

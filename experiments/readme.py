@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from pathlib import Path
 from statistics import fmean
 
@@ -81,13 +82,14 @@ def section(name: str) -> str:
 
 
 def filled(text: str, rows: list[Row]) -> str:
-    """The text with every `{arm: metric}` replaced by the mean over the seeds."""
+    """The paragraph with every `{arm: metric}` replaced by the mean over the seeds."""
 
     def mean(found: re.Match[str]) -> str:
         arm, metric = re.sub(r"\s+", " ", found[1]), re.sub(r"\s+", " ", found[2])
         return shown(fmean(values(rows, arm, metric)))
 
-    return re.sub(r"\{([^{}:]+): ([^{}]+)\}", mean, text)
+    whole = " ".join(re.sub(r"\{([^{}:]+): ([^{}]+)\}", mean, text).split())
+    return textwrap.fill(whole, 108, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":
