@@ -1,13 +1,15 @@
-"""Do the repetition penalties reduce repetition, and what does it cost? Small models on repetitive text.
+"""Do the repetition penalties reduce repetition in a small model of real text, and what does it cost?
 
-    python experiments/repetition.py [--steps 400] [--seeds 3] [--csv FILE]
+Task: a 4-layer causal model learns Python's own documentation in which every line is repeated now and then,
+so that it learns to repeat; 500 steps.
 
-The text is Python's own documentation in which every line is repeated now and then, so a model learns to
-repeat. For each seed and each strength of the penalties a model is trained from the same start on the same
-blocks; then it continues beginnings of held-out text greedily. Reported are
+Measured on 48 greedy continuations of 100 tokens: the share of 4-grams that are not new (seq_rep_4; the
+text's own is 0.356); and the perplexity of held-out text, repetitive as the training text is.
 
-    seq-rep-4     share of the 4-grams of a continuation (100 tokens) that are not new in it
-    perplexity    of the held-out text, repetitive as the training text is
+Shows: the defaults do nothing here ({off: seq_rep_4} without them, {on, defaults: seq_rep_4} with them).
+The penalty on every token of the window lowers seq_rep_4 to {on, every token: seq_rep_4}, at a perplexity
+of {on, every token: perplexity} against {off: perplexity}: 9% more, beyond the 3% that the smaller
+experiment above keeps to.
 """
 
 from __future__ import annotations
@@ -107,9 +109,11 @@ def measure(model: torch.nn.Module, held_out: Tensor, block_size: int) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--csv", help="also write the rows to this file")
+    parser.add_argument(
+        "--csv", default="experiments/results/repetition.csv", help="file of the rows; empty for none"
+    )
     options = parser.parse_args()
     torch.set_num_threads(2)
     transformers.logging.set_verbosity_error()

@@ -291,6 +291,41 @@ def test_switches_without_the_master_switch_are_spoken_of():
     create_loss_modifier_pipeline({"loss_modifiers_enabled": False, "entropy_modifier_enabled": True})
 
 
+# ── what multiplies to harm says so ───────────────────────────────────────────────────────────────
+
+
+def sparse_weights(**ratio: float) -> list[BaseLossModifier]:
+    judge = SequenceScoringJudgeWeightModifier({"judge": lambda ids: torch.full((len(ids),), 0.5)})
+    return [MaskRatioWeightModifier(ratio), judge]
+
+
+def test_weights_that_favour_the_same_samples_twice_are_spoken_of_once():
+    logits, targets = torch.zeros(2, 4, 5), torch.tensor([[1, 2, 3, 4], [1, -100, -100, -100]])
+    pipeline = LossModifierPipeline(sparse_weights())
+    with pytest.warns(UserWarning, match=r"both favour samples .*reduction='mean'") as caught:
+        pipeline.modify_loss(logits, targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.modify_loss(logits, targets)
+    assert "MaskRatioWeightModifier and SequenceScoringJudgeWeightModifier" in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "reduction"),
+    [
+        (sparse_weights(), "mean"),
+        (sparse_weights(power=0.0), "auto"),
+        (sparse_weights()[:1], "auto"),
+        ([EntropyModifier(), *sparse_weights()[1:]], "auto"),
+    ],
+)
+def test_what_does_not_multiply_is_not_spoken_of(modifiers: list[BaseLossModifier], reduction: str):
+    logits, targets = torch.zeros(2, 4, 5), torch.tensor([[1, 2, 3, 4], [1, -100, -100, -100]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LossModifierPipeline(modifiers, reduction=reduction).modify_loss(logits, targets)
+
+
 # ── before training ───────────────────────────────────────────────────────────────────────────────
 
 

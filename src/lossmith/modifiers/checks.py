@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from lossmith.core.warn_user import warn_user
+from lossmith.equation.reduction import Reduction
 from lossmith.modifiers.base import BaseLossModifier, ModelMode
+
+if TYPE_CHECKING:
+    from lossmith.modifiers.tokens.token_modifier import TokenModifier
 
 FROM_KEYS = "A pipeline is made from keys by lossmith.create_loss_modifier_pipeline(config)"
 
@@ -51,3 +57,21 @@ def warn_of_modes(modifier: BaseLossModifier, mode: ModelMode | None) -> None:
             f"{modifier.name} has no effect in a pipeline of model_mode={mode.value!r}: it is for {modes}; "
             "leave it out"
         )
+
+
+def warn_of_sparse_weights(modifiers: Iterable[TokenModifier], reduction: Reduction) -> None:
+    """Warn, once, if several modifiers favour samples with few supervised tokens, and a mean over samples
+    does so before them: their weights multiply, and the gradient comes from a few tokens."""
+    if reduction != "sequence_mean" or torch.compiler.is_compiling():
+        return
+    favouring = [m for m in modifiers if m.favours_sparse and m.weighs and m.idle_reason is None]
+    if len(favouring) < 2 or all(m.seen.is_told_of_sparse_weights for m in favouring):
+        return
+    for modifier in favouring:
+        modifier.seen.is_told_of_sparse_weights = True
+    warn_user(
+        f"{' and '.join(m.name for m in favouring)} both favour samples with few supervised tokens, on top "
+        "of a mean over samples. Where that number varies, as in masked language models, the gradient comes "
+        "from a few tokens and the model learns less; pass reduction='mean', or leave one of them out. "
+        "docs/modifiers.md has measurements"
+    )

@@ -25,6 +25,7 @@ class Seen:
     """What a modifier remembers of the batches so far, to tell the nature of the data from chance."""
 
     def __init__(self) -> None:
+        self.is_told_of_sparse_weights = False
         self._num_batches = 0
         self._had_several = self._are_same = False
         self._low = self._high = torch.zeros(())

@@ -85,6 +85,7 @@ class SequenceScoringJudgeWeightModifier(SampleWeigher):
     enabled_key = "judge_weight_modifier_enabled"
     modes = (ModelMode.LANGUAGE_MODEL,)
     reads = ()
+    favours_sparse = True
 
     settings: Settings
     judge: Judge | None

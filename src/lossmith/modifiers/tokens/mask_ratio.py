@@ -57,6 +57,7 @@ class MaskRatioWeightModifier(SampleWeigher):
     prefix = "mask_ratio_weight_"
     aliases = {"min": "min_weight", "max": "max_weight"}  # noqa: RUF012
     reads = ()
+    favours_sparse = True
 
     settings: Settings
 

@@ -57,10 +57,12 @@ class TokenModifier(BuiltInModifier):
     Attributes:
         reads: names of the statistics that ``token_loss`` and the function from ``on_batch`` read; None for
             all, still in one pass.
+        favours_sparse: whether its weights are largest for samples with few supervised tokens.
     """
 
     modes = (ModelMode.LANGUAGE_MODEL, ModelMode.TOKEN_CLASSIFIER)
     reads: Reads = None
+    favours_sparse: bool = False
 
     @property
     def changes_loss(self) -> bool:

@@ -17,6 +17,7 @@ from lossmith.equation.batch import TokenBatch
 from lossmith.equation.output import LossOutput, with_parts
 from lossmith.equation.term import Reads, Term, TokenLoss, Weigh, joined
 from lossmith.modifiers.call import Call
+from lossmith.modifiers.checks import warn_of_sparse_weights
 from lossmith.modifiers.custom import CustomModifiers
 from lossmith.modifiers.tokens.token_modifier import Measure, Measured, SampleLosses, TokenModifier
 from lossmith.objectives.inputs import given_targets
@@ -149,9 +150,13 @@ class TokenObjective(WrappedObjective):
     def look_at(self, targets: Tensor, **given: Any) -> None:
         """Show the targets to the modifiers; ``given`` as for :func:`lossmith.equation.batch.align`."""
         seen = self.kept(targets, self.ignore_index)
-        batch = self._align(seen, ignore_index=self.ignore_index, **given)
+        self._show(self._align(seen, ignore_index=self.ignore_index, **given))
+
+    def _show(self, batch: TokenBatch) -> None:
+        """Show a batch to the modifiers, each of which says whether it can act on it."""
         for modifier in self.token_modifiers:
             modifier.look_at(batch)
+        warn_of_sparse_weights(self.token_modifiers, self.reduction)
 
     def evaluate(
         self, logits: Tensor | Predictions | None = None, targets: Tensor | None = None, **inputs: Any
@@ -178,8 +183,7 @@ class TokenObjective(WrappedObjective):
         self._stats = call.stats_of(batch)
         if custom:
             predictions = Logits(predictions.logits())  # custom modifiers read them
-        for modifier in self.token_modifiers:
-            modifier.look_at(batch)
+        self._show(batch)
 
         def draw() -> Tensor:
             return predictions.sample(self.sweep_options.softcap).reshape(-1)
