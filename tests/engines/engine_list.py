@@ -60,6 +60,9 @@ ENGINES = {
     "Fabric, DDP": Engine(loops.fabric, "`loss * ranks`", needs=("lightning",)),
     "Fabric, FSDP2": Engine(loops.fabric_fsdp2, "`loss * ranks`", needs=("lightning",)),
     "Trainer: `LossTrainer`": Engine(trainers.loss_trainer, "`loss`, by itself", **TRAINER),
+    "Trainer: `LossTrainer`, DeepSpeed ZeRO-2": Engine(
+        trainers.zero_2, "`loss`, by itself", **{**TRAINER, "needs": (*TRAINER["needs"], "deepspeed")}
+    ),
     "Trainer: `attach`": Engine(
         trainers.attached, "`loss`, by itself", **TRAINER, refuses={"modifier pipeline": "divides by"}
     ),

@@ -17,11 +17,15 @@ from ranks import on_two_ranks
 OTHERS = [pytest.param(name, marks=() if name == "FSDP2" else pytest.mark.slow) for name in ENGINES]
 
 
-def run_of(rank: int, name: str, port: int) -> dict:
-    """In a process of its own, as torchrun would have started it."""
+def meet(rank: int, port: int) -> None:
+    """Make a process look as if torchrun had started it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+
+
+def run_of(rank: int, name: str, port: int) -> dict:
+    meet(rank, port)
     return dict(ENGINES[name].run(rank))
 
 

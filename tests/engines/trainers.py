@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from engines_case import (
     MICRO_BATCHES,
     RANKS,
     ROWS,
+    Batch,
     D,
     Step,
     T,
@@ -24,6 +28,17 @@ from engines_case import (
 import lossmith
 
 Found = dict[str, list[Step] | str]
+STILL = {
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "learning_rate": 0.0,
+    "max_grad_norm": 0.0,
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
 
 
 def llama() -> Any:
@@ -94,11 +109,11 @@ def recorded(trainer_class: type) -> type:
     return Recorded
 
 
-def options(arguments: type | None = None, **more: Any) -> dict[str, Any]:
-    """What a trainer is made with: the model, two steps, and the rows of both in their order."""
+def options(arguments: type | None = None, of: Sequence[Batch] | None = None, **more: Any) -> dict[str, Any]:
+    """What a trainer is made with: the model, a step for each batch, and the rows of all in their order."""
     import transformers
 
-    of_both = [batch.rows() for batch in batches()]
+    of_both = [batch.rows() for batch in of or batches()]
     rows = [
         {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
         for all_ids, all_labels in of_both
@@ -110,14 +125,7 @@ def options(arguments: type | None = None, **more: Any) -> dict[str, Any]:
         per_device_train_batch_size=ROWS,
         gradient_accumulation_steps=MICRO_BATCHES,
         train_sampling_strategy="sequential",
-        optim="sgd",
-        learning_rate=0.0,
-        max_grad_norm=0.0,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        **more,
+        **{**STILL, **more},
     )
     return {"model": llama(), "args": args, "train_dataset": rows}
 
@@ -166,6 +174,35 @@ def loss_function(rank: int) -> Found:
 
     kind = recorded(Trainer)
     return each(lambda loss: kind(compute_loss_func=compute_loss_func(loss), **options()))
+
+
+def deepspeed_config() -> dict[str, Any]:
+    """The one of examples/launch, in a process that is going to use it."""
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # accelerate takes that for a wish to have no DeepSpeed
+    return json.loads((LAUNCH / "deepspeed_zero2.json").read_text())
+
+
+def zero_2(rank: int) -> Found:
+    """DeepSpeed steps with the backward pass, so the gradients are what a step of length 1 changed."""
+    from lossmith.integrations.huggingface import LossTrainer
+
+    kind = recorded(LossTrainer)
+    config = {**deepspeed_config(), "zero_allow_untested_optimizer": True}
+    found: Found = {}
+    for name, loss in LOSSES.items():
+        steps = []
+        for batch in batches():
+            given = options(of=[batch], deepspeed=config, learning_rate=1.0)
+            given["model"] = given["model"].float()
+            trainer = kind(loss=loss.make("global"), **given)
+            before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+            trainer.train()
+            assert (trainer.is_deepspeed_enabled, trainer.args.world_size) == (True, RANKS)
+            after = dict(trainer.model.named_parameters())
+            gradients = {n: (p - after[n]).detach() for n, p in before.items()}
+            steps.append({"loss": trainer.found[0]["loss"], "gradients": gradients})
+        found[name] = steps
+    return found
 
 
 def sft_trainer(rank: int) -> Found:

@@ -105,6 +105,11 @@ class ObjectiveTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_loss(resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # it loads the rest of a model by itself
+            self.load_loss(checkpoint)
+
     def _load_best_model(self) -> None:
         if not self._load_renamed(self.state.best_model_checkpoint):
             super()._load_best_model()
