@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch.distributed
 import torch.multiprocessing
 
 # After this many seconds ranks that wait for each other say where, and end.
-PATIENCE = 180
+PATIENCE = 300
 
 
 def on_two_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
@@ -38,3 +39,17 @@ def _run(rank: int, num: int, function: Callable[..., Any], folder: str, argumen
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a process group at exit may abort
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def like_torchrun(rank: int, port: int) -> None:
+    """Make one of two processes look as if torchrun had started it, which engines ask for."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

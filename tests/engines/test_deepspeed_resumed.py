@@ -5,11 +5,10 @@ import importlib.util
 import pytest
 import torch
 from engines_case import V, batches
-from test_engines import free_port, meet
 from trainers import deepspeed_config, llama, options
 
 import lossmith
-from ranks import on_two_ranks
+from ranks import free_port, like_torchrun, on_two_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,7 +44,7 @@ def train(folder: str, max_steps: int, resume: str | None = None) -> dict[str, t
 
 
 def runs_of(rank: int, port: int, folder: str) -> dict[str, dict]:
-    meet(rank, port)
+    like_torchrun(rank, port)
     whole = train(f"{folder}/whole", STEPS)
     train(f"{folder}/half", STEPS // 2)
     resumed = train(f"{folder}/resumed", STEPS, f"{folder}/half/checkpoint-{STEPS // 2}")

@@ -2,30 +2,21 @@
 
 import functools
 import importlib.util
-import os
-import socket
 
 import pytest
 import torch
 import trainers
 from engine_list import ENGINES, PAGE, page_with_table
-from engines_case import LOSSES, RANKS, expected
+from engines_case import LOSSES, expected
 
-from ranks import on_two_ranks
+from ranks import free_port, like_torchrun, on_two_ranks
 
 # Two processes that each import an engine take this long.
 OTHERS = [pytest.param(name, marks=() if name == "FSDP2" else pytest.mark.slow) for name in ENGINES]
 
 
-def meet(rank: int, port: int) -> None:
-    """Make a process look as if torchrun had started it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-
-
 def run_of(rank: int, name: str, port: int) -> dict:
-    meet(rank, port)
+    like_torchrun(rank, port)
     return dict(ENGINES[name].run(rank))
 
 
@@ -50,12 +41,6 @@ def found_by(tmp_path_factory):
         return found
 
     return run
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Heads that FSDP2 has sharded: gathered once a micro-batch, and all ranks leave them out, or none."""
 
+import os
 import warnings
 
 import pytest
@@ -17,6 +18,7 @@ from lossmith.integrations.huggingface.attachment import attached_to
 from ranks import on_two_ranks
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+SPLITTABLE = {"num_key_value_heads": 2}  # a head for each rank
 ROWS = (slice(0, 3), slice(3, 8))  # of the two ranks
 LOSSES = {
     "one sweep": lossmith.CrossEntropyLoss,
@@ -63,7 +65,20 @@ def trained(model, rank: int | None) -> dict:
     return found
 
 
-def runs_of(rank: int) -> dict[str, dict]:
+def split_by_class(folder: str) -> dict:
+    """A model that transformers splits over the ranks, which all have the same batch."""
+    from transformers import AutoModelForCausalLM
+
+    if torch.distributed.get_rank() == 0:
+        make("llama", **SPLITTABLE).save_pretrained(folder)
+    torch.distributed.barrier()
+    os.environ |= {"RANK": str(torch.distributed.get_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").train()
+    assert model.lm_head.weight.placements[0].is_shard(0)
+    return trained(attach(model, lossmith.CrossEntropyLoss()), None)
+
+
+def runs_of(rank: int, folder: str) -> dict[str, dict]:
     from torch.distributed.device_mesh import init_device_mesh
 
     warnings.simplefilter("ignore")
@@ -90,12 +105,14 @@ def runs_of(rank: int) -> dict[str, dict]:
     model = attach(sharded(model, mesh), lossmith.CrossEntropyLoss())
     runs["the first batch differs"] = trained(model, rank)
     runs["the first batch differs"]["why"] = attached_to(model).fused.why_not
+    runs["split by class"] = split_by_class(folder)
     return runs
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    return on_two_ranks(runs_of, tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    return on_two_ranks(runs_of, folder, str(folder / "model"))
 
 
 @pytest.mark.slow
@@ -123,6 +140,15 @@ def test_ranks_that_would_disagree_all_make_logits(run, why, ranks):
     for rank in ranks:
         assert rank[run]["logits"]
         assert rank[run]["why"].removeprefix("on another rank, ") == why
+
+
+@pytest.mark.slow
+def test_a_model_that_transformers_splits_by_class_makes_logits_and_is_trained_exactly(ranks):
+    expected = trained(attach(make("llama", **SPLITTABLE).train(), lossmith.CrossEntropyLoss()), None)
+    for rank in ranks:
+        found = rank["split by class"]
+        assert_same(found["gradients"], expected["gradients"], rtol=1e-4, atol=1e-6)
+        assert found["logits"]
 
 
 def test_what_is_read_outside_is_refused_with_the_remedy():

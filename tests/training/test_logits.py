@@ -73,6 +73,21 @@ def test_no_tensor_has_all_logits(mode: str, tiny: list[str], monkeypatch: pytes
         assert task.seen(output).observed[1] == task.count(batch)
 
 
+def test_no_tensor_of_an_evaluation_has_all_logits(tiny: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sizes.MEMORY_BUDGET, "cpu", 20 * 300 * 4)
+    found = {}
+    for more in ([], [ALL_AT_ONCE]):
+        task = make_task(load_config([*tiny, *more]))
+        torch.manual_seed(0)
+        model = task.make_model()
+        batch = {name: torch.stack([task.held_out[i][name] for i in range(4)]) for name in task.held_out[0]}
+        with LargestOf(300) as largest:
+            measures = task.evaluate(model, [batch])
+        found[bool(more)] = measures["loss"], largest.elements
+    assert found[False][1] <= 20 * 300 < batch["labels"].numel() * 300 <= found[True][1]
+    assert found[False][0] == pytest.approx(found[True][0], rel=1e-5)
+
+
 def test_evaluation_and_samples_of_a_masked_model_have_logits(tiny: list[str]):
     task = make_task(load_config([*tiny, *MODES["masked"]]))
     model = task.make_model().train()

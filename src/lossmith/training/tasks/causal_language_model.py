@@ -66,10 +66,21 @@ class CausalLanguageModel(TokenTask):
         labels = batch["labels"]  # [B, T]
         targets = labels[:, 1:]
         num_bytes = self.bytes_per_token[targets[targets != IGNORED]].sum()
-        logits = model(input_ids=batch["input_ids"].to(model.device)).logits  # [B, T, V]
-        plain = lossmith.Perplexity(shift=True)
-        plain.update(logits, labels.to(model.device))
-        return torch.tensor([plain.nll_sum, plain.num_tokens, num_bytes], dtype=torch.float64)
+        predictions = self.predict(model, batch["input_ids"].to(model.device))
+        plain = lossmith.CrossEntropyLoss(reduction="none", shift=True)
+        output = plain.evaluate(predictions, labels.to(model.device))
+        wide = torch.float32 if output.total.device.type == "mps" else torch.float64
+        sums = output.total.sum(dtype=wide), output.num_tokens, num_bytes
+        return torch.stack([value.cpu().double() for value in sums])
+
+    def predict(self, model: PreTrainedModel, ids: Tensor) -> Any:
+        """Logits [B, T, V], or the head's inputs where the model trains without logits: all of them at once
+        would take more memory than training does."""
+        attached = attached_to(model)
+        if attached is None:
+            return model(input_ids=ids).logits
+        *_, predictions = attached.fused.run(model, lambda: model(input_ids=ids), leaves_out=True)
+        return predictions
 
     def measures(self, sums: Sequence[float]) -> dict[str, float]:
         nll, num_tokens, num_bytes = sums
