@@ -1,6 +1,7 @@
 """What the Trainer logs beside the loss: the plain nll; in evaluation perplexity, accuracy and the parts."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import lossmith
 from lossmith.integrations.huggingface import LossTrainer
+from ranks import on_two_ranks
 
 
 def plain(model: torch.nn.Module, data: list[dict]) -> tuple[float, float]:
@@ -79,3 +81,25 @@ def test_rows_without_labels_have_no_measures(tmp_path):
     trainer = trainer_of(tmp_path, lossmith.CrossEntropyLoss())
     some = [{name: value for name, value in row.items() if name != "labels"} for row in rows()]
     assert "test_nll" not in trainer.predict(some).metrics
+
+
+def on_rank(rank: int, folder: str) -> dict[str, float]:
+    """What an evaluation by two processes finds, and the nll of a step of theirs."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
+    loss = lossmith.CrossEntropyLoss(label_smoothing=0.2, z_loss=0.1)
+    args = arguments(folder, per_device_eval_batch_size=2, logging_steps=1, per_device_train_batch_size=4)
+    trainer = LossTrainer(
+        loss=loss, model=make("llama"), args=args, train_dataset=rows(), eval_dataset=rows()
+    )
+    found = trainer.evaluate()
+    trainer.train()
+    return {**found, "nll": next(row["nll"] for row in trainer.state.log_history if "nll" in row)}
+
+
+def test_two_ranks_find_what_one_finds(tmp_path):
+    nll, accuracy = plain(make("llama"), rows())
+    for found in on_two_ranks(on_rank, tmp_path, str(tmp_path)):
+        assert found["eval_nll"] == pytest.approx(nll, rel=1e-5)
+        assert found["eval_accuracy"] == pytest.approx(accuracy)
+        assert found["nll"] == pytest.approx(nll, rel=1e-5)
