@@ -24,6 +24,7 @@ def row_of(step: int, draw: random.Random, parts: tuple[str, ...]) -> dict[str, 
     row |= {"tokens_per_second": 5000 + draw.random(), "perplexity": math.exp(values["cross_entropy"])}
     row |= {f"loss/{part}": value for part, value in values.items()}
     row |= {f"pull/{part}": abs(value) / 2 for part, value in values.items()}
+    row |= {f"pull_cosine/{part}": draw.uniform(-1, 1) for part in values}
     weights = {"weight_mean": 1.0, "weight_min": 0.5 + draw.random() / 9, "weight_max": 1.5 + draw.random()}
     row |= {f"loss_modifiers/EntropyModifier.{name}": value for name, value in weights.items()}
     return row | {"moe_balance_loss/max_violation": draw.random()}

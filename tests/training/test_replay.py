@@ -141,9 +141,11 @@ def test_every_mode_has_places(
         plant(patch, module, with_row(math.nan))
         with pytest.raises(UserError, match=where):
             go([*tiny, *flags])
-    code, shown, _ = call(capsys, "replay", out)  # the newest in the run's folder
-    assert code == 0
-    assert "not finite." in shown
+    for path in (out, out / "checkpoint-3"):  # the newest in the run's folder
+        code, shown, _ = call(capsys, "replay", path)
+        assert code == 0
+        assert f"{out / FILE}: step 5" in shown
+        assert "not finite." in shown
 
 
 def test_of_several_micro_batches_the_bad_one_is_saved(

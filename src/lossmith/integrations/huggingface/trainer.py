@@ -15,12 +15,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lossmith.engine.head.plan import HeadOptions, LogitsDtype, MemoryBudget, SkipIgnored, Strategy
 from lossmith.integrations.huggingface.attached_loss import AttachedLoss
 from lossmith.integrations.huggingface.attachment import attach, attached_to
 from lossmith.integrations.huggingface.labels import check_objective
+from lossmith.integrations.huggingface.plain_measures import PlainMeasures, observe
 from lossmith.modifiers.pipeline import LossModifierPipeline
 from lossmith.objectives.objective import Objective
 
@@ -145,8 +147,9 @@ class LossTrainer(ObjectiveTrainer):
     The model's forward computes the loss (:func:`attach`) and divides it by the objective's own count over
     all micro-batches and ranks. The optimizer trains the loss's parameters with the model's, by the same
     rules of weight decay. Every checkpoint holds the loss's state as ``lossmith_loss.pt``, and resuming
-    restores it. The log has its parts as ``loss/<part>``, and what a pipeline's modifiers measure as
-    ``loss_modifiers/<metric>``.
+    restores it. The log has its parts as ``loss/<part>``, the plain negative log-likelihood of the same
+    tokens as ``nll``, and what a pipeline's modifiers measure as ``loss_modifiers/<metric>``. An evaluation
+    adds ``eval_nll``, ``eval_perplexity`` and ``eval_accuracy``, over tokens, and ``eval_loss/<part>``.
 
     In training, and in evaluation if only the loss is wanted, the logits never exist all at once. Metrics and
     :meth:`predict` get them.
@@ -201,6 +204,7 @@ class LossTrainer(ObjectiveTrainer):
             attach, loss=loss, materialize_logits=materialize_logits, **of_head.options
         )
         self._at_first: dict[str, Any] | None = None
+        self._trained, self._evaluated = PlainMeasures(), PlainMeasures()
         super().__init__(*args, **options)
         self._check_arguments()
         # Not earlier: PEFT would freeze what is in the model, and TRL replaces the forward.
@@ -251,6 +255,7 @@ class LossTrainer(ObjectiveTrainer):
         attached = attached_to(self._attach_to(model))
         assert attached is not None
         self._attached = attached
+        attached.observe = observe
         return model
 
     # ── the loss ──────────────────────────────────────────────────────────────────────────────────
@@ -274,10 +279,44 @@ class LossTrainer(ObjectiveTrainer):
     ) -> Any:
         """As the Trainer's, but without logits if only the loss is wanted."""
         self._attached.leaves_out_logits = prediction_loss_only
+        self._attached.observed = None
         try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._attached.leaves_out_logits = False
+        self._evaluated.add(self._attached.observed, self._attached.parts, find_batch_size(inputs) or 1)
+        return found
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As the Trainer's, with what the model knows beside its loss."""
+        self._evaluated = PlainMeasures()
+        asked = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(*asked)
+        measures = self._evaluated.evaluated(metric_key_prefix, self._over_ranks)
+        return output._replace(metrics={**(output.metrics or {}), **measures})
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            self._trained.add(self._attached.observed)
+        return found
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        if "loss" in logs and (nll := self._trained.nll(self._over_ranks)) is not None:
+            logs["nll"] = nll
+        super().log(logs, *args, **options)
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")  # pyright: ignore[reportReturnType]
 
     def parts_of(self, outputs: Any) -> Mapping[str, Tensor]:
         return self._attached.parts or {}

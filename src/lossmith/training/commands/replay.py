@@ -13,6 +13,7 @@ from lossmith.training.config.objective import make_objective
 from lossmith.training.config.own_loss import MODULE, how_to_name, is_own
 from lossmith.training.config.reading import Setting, moderate, resolve
 from lossmith.training.config.rules import check
+from lossmith.training.config.saved_run import run_of
 from lossmith.training.errors import UserError
 from lossmith.training.run.batch_file import SavedBatch, read_batch
 from lossmith.training.run.folder import BAD_BATCH
@@ -56,9 +57,10 @@ HEAD = ["part", "value", "norm of its gradient", "first bad, or largest, at"]
 
 
 def choose_file(path: Path) -> Path:
-    """The file, or the newest in a run's folder."""
+    """The file, or the newest in a run's folder, which may also be named by one of its checkpoints."""
     if not path.is_dir():
         return path
+    path = run_of(path) or path
     found = [(int(match[1]), file) for file in path.iterdir() if (match := BAD_BATCH.fullmatch(file.name))]
     if not found:
         raise UserError(

@@ -63,9 +63,8 @@ class BadSteps:
 
     def _look(self, trainer: "TaskTrainer", step: int, is_loss: bool) -> Diagnosis:
         is_alone = trainer.args.world_size == 1
-        if (
-            trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        ):  # ranks would have to run the model together
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if is_sharded:  # ranks would have to run the model together
             number, batch = trainer.step.first_bad() or (0, trainer.step.batches[0])
             how = "where it began is not looked for in a sharded model"
             found = Diagnosis(step, number, not batch.is_finite, batch.bad_parts(), how, batch=batch)

@@ -20,7 +20,7 @@ from lossmith.training.config.own_loss import find_own, is_own
 from lossmith.training.config.reading import read_saved_config, resolve
 from lossmith.training.data.corpus import load_corpus
 from lossmith.training.data.tokenizer import END_OF_TEXT
-from lossmith.training.run.analysis import analyse, save_analysis
+from lossmith.training.run.analysis import analyse, as_text, save_analysis
 from lossmith.training.run.beginning import Begin, prepare_folder, where_to_begin
 from lossmith.training.run.checkpoints import (
     KeepCheckpoints,
@@ -123,9 +123,12 @@ def train(config: TrainConfig, console: Console, command: str, objective: Object
                 say(console, f"  {command} --out_dir={shlex.quote(config.out_dir)} --resume", "bold")
                 return 128 + stop.received
             measures = trainer.evaluate(everything=True)
+            sample = task.sample(model)
+            if sample is not None:
+                for tracker in trackers:
+                    tracker.show_sample(step, as_text(sample))
         if trainer.finite.skipped:
             warn(console, f"{trainer.finite.skipped} steps were skipped: a loss or gradient was not finite.")
-        sample = task.sample(model)
         show_results(console, task, measures, sample, aside, findings.history)
         if folder:
             save_analysis(folder, step, analyse(task, model, sample, num_batches=config.eval_iters))
