@@ -15,15 +15,28 @@ NEEDED = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
 FETCHED = re.compile(r'<(?:script|img|iframe)[^>]* src="(?!data:)([^"]*)"|<link[^>]* href="([^"]*)"')
 
 
-@pytest.fixture
-def links():
-    """The script as a module."""
-    loader = SourceFileLoader("links_script", str(ROOT / "scripts" / "links"))
+def script(name):
+    """A script as a module."""
+    loader = SourceFileLoader(f"script_{Path(name).stem}", str(ROOT / "scripts" / name))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def links():
+    return script("links")
+
+
+def test_the_picture_of_gradients_is_what_the_losses_do():
+    gradients = script("site/gradients.py")
+    number = re.compile(r"-?\d+\.\d+")
+    drawn, now = gradients.OUTPUT.read_text(), gradients.picture()
+    assert number.sub("", drawn) == number.sub("", now)  # every panel and line
+    for before, after in zip(number.findall(drawn), number.findall(now), strict=True):
+        assert abs(float(before) - float(after)) < 0.2
 
 
 def test_links_signatures_and_goals_are_as_they_should_be(links):

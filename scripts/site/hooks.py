@@ -13,16 +13,17 @@ from typing import Any
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parents[2]
+OUTSIDE = {"changes.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 DRAWING = re.compile(r'<img alt="([^"]*)" src="[^"]*?images/([\w-]+\.svg)"\s*/?>')
 OWN_COLOURS = re.compile(r'<style id="alone">.*?</style>\s*', re.DOTALL)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The page of changes is CHANGELOG.md, which lies outside docs/."""
-    if page.file.src_uri != "changes.md":
+    """Files that lie outside docs/ are pages of the site, too."""
+    if page.file.src_uri not in OUTSIDE:
         return markdown
-    return (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    return (ROOT / OUTSIDE[page.file.src_uri]).read_text(encoding="utf-8").replace("](docs/", "](")
 
 
 def on_page_content(content: str, **_: Any) -> str:
