@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,3 +102,14 @@ def test_the_reference_has_signatures_formulas_and_examples(site):
 def test_drawings_take_the_colour_of_the_page_and_changes_are_the_changelog(site):
     assert "<svg" in (site / "how_it_works.html").read_text()
     assert "Unreleased" in (site / "changes.html").read_text()
+
+
+def test_links_to_files_outside_of_the_pages_become_their_paths():
+    pytest.importorskip("latex2mathml")
+    hooks = script("site/hooks.py")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="modifiers/judge.md"))
+    text = "[a](../cross_entropy.md#x) [b](../../config/nvamp.py) [`config/nvamp.py`](../../config/nvamp.py)"
+    text += " [c](../../CHANGELOG.md#unreleased) [d](https://e.org)"
+    expected = "[a](../cross_entropy.md#x) b (`config/nvamp.py`) `config/nvamp.py`"
+    expected += " [c](../changes.md#unreleased) [d](https://e.org)"
+    assert hooks.on_page_markdown(text, page) == expected
