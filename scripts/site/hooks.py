@@ -23,7 +23,7 @@ OWN_COLOURS = re.compile(r'<style id="alone">.*?</style>\s*', re.DOTALL)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Some files outside docs/ are pages of the site; links to others become their paths in the repository."""
+    """Some files outside docs/ are pages of the site. A link to another becomes its path."""
     if page.file.src_uri in OUTSIDE:
         markdown = (ROOT / OUTSIDE[page.file.src_uri]).read_text(encoding="utf-8")
         markdown = markdown.replace("](docs/", "](")
