@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,15 +16,28 @@ NEEDED = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
 FETCHED = re.compile(r'<(?:script|img|iframe)[^>]* src="(?!data:)([^"]*)"|<link[^>]* href="([^"]*)"')
 
 
-@pytest.fixture
-def links():
-    """The script as a module."""
-    loader = SourceFileLoader("links_script", str(ROOT / "scripts" / "links"))
+def script(name):
+    """A script as a module."""
+    loader = SourceFileLoader(f"script_{Path(name).stem}", str(ROOT / "scripts" / name))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def links():
+    return script("links")
+
+
+def test_the_picture_of_gradients_is_what_the_losses_do():
+    gradients = script("site/gradients.py")
+    number = re.compile(r"-?\d+\.\d+")
+    drawn, now = gradients.OUTPUT.read_text(), gradients.picture()
+    assert number.sub("", drawn) == number.sub("", now)  # every panel and line
+    for before, after in zip(number.findall(drawn), number.findall(now), strict=True):
+        assert abs(float(before) - float(after)) < 0.2
 
 
 def test_links_signatures_and_goals_are_as_they_should_be(links):
@@ -79,10 +93,23 @@ def test_the_reference_has_signatures_formulas_and_examples(site):
     text = re.sub(r"<[^>]*>", "", signature[: signature.index("<math")])
     for option in ("label_smoothing", "z_loss", "denominator", "return_stats"):
         assert option in text
+    assert "exclude_target" in text
     assert "Unpack" not in text
+    assert "SmoothingMode" not in text
     assert "arithmatex" not in page
 
 
 def test_drawings_take_the_colour_of_the_page_and_changes_are_the_changelog(site):
     assert "<svg" in (site / "how_it_works.html").read_text()
     assert "Unreleased" in (site / "changes.html").read_text()
+
+
+def test_links_to_files_outside_of_the_pages_become_their_paths():
+    pytest.importorskip("latex2mathml")
+    hooks = script("site/hooks.py")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="modifiers/judge.md"))
+    text = "[a](../cross_entropy.md#x) [b](../../config/nvamp.py) [`config/nvamp.py`](../../config/nvamp.py)"
+    text += " [c](../../CHANGELOG.md#unreleased) [d](https://e.org)"
+    expected = "[a](../cross_entropy.md#x) b (`config/nvamp.py`) `config/nvamp.py`"
+    expected += " [c](../changes.md#unreleased) [d](https://e.org)"
+    assert hooks.on_page_markdown(text, page) == expected

@@ -7,9 +7,11 @@ the docstring spells out in characters.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +72,8 @@ class Docstrings(griffe.Extension):
             formula = FORMULAS.get(obj.name) if obj.is_class or obj.is_function else None
             obj.docstring.value = as_markdown(obj.docstring.value, formula)
 
-    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
-        """Options are declared as ``Annotated[float, option(...)]``; a reader wants the ``float``."""
-        for parameter in func.parameters:
-            hint = parameter.annotation
-            if isinstance(hint, griffe.ExprSubscript) and hint.canonical_name == "Annotated":
-                inside = hint.slice
-                parameter.annotation = inside.elements[0] if isinstance(inside, griffe.ExprTuple) else inside
-
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Functions that take the options of an objective show them one by one."""
+        """Functions that take the options of an objective show them one by one; and every option its type."""
         options = [
             parameter
             for parameter in pkg["objectives.cross_entropy.CrossEntropyLoss"].parameters
@@ -92,3 +86,37 @@ class Docstrings(griffe.Extension):
             function.parameters = griffe.Parameters(
                 *own, *(parameter for parameter in options if parameter.name not in names)
             )
+        for function in functions(pkg):
+            for parameter in function.parameters:
+                parameter.annotation = plain(parameter.annotation, pkg)
+
+
+def functions(scope: griffe.Module | griffe.Class) -> Iterator[griffe.Function]:
+    """Every function and method below a module."""
+    for member in scope.members.values():
+        if isinstance(member, griffe.Function):
+            yield member
+        elif isinstance(member, griffe.Module | griffe.Class):
+            yield from functions(member)
+
+
+def plain(hint: Any, pkg: griffe.Module) -> Any:
+    """A type in place of its alias: options are ``Annotated[float, option(...)]``, and have a name."""
+    if isinstance(hint, griffe.ExprBinOp):
+        return dataclasses.replace(hint, left=plain(hint.left, pkg), right=plain(hint.right, pkg))
+    if isinstance(hint, griffe.ExprName) and hint.canonical_path.startswith("lossmith."):
+        path = hint.canonical_path.removeprefix("lossmith.")
+        declared = pkg[path].value if _has(pkg, path) else None
+        return plain(declared, pkg) if isinstance(declared, griffe.ExprSubscript) else hint
+    if isinstance(hint, griffe.ExprSubscript) and hint.canonical_name == "Annotated":
+        inside = hint.slice
+        return plain(inside.elements[0] if isinstance(inside, griffe.ExprTuple) else inside, pkg)
+    return hint
+
+
+def _has(pkg: griffe.Module, path: str) -> bool:
+    """Whether a path is that of an attribute of a module."""
+    try:
+        return isinstance(pkg[path], griffe.Attribute)
+    except KeyError:
+        return False

@@ -165,7 +165,7 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they take th
 
         (1 - p_y)^focal_gamma * smoothed cross-entropy  +  z_loss * logsumexp^2  -  confidence_penalty * H(p)
 
-    This is averaged over the supervised tokens. With the defaults it equals
+    The loss is averaged over the supervised tokens. With the defaults it equals
     ``torch.nn.functional.cross_entropy``, except that a batch without a supervised token gives 0. An option
     left at its default leaves the result bit-identical.
 

@@ -16,7 +16,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "training.md").read_t
 
 
 def test_every_command_has_a_section():
-    assert set(re.findall(r"^## (\w+)$", PAGE, re.MULTILINE)) == {"train", *EXTRAS}
+    assert set(re.findall(r"^## (\w+)$", PAGE, re.MULTILINE)) >= {"train", *EXTRAS}
 
 
 def test_every_option_of_a_command_is_listed_with_its_default():
