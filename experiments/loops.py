@@ -1,8 +1,8 @@
 """Do the n-gram and the immediate penalty keep greedy text out of loops, at a perplexity within 3%?
 
 Task: a causal transformer (2 layers, width 64) on a Markov language of 100 tokens with 12 successors each,
-in which every fourth token is most often followed by itself. The language hardly repeats 4-grams; greedy
-decoding of it does.
+in which every fourth token is most often followed by itself. A sample of 80 tokens repeats 1% of its
+4-grams; greedy decoding repeats nearly all.
 
 Measured on 32 greedy continuations of 80 tokens: the share of 4-grams that are not new (seq-rep-4), and the
 share of tokens that occur among the 16 before them (rep/16); and the perplexity of held-out text.
@@ -16,7 +16,7 @@ Shows: with the documents' defaults hardly anything changes (seq-rep-4 {off: seq
 of {n=3, weight 5, last half: perplexity} against {off: perplexity}, and with weight 3 {n=3, weight 3, last
 half: seq-rep-4} at {n=3, weight 3, last half: perplexity}. With weight 3 every seed stays within 3% (1.3 to
 2.7%); with weight 5 the mean does (2.9%) and one seed does not (4.0%). To start at half costs less than the
-same weight throughout and repeats about as little.
+same weight throughout and repeats about as little. Greedy text stays far more repetitive than the language.
 """
 
 from __future__ import annotations
