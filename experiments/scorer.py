@@ -12,8 +12,7 @@ factor raises the variance ratio from {off: variance ratio} to {variance: varian
 error from {off: MSE} to {variance: MSE}, the correlation factor less ({correlation: MSE}); twice the
 learning rate without any factor does the same ({off, learning rate x 2: MSE}). With Adam, which divides out
 how large a loss is, the factors gain nothing ({off: MSE, Adam} without, {variance: MSE, Adam} and
-{correlation: MSE, Adam} with them): both fall as the scorer improves, which acts like a learning rate that
-decays.
+{correlation: MSE, Adam} with them).
 """
 
 from __future__ import annotations
