@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false
+# Triton's language is no Python to a type checker.
+# pyright: reportMissingImports=false, reportInvalidTypeForm=false, reportGeneralTypeIssues=false
 """The Triton kernels from the gradients of raw statistics to that of the logits: the formula of ``row_grad``.
 
 ``gradient_of_tile`` reads a tile of a row and writes its gradient, which may lie in the same memory.

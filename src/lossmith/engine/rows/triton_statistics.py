@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false
+# Triton's language is no Python to a type checker.
+# pyright: reportMissingImports=false, reportInvalidTypeForm=false, reportGeneralTypeIssues=false
 """The Triton kernel from a row of logits to its raw statistics.
 
 One program has a row, which it reads once (twice for ``num_wrong``, whose cut is a share of the final sum).

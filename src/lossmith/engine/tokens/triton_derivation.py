@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false
+# Triton's language is no Python to a type checker.
+# pyright: reportMissingImports=false, reportInvalidTypeForm=false, reportGeneralTypeIssues=false
 """The Triton kernels from raw statistics of tokens to named ones, and back: the formulas of ``stats.py``, in
 double precision, a program for some tokens."""
 

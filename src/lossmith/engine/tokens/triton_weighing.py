@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false
+# Triton's language is no Python to a type checker.
+# pyright: reportMissingImports=false, reportInvalidTypeForm=false, reportGeneralTypeIssues=false
 """The Triton kernels of weighed sums, and back. Every sum is one program's: each run has the same bits."""
 
 import triton
