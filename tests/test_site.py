@@ -113,3 +113,8 @@ def test_links_to_files_outside_of_the_pages_become_their_paths():
     expected = "[a](../cross_entropy.md#x) b (`config/nvamp.py`) `config/nvamp.py`"
     expected += " [c](../changes.md#unreleased) [d](https://e.org)"
     assert hooks.on_page_markdown(text, page) == expected
+    page.file.src_uri = "contributing.md"  # which lies beside docs/
+    assert "[How it works](how_it_works.md)" in hooks.on_page_markdown("", page)
+    assert hooks.LINK.sub(lambda found: hooks._link(found, ROOT, ROOT / "docs"), "[a](config/nvamp.py)") == (
+        "a (`config/nvamp.py`)"
+    )

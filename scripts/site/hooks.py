@@ -24,22 +24,24 @@ OWN_COLOURS = re.compile(r'<style id="alone">.*?</style>\s*', re.DOTALL)
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Some files outside docs/ are pages of the site. A link to another becomes its path."""
-    if page.file.src_uri in OUTSIDE:
-        markdown = (ROOT / OUTSIDE[page.file.src_uri]).read_text(encoding="utf-8")
-        markdown = markdown.replace("](docs/", "](")
-    folder = (DOCS / page.file.src_uri).parent
-    return LINK.sub(lambda found: _link(found, folder), markdown)
+    here = DOCS / page.file.src_uri
+    source = ROOT / OUTSIDE[page.file.src_uri] if page.file.src_uri in OUTSIDE else here
+    if source != here:
+        markdown = source.read_text(encoding="utf-8")
+    return LINK.sub(lambda found: _link(found, source.parent, here.parent), markdown)
 
 
-def _link(found: re.Match[str], folder: Path) -> str:
-    there = (folder / found[2]).resolve()
-    if DOCS in there.parents or not there.exists():
+def _link(found: re.Match[str], written_in: Path, shown_in: Path) -> str:
+    """A link as it was written in one folder, for a page that is shown in another."""
+    text, target, anchor = found[1], found[2], found[3] or ""
+    there = (written_in / target).resolve()
+    if not there.exists() or ROOT not in there.parents:
         return found[0]
     path = there.relative_to(ROOT).as_posix()
-    page = next((page for page, source in OUTSIDE.items() if source == path), None)
-    if page is not None:
-        return f"[{found[1]}]({os.path.relpath(DOCS / page, folder)}{found[3] or ''})"
-    return found[1] if path in found[1] else f"{found[1]} (`{path}`)"
+    there = next((DOCS / page for page, source in OUTSIDE.items() if source == path), there)
+    if DOCS in there.parents:
+        return f"[{text}]({Path(os.path.relpath(there, shown_in)).as_posix()}{anchor})"
+    return text if path in text else f"{text} (`{path}`)"
 
 
 def on_page_content(content: str, **_: Any) -> str:
