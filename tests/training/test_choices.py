@@ -95,6 +95,10 @@ def test_one_checkpoint_is_evaluated(tiny: list[str], tmp_path: Path, monkeypatc
         assert code == 0
         assert f"{folder} (step {step}) on the held-out text" in shown
         assert f"{figures[step]} bits per byte" in shown
+        assert "is the newest" not in shown
+    assert (
+        f"checkpoint-6 is the newest of 2 checkpoints in {out}." in go([f"--out_dir={out}", "--eval_only"])[1]
+    )
     (tmp_path / "best").symlink_to(out / "checkpoint-3")
     assert f"{figures[3]} bits per byte" in go([f"--out_dir={tmp_path / 'best'}", "--eval_only"])[1]
     monkeypatch.chdir(out / "checkpoint-3")

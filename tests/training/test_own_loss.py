@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tiny: list[str], mod
 
 def test_from_python(tiny: list[str], out: Path, module: str):
     keys = dict(flag[2:].split("=") for flag in tiny)
-    typed = {name: int(value) if value.isdigit() else value for name, value in keys.items()}
+    typed: dict[str, Any] = {name: int(value) if value.isdigit() else value for name, value in keys.items()}
     margin = lossmith.Term("margin", lambda s, _: (s.top_wrong_logit - s.target_logit + 1).relu(), 0.1)
 
     def own() -> lossmith.Objective:
@@ -155,7 +156,7 @@ def test_from_python(tiny: list[str], out: Path, module: str):
     assert state(out, 6)["base.temperature.num_steps"] == 6
     with pytest.raises(UserError, match=r"call lossmith\.training\.train with that objective again"):
         load_config([f"--out_dir={out}", "--resume"])
-    more = {"out_dir": str(out), "resume": True, "max_iters": 8}
+    more: dict[str, Any] = {"out_dir": str(out), "resume": True, "max_iters": 8}
     assert lossmith.training.train(objective=own(), **more) == 0
     assert state(out, 8)["base.temperature.num_steps"] == 8
     with pytest.raises(UserError, match="there is no key 'max_itres'"):

@@ -18,6 +18,7 @@ from lossmith.training.config.idle_keys import idle_in_evaluation
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.own_loss import find_own, is_own
 from lossmith.training.config.reading import read_saved_config, resolve
+from lossmith.training.config.saved_run import run_of
 from lossmith.training.data.corpus import load_corpus
 from lossmith.training.data.tokenizer import END_OF_TEXT
 from lossmith.training.run.analysis import analyse, as_text, save_analysis
@@ -25,6 +26,7 @@ from lossmith.training.run.beginning import Begin, prepare_folder, where_to_begi
 from lossmith.training.run.checkpoints import (
     KeepCheckpoints,
     checkpoint_of,
+    checkpoints,
     contents,
     require_loss,
     require_sound_checkpoint,
@@ -159,6 +161,9 @@ def evaluate_saved(config: TrainConfig, console: Console) -> int:
         warn(console, f"{no_effect(idle)} with eval_only.")
     for said in found.said:
         warn(console, said)
+    if run_of(Path(config.out_dir)) is None:
+        num = len(checkpoints(Path(config.out_dir)))
+        say(console, f"{checkpoint.name} is the newest of {num} checkpoints in {config.out_dir}.", "dim")
     corpus = load_corpus(config.dataset)
     task = make_task(config, corpus, saved_tokenizer(checkpoint, config), num_blocks=0)
     model = load_model(task, checkpoint)
