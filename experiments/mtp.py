@@ -6,6 +6,15 @@ what follows is known several tokens ahead to a model that has found the period.
 Measured on held-out sentences, from the third repetition on: the accuracy of each head (head k predicts k
 tokens beyond the next one), that of the main prediction, and the main negative log-likelihood. "detached"
 trains the same heads on hidden states that they do not change.
+
+Tried: a pattern of 6 among 40 tokens and 300 steps, where no head got beyond 0.10, and weight 0.3 here.
+
+Shows: at weight 1 the heads learn to look ahead (accuracies {weight 1: head 1}, {weight 1: head 2} and
+{weight 1: head 3}), and the same heads on hidden states that they do not change stay at chance ({detached,
+weight 1: head 1}): it is the model that learns to plan. At the default weight they are still learning
+({weight 0.1: head 1}, {weight 0.1: head 2}, {weight 0.1: head 3}). The main prediction is right everywhere
+in all arms, but its likelihood is a little worse, not better: {off: nll} nats without heads, {weight 0.1:
+nll} and {weight 1: nll} with them.
 """
 
 from __future__ import annotations
