@@ -9,8 +9,7 @@ that make up a tenth of the text) and of the frequent ones (the most frequent th
 Shows: next to nothing. With gamma 2 in place of cross-entropy rare tokens go from {off: nll, rare} to
 {replace, gamma 2: nll, rare} nats and frequent ones from {off: nll, frequent} to {replace, gamma 2: nll,
 frequent}, less than the seeds differ; added to cross-entropy it changes nothing at weight 0.2 and costs a
-little at weight 1. Rare tokens are hard here because they are seldom seen, and a larger weight on hard
-tokens does not replace seeing them.
+little at weight 1.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from {off: nll, rare} to {planted, exponent 1: nll, rare} nats, at a small price
 ({off: nll, frequent} to {planted, exponent 1: nll, frequent}). The judge that reads what the model writes
 finds the rare rows {judge, exponent 1: factor, rare / frequent} times as wrong without being told, and
 lowers theirs to {judge, exponent 1: nll, rare} ({judge, exponent 1: nll, frequent} for the frequent ones).
-With exponent 3 it harms both ({judge, exponent 3: nll, rare} and {judge, exponent 3: nll, frequent}). Over
-all rows the planted judge gains a little (1.35 against 1.37 nats without), and the one that reads costs
-(1.42).
+Exponent 3 gains less and costs more ({judge, exponent 3: nll, rare} and {judge, exponent 3: nll,
+frequent}). Over all rows the planted judge gains a little (1.35 against 1.37 nats without), and the one
+that reads costs (1.42).
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ share of tokens that occur among the 16 before them (rep/16); and the perplexity
 Tried: 22 settings of n, weight, immediate weight and start on the first seed; larger weights repeat less
 and cost more.
 
-Shows: with the documents' defaults hardly anything changes (seq-rep-4 {off: seq-rep-4} without, {defaults
-(n=4, weight 0.1): seq-rep-4} with them). Weights ten to fifty times as large, on shorter n-grams, do it: n
-= 3 with weight 5 over the last half of training has {n=3, weight 5, last half: seq-rep-4} at a perplexity
-of {n=3, weight 5, last half: perplexity} against {off: perplexity}, and with weight 3 {n=3, weight 3, last
-half: seq-rep-4} at {n=3, weight 3, last half: perplexity}. With weight 3 every seed stays within 3% (1.3 to
-2.7%); with weight 5 the mean does (2.9%) and one seed does not (4.0%). To start at half costs less than the
-same weight throughout and repeats about as little. Greedy text stays far more repetitive than the language.
+Shows: with the defaults of `UnifiedLoss` hardly anything changes (seq-rep-4 {off: seq-rep-4} without,
+{defaults (n=4, weight 0.1): seq-rep-4} with them). Weights ten to fifty times as large, on shorter n-grams,
+do it: n = 3 with weight 5 over the last half of training has {n=3, weight 5, last half: seq-rep-4} at a
+perplexity of {n=3, weight 5, last half: perplexity} against {off: perplexity}, and with weight 3 {n=3,
+weight 3, last half: seq-rep-4} at {n=3, weight 3, last half: perplexity}. With weight 3 every seed stays
+within 3% (1.3 to 2.7%); with weight 5 the mean does (2.9%) and one seed does not (4.0%). To start at half
+costs less than the same weight throughout and repeats about as little. Greedy text stays far more
+repetitive than the language.
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@ Mean over tokens, the short rows are a sixteenth of the loss.
 
 Measured on held-out rows: the negative log-likelihood of the tokens of short rows, and of long ones.
 
-Shows: most of the gain comes from the mean over samples, which the modifier brings with it: the short rows
-go from {off, mean: nll, short rows} to {off, sequence_mean: nll, short rows} nats without any weight, and
-to {power 0.5: nll, short rows} with the default power, at a high price for long rows ({off, sequence_mean:
-nll, long rows} without, {power 0.5: nll, long rows} with it). With `reduction="mean"` the default power is
-a compromise: {power 0.5, mean: nll, short rows} and {power 0.5, mean: nll, long rows}.
+Shows: the mean over samples, which the modifier brings with it, makes all of the gain. The short rows go
+from {off, mean: nll, short rows} to {off, sequence_mean: nll, short rows} nats without any weight, and to
+{power 0.5: nll, short rows} with the default power, which long rows pay for ({off, sequence_mean: nll, long
+rows} without, {power 0.5: nll, long rows} with it). Power 1 gains a little more at a still higher price.
+With `reduction="mean"` the default power is a compromise: {power 0.5, mean: nll, short rows} and {power
+0.5, mean: nll, long rows}.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def filled(text: str, rows: list[Row]) -> str:
         arm, metric = re.sub(r"\s+", " ", found[1]), re.sub(r"\s+", " ", found[2])
         return shown(fmean(values(rows, arm, metric)))
 
-    whole = " ".join(re.sub(r"\{([^{}:]+): ([^{}]+)\}", mean, text).split())
+    whole = " ".join(re.sub(r"\{([^{}:]+):\s+([^{}]+)\}", mean, text).split())
     return textwrap.fill(whole, 108, break_long_words=False, break_on_hyphens=False)
 
 

@@ -5,13 +5,13 @@ embeddings and a sigmoid that starts nearly flat, so that predictions begin at a
 short, with plain SGD, as Adam divides a constant factor out, and with Adam.
 
 Measured on held-out sequences: the variance of the predictions over that of the targets, Pearson's r, and
-the mean squared error; under SGD, and the last also under Adam.
+the mean squared error; under SGD, and the ratio and the error also under Adam.
 
-Shows: under SGD, as much as a larger learning rate does, and under Adam nothing. With SGD the variance
-factor raises the variance ratio from {off: variance ratio} to {variance: variance ratio} and lowers the
-error from {off: MSE} to {variance: MSE}, the correlation factor less ({correlation: MSE}); twice the
-learning rate without any factor does the same ({off, learning rate x 2: MSE}). With Adam, which divides out
-how large a loss is, the factors gain nothing ({off: MSE, Adam} without, {variance: MSE, Adam} and
+Shows: under SGD, as much as a larger learning rate does, and under Adam nothing, or a little harm. With SGD
+the variance factor raises the variance ratio from {off: variance ratio} to {variance: variance ratio} and
+lowers the error from {off: MSE} to {variance: MSE}, the correlation factor less ({correlation: MSE}); twice
+the learning rate without any factor does the same ({off, learning rate x 2: MSE}). With Adam, which divides
+out how large a loss is, the factors do not help ({off: MSE, Adam} without, {variance: MSE, Adam} and
 {correlation: MSE, Adam} with them).
 """
 
