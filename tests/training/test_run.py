@@ -306,6 +306,26 @@ def test_the_last_two_checkpoints_are_kept(tiny: list[str], tmp_path: Path):
     assert kept == {"checkpoint-8", "checkpoint-9"}
 
 
+def test_the_best_checkpoint_is_kept(tiny: list[str], tmp_path: Path):
+    """Steps that are far too long: the first evaluation has the lowest loss."""
+    out = tmp_path / "run"
+    long = ["--learning_rate=1.5", "--min_lr=1.5", "--warmup_iters=0", "--eval_interval=1", "--eval_iters=0"]
+    go([*tiny, *long, "--max_iters=4"])
+    losses = {row["step"]: row["val_loss"] for row in rows(out) if "val_loss" in row}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 3
+    kept = {f"checkpoint-{best}", "checkpoint-3", "checkpoint-4"}
+    assert {path.name for path in out.glob("checkpoint-*")} == kept
+    said = go([f"--out_dir={out}", "--resume", "--max_iters=6"])[1]
+    assert {path.name for path in out.glob("checkpoint-*")} == {
+        f"checkpoint-{best}",
+        "checkpoint-5",
+        "checkpoint-6",
+    }
+    assert f"after step {best}: " in said
+    assert f"checkpoint-{best}" in said
+
+
 def test_the_perplexity_of_a_step_is_plain_whatever_the_objective(tiny: list[str], tmp_path: Path):
     """Equal seeds see equal first blocks with equal weights, so the first step's perplexity is equal too."""
     shown = []

@@ -214,10 +214,10 @@ def test_a_run_that_failed_leaves_the_earlier_one_where_it_was(tiny: list[str], 
 def test_tensorboard_goes_with_its_run(tiny: list[str], out: Path):
     pytest.importorskip("tensorboard")
     go([*tiny, "--tensorboard_log"])
-    events = {path.name for path in (out / "tensorboard").iterdir()}
+    events = {path.name for path in (out / "tensorboard").rglob("events*")}
     go([*tiny, "--tensorboard_log"])
-    assert {path.name for path in (out / "previous-1" / "tensorboard").iterdir()} == events
-    assert not events & {path.name for path in (out / "tensorboard").iterdir()}
+    assert {path.name for path in (out / "previous-1" / "tensorboard").rglob("events*")} == events
+    assert not events & {path.name for path in (out / "tensorboard").rglob("events*")}
 
 
 # ── the list of what a run wrote ──────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ from rich.console import Console
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.saved_run import save_config
 from lossmith.training.errors import UserError
-from lossmith.training.run.checkpoints import KEPT, newest_sound, require_sound_checkpoint
+from lossmith.training.run.checkpoints import KEPT, best_so_far, newest_sound, require_sound_checkpoint
 from lossmith.training.run.folder import RunFolder, SetAside, has_ended, names_of
 from lossmith.training.run.terminal import say
 
@@ -66,5 +66,5 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, begin: Begin, console
     save_config(config)
     if begin.checkpoint:
         folder.passed_over |= {*begin.damaged}
-        folder.keep_checkpoints(begin.checkpoint.name, KEPT)
+        folder.keep_checkpoints(begin.checkpoint.name, KEPT, best_so_far(begin.checkpoint))
     return aside

@@ -75,7 +75,21 @@ class KeepCheckpoints(TrainerCallback):
             unseal(self.folder.path / name)  # its files are about to be overwritten
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.folder.keep_checkpoints(f"checkpoint-{state.global_step}", KEPT)
+        self.folder.keep_checkpoints(f"checkpoint-{state.global_step}", KEPT, best_of(state.log_history))
+
+
+def best_of(log_history: Any) -> str | None:
+    """The name of the checkpoint after the evaluation with the lowest loss, the first of several; None if
+    there was none."""
+    found = [row for row in log_history if isinstance(row, dict) and "eval_loss" in row]
+    losses = [(row["eval_loss"], row.get("step")) for row in found if isinstance(row["eval_loss"], float)]
+    return f"checkpoint-{min(losses, key=lambda pair: pair[0])[1]}" if losses else None
+
+
+def best_so_far(checkpoint: Path) -> str | None:
+    """The same of the run that has come to a checkpoint."""
+    found = read_object(checkpoint / STATE_FILE).get("log_history")
+    return best_of(found) if isinstance(found, list) else None
 
 
 def checkpoints(out_dir: Path) -> list[tuple[int, Path]]:

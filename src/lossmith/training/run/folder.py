@@ -113,8 +113,9 @@ class RunFolder:
             ) from None
         return SetAside(aside, names)
 
-    def keep_checkpoints(self, newest: str, num: int) -> None:
-        """List the newest checkpoint's files and delete those of all but the `num` newest sound ones.
+    def keep_checkpoints(self, newest: str, num: int, best: str | None) -> None:
+        """List the newest checkpoint's files and delete those of all but the `num` newest sound ones, and the
+        best one.
 
         A run that was killed has not listed what it was writing; those files have the same names. Later
         checkpoints than the newest were passed over on resuming, and stay until the run is there again.
@@ -128,7 +129,7 @@ class RunFolder:
         self.passed_over.discard(newest)
         sound = [path for path in own if is_sealed(path) and path.name not in self.passed_over]
         for path in own:
-            if path not in sound[-num:]:
+            if path not in sound[-num:] and path.name != best:
                 self._delete(path)
         self._write_list()
 
