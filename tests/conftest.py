@@ -15,6 +15,7 @@ from lossmith.engine.native import build
 from lossmith.engine.rows import blocks, native_rows
 
 torch.set_num_threads(1)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read on import; nobody waits for a hub that is not reached
 if not torch.cuda.is_available():  # read when triton is first imported; elsewhere its kernels run as they are
     os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile(

@@ -17,6 +17,8 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in S
 def load(monkeypatch: pytest.MonkeyPatch):
     """Imports a script as it is when it is run, and forgets it afterwards."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    for name in (*SHARED, *SCRIPTS):  # others may be called so
+        monkeypatch.delitem(sys.modules, name, raising=False)
     before = set(sys.modules)
 
     def module(name: str) -> ModuleType:

@@ -43,8 +43,8 @@ def cases(record_property):
     assert found["finite"] > sum(found.values()) / 20, found
 
 
-def fuzz(**strategies):
-    return lambda test: settings(max_examples=EXAMPLES)(given(**strategies)(test))
+def fuzz(share=1, **strategies):
+    return lambda test: settings(max_examples=EXAMPLES // share)(given(**strategies)(test))
 
 
 @fuzz(batch=batches(), how=options(**READING, **COUNTING, **FORMULA), also=options(**PER_BATCH))
@@ -276,6 +276,7 @@ def test_components(cases, batch, name):
 
 
 @fuzz(
+    share=10,
     batch=batches(),
     how=options(**COUNTING),
     wrong=st.sampled_from(["targets", "mask", "logits", "weight", "ids"]),

@@ -22,8 +22,8 @@ from lossmith.options.forms import Option
 # What the library makes and hands out, and what a user fills in; nobody gives them options.
 NOT_CALLED = {
     "LossOutput", "Metrics", "Plan", "Pull", "TokenBatch", "TokenStats", "ModelMode", "BaseLossModifier",
-    # A vocabulary split across ranks: looked at where it is made, tests/engine/test_shards.py.
-    "ShardedHead", "ShardedLogits", "VocabShards",
+    # What is split across ranks: looked at where it is made, tests/engine/test_*shards.py.
+    "SequenceShards", "ShardedHead", "ShardedLogits", "VocabShards",
     # Calls a loss with the loss's own arguments.
     "warm_up",
     # Former names, which say so whenever they are called; held to their options where they are tested.

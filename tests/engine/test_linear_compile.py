@@ -96,7 +96,9 @@ def check(loss, head: Head, targets: Tensor, *, backend: str = "aot_eager", tole
     torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("unified_") else n for n in LOSSES]
+)
 def test_compiled_equals_eager(name):
     torch.manual_seed(0)
     check(LOSSES[name], linear_case.head(dtype=torch.float32), linear_case.targets())
@@ -150,7 +152,8 @@ def test_other_numbers_of_tokens_compile_once(name):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ and there is no g++")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own imports
-@pytest.mark.parametrize("name", ["full", pytest.param("unified", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "unified"])
 def test_with_inductor(name):
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         return LOSSES[name](torch.tanh(hidden) * 2, weight, bias, targets)

@@ -148,7 +148,11 @@ def assert_same(found):
 
 @pytest.mark.parametrize(
     ("num_ranks", "kind"),
-    [(2, "balanced"), (3, "uneven"), pytest.param(3, "even", marks=pytest.mark.slow)],
+    [
+        pytest.param(2, "balanced", marks=pytest.mark.slow),
+        (3, "uneven"),
+        pytest.param(3, "even", marks=pytest.mark.slow),
+    ],
 )
 def test_every_loss_is_that_of_the_whole(num_ranks, kind, tmp_path):
     for found in on_ranks(num_ranks, losses_of, tmp_path, kind):

@@ -71,6 +71,7 @@ def test_an_explicit_backend_never_falls_back():
         lossmith.cross_entropy(torch.zeros(2, 3), targets, backend="cuda")
 
 
+@pytest.mark.slow
 def test_ids_are_drawn_as_often_as_they_should(rng):
     logits, num = 2 * torch.randn(9, generator=rng), 500
     logits[3] = -torch.inf

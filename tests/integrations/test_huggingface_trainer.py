@@ -47,7 +47,7 @@ def one_step_by_hand(name: str, loss: lossmith.Objective) -> dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_micro_batches_make_no_difference(name, loss, tmp_path):
     """Each has another number of targets; nothing is divided by the number of micro-batches again."""
     expected = one_step_by_hand(name, LOSSES[loss]())

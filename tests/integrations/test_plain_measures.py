@@ -97,6 +97,7 @@ def on_rank(rank: int, folder: str) -> dict[str, float]:
     return {**found, "nll": next(row["nll"] for row in trainer.state.log_history if "nll" in row)}
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(tmp_path):
     nll, accuracy = plain(make("llama"), rows())
     for found in on_two_ranks(on_rank, tmp_path, str(tmp_path)):

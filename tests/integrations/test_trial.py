@@ -71,7 +71,7 @@ def test_anything_else_is_not_taken_for_it(kind):
     assert AfterHead.seen(given, UNKNOWN[kind](given.clone())) is None
 
 
-@pytest.mark.parametrize("is_first_compiled", [False, True])
+@pytest.mark.parametrize("is_first_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("what", "is_fused"), [(capped, True), (learned, False), (later, False)])
 def test_no_model_trains_on_another_loss(what, is_fused, dtype, is_first_compiled):
@@ -159,7 +159,7 @@ def test_in_inference_mode_as_well():
 # ── where no forward can be made ──────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("is_first_compiled", [False, True])
+@pytest.mark.parametrize("is_first_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_weights_that_are_not_there_yet(is_first_compiled):
     """It is said once; the first batch shows, unless it is compiled: then the logits are there."""
     with pytest.warns(UserWarning, match=r"could not be tried .*meta device.*first batch.*compiled") as said:

@@ -211,7 +211,9 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished(tiny: list[str], out
     "moment",
     [
         "lossmith.training.run.trainer:.seal",  # everything but the manifest is there
-        "lossmith.training.run.folder:RunFolder.keep_checkpoints",  # the manifest, too
+        pytest.param(  # the manifest, too
+            "lossmith.training.run.folder:RunFolder.keep_checkpoints", marks=pytest.mark.slow
+        ),
         pytest.param("lossmith.training.run.folder:RunFolder._delete", marks=pytest.mark.slow),
         pytest.param("transformers.trainer:Trainer._save_optimizer_and_scheduler", marks=pytest.mark.slow),
     ],

@@ -184,6 +184,7 @@ def test_a_text_of_one_kind_of_token(tiny: list[str], tmp_path: Path):
 # ── two ranks ─────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_trains_with_twice_the_batch(tiny: list[str], tmp_path: Path):
     """Each rank takes its share of the blocks; gradients, measures and the log are those of the whole."""
     worker = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

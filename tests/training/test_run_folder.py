@@ -326,6 +326,7 @@ def test_a_log_of_another_is_not_resumed(tiny: list[str], out: Path):
 # ── two at once ───────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_are_refused(tiny: list[str], out: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("fcntl")
     from lossmith.training.run import runner
