@@ -15,7 +15,7 @@ def found_by(rank: int) -> dict[str, Tensor]:
     values, where = VALUES[rank].clone().requires_grad_(), WHERE[rank]
     own = values.detach()
     found = {
-        "gathered": gather_over_ranks(values),
+        "gathered": gather_over_ranks(values, 6),
         "sum": sum_over_ranks(own.sum(), "global"),
         "own sum": sum_over_ranks(own.sum(), "local"),
         "mean": masked_mean(own, where, "global"),
@@ -48,8 +48,8 @@ def test_ranks_with_different_numbers_of_values(tmp_path):
 def test_without_ranks_everything_is_the_callers_own():
     values = torch.tensor([1.0, 2.0], requires_grad=True)
     assert num_ranks() == 1
-    assert torch.equal(gather_over_ranks(values), values)
-    assert not gather_over_ranks(values).requires_grad
+    assert torch.equal(gather_over_ranks(values, 6), values)
+    assert not gather_over_ranks(values, 6).requires_grad
     assert torch.equal(sum_over_ranks(values, "global"), values)
     assert masked_mean(values.detach(), torch.tensor([False, False]), "global") == 0
 

@@ -33,15 +33,13 @@ def sum_over_ranks(values: Tensor, scope: StatsScope) -> Tensor:
     return total
 
 
-def gather_over_ranks(values: Tensor) -> Tensor:
-    """Detached ``values`` [n] of all ranks, concatenated; n may differ."""
+def gather_over_ranks(values: Tensor, length: int) -> Tensor:
+    """Detached ``values`` [n] of all ranks, concatenated; n may differ, up to ``length``, and -inf fills the
+    rest. Nothing waits for the device."""
     if num_ranks() == 1:
         return values.detach()
-    sizes = [torch.zeros((), dtype=torch.long, device=values.device) for _ in range(num_ranks())]
-    torch.distributed.all_gather(sizes, torch.tensor(len(values), device=values.device))
-    longest = int(max(sizes))
-    padded = torch.nn.functional.pad(values.detach(), (0, longest - len(values)), value=-torch.inf)
-    found = [torch.empty_like(padded) for _ in sizes]
+    padded = torch.nn.functional.pad(values.detach(), (0, length - len(values)), value=-torch.inf)
+    found = [torch.empty_like(padded) for _ in range(num_ranks())]
     torch.distributed.all_gather(found, padded)
     return torch.cat(found)
 

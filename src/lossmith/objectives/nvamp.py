@@ -161,7 +161,7 @@ class NVAMPLoss(Objective):
         top = values.topk(min(self.top_k, len(values)))
         chosen = torch.zeros_like(loss).scatter(0, top.indices, 1.0) * batch.valid
         if self.stats_scope == "global":
-            everyone = gather_over_ranks(top.values)
+            everyone = gather_over_ranks(top.values, self.top_k)
             chosen = chosen * (values >= everyone.topk(min(self.top_k, len(everyone))).values[-1])
             # without a denominator each rank's loss is its own mean, and the ranks' losses are averaged
             own = torch.stack([chosen.sum(), batch.share * loss.new_ones(())])
