@@ -4,6 +4,7 @@ HYPOTHESIS_PROFILE=random five times as many that nobody has seen."""
 import collections
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lossmith"))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     """How many random cases each public function was given."""
     for report in terminalreporter.getreports(""):  # of what comes before and after tests
         num = dict(report.user_properties).get("fuzz_cases")

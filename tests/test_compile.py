@@ -110,6 +110,7 @@ def test_another_number_of_tokens_compiles():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ and there is no g++")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own imports
+@pytest.mark.slow
 def test_through_a_linear_layer_with_inductor():
     hidden, weight = torch.randn(B, T, 3), torch.randn(V, 3)
     _, targets = batch()
