@@ -1,10 +1,10 @@
-"""``VocabShards``: which classes each rank of a group has."""
+"""``VocabShards``: which classes each rank of a group has; and what all such layouts have."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed
@@ -14,8 +14,47 @@ from torch import Tensor
 Group = Any
 
 
+class Shards:
+    """What one dimension is split into, a part for each rank of a group.
+
+    Attributes:
+        sizes: of every rank's part.
+        group: the ranks; None for all.
+        of_what: what is split, in words.
+    """
+
+    sizes: Any
+    group: Group
+    of_what: ClassVar[str]
+
+    @property
+    def rank(self) -> int:
+        """This one's number in the group."""
+        return torch.distributed.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """How much of it this rank has."""
+        return self.sizes[self.rank]
+
+    def check_part(self, name: str, part: Any, dim: int) -> None:
+        """
+        Raises:
+            TypeError: this rank's part is no tensor.
+            ValueError: it is of another size along ``dim``.
+        """
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{name} must be a tensor, this rank's part; got {type(part).__name__}")
+        found = part.shape[dim] if part.dim() else 0
+        if found != self.size:
+            raise ValueError(
+                f"rank {self.rank} has {self.size} of the {sum(self.sizes)} {self.of_what}; "
+                f"got {name} of {found}"
+            )
+
+
 @dataclass(frozen=True, eq=False)
-class VocabShards:
+class VocabShards(Shards):
     """How the vocabulary is split: rank r has ``sizes[r]`` classes, which come after its predecessors'.
 
     Args:
@@ -31,6 +70,8 @@ class VocabShards:
         >>> shards = lossmith.VocabShards.even(32000, group)    # doctest: +SKIP
         >>> loss = criterion(lossmith.ShardedLogits(logits_of_this_rank, shards), targets)    # doctest: +SKIP
     """
+
+    of_what: ClassVar[str] = "classes"
 
     sizes: tuple[int, ...]
     group: Group = None
@@ -60,16 +101,6 @@ class VocabShards:
         return sum(self.sizes)
 
     @property
-    def rank(self) -> int:
-        """This one's number in the group."""
-        return torch.distributed.get_rank(self.group)
-
-    @property
-    def size(self) -> int:
-        """How many classes this rank has."""
-        return self.sizes[self.rank]
-
-    @property
     def starts(self) -> list[int]:
         """The first class of every rank."""
         return [sum(self.sizes[:r]) for r in range(len(self.sizes))]
@@ -78,20 +109,6 @@ class VocabShards:
         """Where ids are classes of a rank."""
         start = self.starts[rank]
         return (ids >= start) & (ids < start + self.sizes[rank])
-
-    def check_part(self, name: str, part: Any, dim: int) -> None:
-        """
-        Raises:
-            TypeError: this rank's part is no tensor.
-            ValueError: it has another number of classes.
-        """
-        if not isinstance(part, Tensor):
-            raise TypeError(f"{name} must be a tensor, this rank's part; got {type(part).__name__}")
-        found = part.shape[dim] if part.dim() else 0
-        if found != self.size:
-            raise ValueError(
-                f"rank {self.rank} has {self.size} of the {self.num_classes} classes; got {name} of {found}"
-            )
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """The values of every rank, alike in shape and dtype; without gradients."""

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from lossmith.engine.shards.layout import Group
+from lossmith.engine.shards.layout import Group, Shards
 
 # Consecutive positions: the first, and the one after the last.
 Piece = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class SequenceShards:
+class SequenceShards(Shards):
     """How sequences are split: rank r has the positions ``pieces[r]`` of every sequence, in their order.
 
     Args:
@@ -34,6 +34,8 @@ class SequenceShards:
         >>> shards = lossmith.SequenceShards.even(4096, group)    # doctest: +SKIP
         >>> loss = criterion(logits_of_this_rank, labels_of_this_rank, sequence=shards)    # doctest: +SKIP
     """
+
+    of_what: ClassVar[str] = "positions"
 
     pieces: tuple[tuple[Piece, ...], ...]
     group: Group = None
@@ -79,19 +81,9 @@ class SequenceShards:
         return max(end for of_rank in self.pieces for _, end in of_rank)
 
     @property
-    def rank(self) -> int:
-        """This one's number in the group."""
-        return torch.distributed.get_rank(self.group)
-
-    @property
-    def sizes(self) -> list[int]:
+    def sizes(self) -> list[int]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """How many positions every rank has."""
         return [sum(end - first for first, end in of_rank) for of_rank in self.pieces]
-
-    @property
-    def size(self) -> int:
-        """How many positions this rank has."""
-        return self.sizes[self.rank]
 
     def part(self, whole: Tensor, dim: int = -1) -> Tensor:
         """This rank's positions of a tensor that has all of them along ``dim``.
@@ -140,13 +132,11 @@ class SequenceShards:
 
     def put(self, own: Tensor, whole: Tensor, dim: int = -1) -> Tensor:
         """Whole sequences with this rank's part, and its gradient, in its place."""
-        at, places = 0, {}
-        for first, end in self.pieces[self.rank]:
-            places[first], at = own.narrow(dim, at, end - first), at + end - first
+        places = self._places(self.rank, own, dim)
         for r, of_rank in enumerate(self.pieces):
             if r != self.rank:
                 places |= {first: whole.narrow(dim, first, end - first) for first, end in of_rank}
-        return torch.cat([places[first] for first in sorted(places)], dim)
+        return _joined(places, dim)
 
     def _of_all(self, part: Tensor, dim: int) -> Tensor:
         """The parts of all ranks put together, without gradients."""
@@ -156,25 +146,21 @@ class SequenceShards:
         found = [torch.empty_like(padded) for _ in self.sizes]
         torch.distributed.all_gather(found, padded, group=self.group)
         places: dict[int, Tensor] = {}
-        for of_rank, values in zip(self.pieces, found, strict=True):
-            at = 0
-            for first, end in of_rank:
-                places[first], at = values[at : at + end - first], at + end - first
-        return torch.cat([places[first] for first in sorted(places)]).movedim(0, dim).to(part.dtype)
+        for r, values in enumerate(found):
+            places |= self._places(r, values, 0)
+        return _joined(places, 0).movedim(0, dim).to(part.dtype)
 
-    def check_part(self, name: str, part: Any, dim: int) -> None:
-        """
-        Raises:
-            TypeError: this rank's part is no tensor.
-            ValueError: it has another number of positions.
-        """
-        if not isinstance(part, Tensor):
-            raise TypeError(f"{name} must be a tensor, this rank's part; got {type(part).__name__}")
-        found = part.shape[dim] if part.dim() else 0
-        if found != self.size:
-            raise ValueError(
-                f"rank {self.rank} has {self.size} of the {self.length} positions; got {name} of {found}"
-            )
+    def _places(self, rank: int, part: Tensor, dim: int) -> dict[int, Tensor]:
+        """The pieces of a rank's part by their first position."""
+        at, places = 0, {}
+        for first, end in self.pieces[rank]:
+            places[first], at = part.narrow(dim, at, end - first), at + end - first
+        return places
+
+
+def _joined(places: dict[int, Tensor], dim: int) -> Tensor:
+    """Pieces by their first position, one after the other."""
+    return torch.cat([places[first] for first in sorted(places)], dim)
 
 
 def _cut(length: int, pieces: int) -> list[Piece]:

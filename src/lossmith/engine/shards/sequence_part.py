@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lossmith.engine.head.plan import Plan
 from lossmith.engine.predictions import LossOf, Predictions
+from lossmith.engine.shards.part import Part
 from lossmith.engine.shards.sequence import SequenceShards
 from lossmith.engine.sweep import Sweep
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from lossmith.engine.head.one_sweep import SweptOnce
 
 
-class SequencePart(Predictions):
+class SequencePart(Part):
     """Predictions of this rank's positions of sequences that are split across ranks: their statistics are
     those of all positions, and their gradients this rank's.
 
@@ -27,34 +28,13 @@ class SequencePart(Predictions):
         shards: which those are.
     """
 
-    # any statistic is a collective, which all ranks must take part in: what is always read is announced
-    is_costly = True
     has_all_tokens = False
 
     def __init__(self, own: Predictions, shards: SequenceShards) -> None:
         self.own, self.shards = own, shards
 
-    @property
-    def num_classes(self) -> int:
-        return self.own.num_classes
-
-    @property
-    def device(self) -> torch.device:
-        return self.own.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.own.dtype
-
-    @property
-    def tensors(self) -> dict[str, Tensor | None]:
-        return self.own.tensors
-
     def check(self, targets: Tensor) -> None:
         self.own.check(self.shards.part(targets))
-
-    def capped(self, softcap: float | None) -> float | None:
-        return self.own.capped(softcap)
 
     def fetch(self, sweep: Sweep) -> Sequence[Tensor]:
         return self._whole(self.own.fetch(self._own(sweep)))

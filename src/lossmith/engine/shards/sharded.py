@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.plan import Plan
-from lossmith.engine.predictions import Logits, Predictions
+from lossmith.engine.predictions import Logits
 from lossmith.engine.rows.torch_rows import MASKED, WRONG_EPS
 from lossmith.engine.shards.layout import VocabShards, stacked, sum_of_gradients
 from lossmith.engine.shards.merging import merged
+from lossmith.engine.shards.part import Part
 from lossmith.engine.statistics.raw import Needs, ignored_fill, raw_names
 from lossmith.engine.sweep import Sweep
 
@@ -26,40 +27,18 @@ CONSTANTS = {"reference", "sum_weight", "target_weight", "num_finite", "top_wron
 BLOCK_ELEMENTS = 2**22
 
 
-class _Sharded(Predictions):
+class _Sharded(Part):
     """What both kinds share.
 
     Attributes:
-        own: the predictions of this rank's classes.
-        shards: which those are.
+        shards: which classes this rank has.
     """
 
-    own: Any
     shards: VocabShards
-    # any statistic is a collective, which all ranks must take part in: what is always read is announced
-    is_costly = True
 
     @property
     def num_classes(self) -> int:
         return self.shards.num_classes
-
-    @property
-    def device(self) -> torch.device:
-        return self.own.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.own.dtype
-
-    @property
-    def tensors(self) -> dict[str, Tensor | None]:
-        return self.own.tensors
-
-    def check(self, targets: Tensor) -> None:
-        self.own.check(targets)
-
-    def capped(self, softcap: float | None) -> float | None:
-        return self.own.capped(softcap)
 
     def sweep_once(self, sweep: Sweep, loss_of: Any, unless: str | None, scale: Tensor) -> None:
         """Never: a chunk's gradient needs the statistics of all ranks."""
