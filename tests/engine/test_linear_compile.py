@@ -1,6 +1,8 @@
 """Under ``torch.compile(fullgraph=True)``: the same loss and gradients over a head, ignored rows included."""
 
+import math
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import linear_case
 import lossmith
 from linear_case import IGNORE, B, D, Head, T, V
 from lossmith import AdaptiveCrossEntropyLoss, CrossEntropyLoss, NVAMPLoss, Objective, Term, UnifiedLoss
+from lossmith.engine.head.graph_sweep import head_chunk_grad_op, head_chunk_op
 from lossmith.engine.head.two_sweeps import head_grad_op, head_stats_op
 
 pytestmark = pytest.mark.skipif(torch.__version__ < (2, 7), reason="PyTorch 2.6 cannot trace an objective")
@@ -170,12 +173,153 @@ def test_an_id_out_of_range_is_an_error_not_a_crash(wrong):
         compiled(*head.leaves, targets)
 
 
+# ── one sweep in a graph ──────────────────────────────────────────────────────────────────────────────
+
+knows_fixed_sizes = pytest.mark.skipif(
+    torch.__version__ < (2, 9), reason="PyTorch 2.8 does not say whether the number of tokens is fixed"
+)
+
+
+class Recorder:
+    """A compiler's backend that counts the operators of the library."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        names = (str(node.target) for node in graph.graph.nodes)
+        self.counts.update(name.split(".")[1] for name in names if name.startswith("lossmith."))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+@knows_fixed_sizes
+@pytest.mark.parametrize("strategy", ["auto", "one_sweep", "two_sweep"])
+def test_a_chunk_is_computed_once(strategy):
+    """Three products a chunk, and four."""
+    recorder, head, targets = Recorder(), linear_case.head(dtype=torch.float32), linear_case.targets()
+    check(of_options(strategy=strategy, **FULL), head, targets, backend=recorder)
+    if strategy == "two_sweep":
+        assert recorder.counts["head_stats"] == 1
+        assert not recorder.counts["head_chunk"]
+    else:
+        num_chunks = math.ceil(B * T / 3)
+        assert recorder.counts["head_chunk"] == recorder.counts["head_chunk_grad"] == num_chunks > 1
+        assert not recorder.counts["head_stats"]
+
+
+@knows_fixed_sizes
+@pytest.mark.parametrize("skip_ignored", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_one_sweep_in_a_graph_equals_fp64(dtype, skip_ignored):
+    """With what makes single steps of the arithmetic differ, and a loss so small that its gradient in fp16
+    would be 0 without a lift."""
+    options = dict(FULL, strategy="one_sweep", skip_ignored=skip_ignored, denominator=torch.tensor(1e6))
+    head, targets = linear_case.head(dtype=dtype), linear_case.targets()
+    exact = linear_case.head()
+    for leaf, given in zip(exact.leaves, head.leaves, strict=True):
+        leaf.data = given.detach().double()
+    compiled = torch.compile(of_options(**options), fullgraph=True, backend="aot_eager")
+    found, wanted = [
+        torch.autograd.grad(7e5 * loss(*leaves, targets), leaves)
+        for loss, leaves in ((compiled, head.leaves), (of_options(**options), exact.leaves))
+    ]
+    for given, right in zip(found, wanted, strict=True):
+        assert given.dtype == dtype
+        tolerance = 1e-10 if dtype == torch.float64 else 0.03
+        assert (given.double() - right).norm() <= tolerance * right.norm()
+
+
+@knows_fixed_sizes
+def test_chunks_without_a_target_in_a_graph():
+    """The first, so that a sum begins with nothing, and the last."""
+    targets = linear_case.targets().flatten()
+    targets[:4] = targets[-4:] = IGNORE
+    for some in (targets, torch.full_like(targets, IGNORE)):
+        loss = of_options(strategy="one_sweep", z_loss=0.1)
+        check(loss, linear_case.head(len(targets), dtype=torch.float32), some)
+
+
+@knows_fixed_sizes
+def test_what_is_frozen_in_a_graph():
+    for frozen in range(3):
+        head, targets = linear_case.head(dtype=torch.float32), linear_case.targets()
+        head.leaves[frozen].requires_grad_(False)
+        rest = [leaf for leaf in head.leaves if leaf.requires_grad]
+        eager = of_options(strategy="one_sweep")
+        compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+        found = [torch.autograd.grad(loss(*head.leaves, targets), rest) for loss in (eager, compiled)]
+        torch.testing.assert_close(*found)
+
+
+@knows_fixed_sizes
+def test_a_whole_output_of_a_graph():
+    """Its parts are there, for logging; to train on one by itself is an error that says what to do."""
+    criterion, head, targets = CrossEntropyLoss(z_loss=0.1), linear_case.head(), linear_case.targets()
+    inputs = {"hidden_states": head.hidden, "lm_head_weight": head.weight, "targets": targets}
+    compiled = torch.compile(criterion.evaluate, fullgraph=True, backend="aot_eager")
+    output, eager = compiled(**inputs), criterion.evaluate(**inputs)
+    for found in (output, eager):
+        found.total.backward(retain_graph=True)
+    torch.testing.assert_close(output.total, eager.total)
+    torch.testing.assert_close(output.parts, eager.parts)
+    torch.testing.assert_close(output.stats.nll, eager.stats.nll)
+    torch.testing.assert_close(output.metrics["accuracy"], eager.metrics["accuracy"])
+    for own in (output.parts["z_loss"], output.stats.nll.mean()):
+        with pytest.raises(RuntimeError, match=r"gradient of its own.*strategy='two_sweep'"):
+            (output.total + own).backward(retain_graph=True)
+
+
+@knows_fixed_sizes
+def test_a_gradient_that_one_sweep_would_lose_is_refused_in_a_graph():
+    slope = torch.nn.Parameter(torch.ones(()))
+    term = Term("own", lambda s, b: s.nll * slope, reads=("nll",), scope="token")
+    compiled = torch.compile(of_objective(Objective([term])), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"the terms 'own'.*scope='batch'"):
+        compiled(*linear_case.head().leaves, linear_case.targets())
+
+
+@knows_fixed_sizes
+def test_where_one_sweep_is_refused_in_a_graph():
+    head, targets = linear_case.head(dtype=torch.float32), linear_case.targets()
+    open_ended = torch.compile(
+        of_options(strategy="one_sweep"), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    with pytest.raises(Exception, match=r"one_sweep.*number of tokens open"):
+        open_ended(*head.leaves, targets)
+    torch._dynamo.reset()
+    many = linear_case.head(100, dtype=torch.float32), torch.zeros(100, dtype=torch.long)
+    chunks = torch.compile(of_options(strategy="one_sweep"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"one_sweep.*34 chunks.*memory_budget"):
+        chunks(*many[0].leaves, many[1])
+    torch._dynamo.reset()
+    recorder = Recorder()
+    check(of_options(), *many, backend=recorder)
+    assert recorder.counts["head_stats"] == 1
+    assert not recorder.counts["head_chunk"]
+
+
+@pytest.mark.skipif(torch.__version__ >= (2, 9), reason="it is possible")
 @pytest.mark.skipif(torch.__version__ < (2, 8), reason="PyTorch 2.7 does not say what was raised")
-def test_one_sweep_is_refused():
+def test_one_sweep_is_refused_before():
     head, targets = linear_case.head(dtype=torch.float32), linear_case.targets()
     compiled = torch.compile(of_options(strategy="one_sweep"), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=r"one_sweep.*torch\.compile"):
         compiled(*head.leaves, targets)
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_the_operators_of_a_chunk_keep_their_promises(narrow):
+    head, targets = linear_case.head(6, dtype=torch.bfloat16), torch.tensor([0, 1, IGNORE, 3, 4, 2])
+    inputs = [leaf.detach() for leaf in head.leaves]
+    arguments = (*inputs, targets, torch.zeros(6, 2, dtype=torch.long), None, None, 5.0, IGNORE, 31, 1, 2, 6)
+    named = {"narrow_logits": narrow, "skip_ignored": False}  # all of the memory is written
+    torch.library.opcheck(head_chunk_op, arguments, named)
+    *raw, logits = head_chunk_op(*arguments, **named)
+    grads = [torch.randn_like(value) if value.is_floating_point() else None for value in raw]
+    for needed in ([True, True, True], [False, True, False], [True, False, False]):
+        weight_sum = torch.zeros(V, D) if needed[1] else None
+        own = (raw, grads, needed, logits.clone(), weight_sum)
+        torch.library.opcheck(head_chunk_grad_op, (*arguments, *own), named)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

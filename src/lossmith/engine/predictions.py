@@ -15,17 +15,32 @@ from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.rows.operators import stats_of_logits
 from lossmith.engine.sampling import sample_ids
 from lossmith.engine.statistics.raw import Needs
-from lossmith.engine.statistics.raw_stats import ByView, RawStats
+from lossmith.engine.statistics.raw_stats import AskedFor, ByView, RawStats
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep import Rows, Sweep
 from lossmith.engine.unchanged import Unchanged
 
 if TYPE_CHECKING:
+    from lossmith.engine.head.graph_sweep import SweptInGraph
     from lossmith.engine.head.one_sweep import SweptOnce
     from lossmith.engine.head.plan import Plan
 
-# (statistics of some tokens, which they are) -> the sum of those tokens' shares of the loss
-LossOf = Callable[[TokenStats, Rows], Tensor]
+
+@dataclass(frozen=True, eq=False)
+class LossOf:
+    """The loss of some tokens.
+
+    Attributes:
+        of: (statistics of n tokens, which they are) -> the sum of those tokens' shares of the loss; and the
+            shares of its K terms [K, n], without a gradient.
+        asked: groups of raw statistics that it is made of, of each temperature.
+    """
+
+    of: Callable[[TokenStats, Rows], tuple[Tensor, Tensor]]
+    asked: AskedFor
+
+    def __call__(self, stats: TokenStats, rows: Rows) -> tuple[Tensor, Tensor]:
+        return self.of(stats, rows)
 
 
 class Predictions(ABC):
@@ -84,7 +99,7 @@ class Predictions(ABC):
 
     def sweep_once(
         self, sweep: Sweep, loss_of: LossOf, unless: str | None, scale: Tensor
-    ) -> SweptOnce | None:
+    ) -> SweptOnce | SweptInGraph | None:
         """The statistics, and the gradient of ``loss_of`` with them, where that saves a matrix product; None
         elsewhere.
 

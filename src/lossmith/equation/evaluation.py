@@ -14,8 +14,8 @@ from lossmith.core.distributed import masked_mean
 from lossmith.core.metrics import Metrics
 from lossmith.engine.checks import whole_candidates
 from lossmith.engine.head.one_sweep import OtherGradient
-from lossmith.engine.predictions import Predictions
-from lossmith.engine.statistics.raw_stats import ByView
+from lossmith.engine.predictions import LossOf, Predictions
+from lossmith.engine.statistics.raw_stats import AskedFor, ByView
 from lossmith.engine.statistics.statistic import Columns
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep import Sweep
@@ -78,13 +78,16 @@ def evaluate(
         raise ValueError(
             "a term reads the logits of candidate ids, which the given stats do not have; leave stats out"
         )
-    names = joined(*(term.reads for term in terms), reads)
+    of_loss = joined(*(term.reads for term in terms))
+    names = joined(of_loss, reads)
     stats.announce(names or ())
-    asked = stats.groups_of(names, has_candidates=candidates is not None)
+    asked, asked_by_terms = (
+        stats.groups_of(some, has_candidates=candidates is not None) for some in (names, of_loss)
+    )
     unless = whole_batch_reason(terms, batch, weigh, per_token)
     swept = None
     if sweep is not None:
-        swept = _in_one_sweep(of_terms, predictions, sweep.asking(*asked), batch, unless)
+        swept = _in_one_sweep(of_terms, predictions, sweep.asking(*asked), batch, unless, asked_by_terms)
     if swept is not None:
         total, parts, shares, known = swept
         stats.hold(known)
@@ -186,26 +189,28 @@ def _names(of_terms: Sequence[OfTerm]) -> list[str]:
 
 
 def _in_one_sweep(
-    of_terms: Sequence[OfTerm], predictions: Predictions, sweep: Sweep, batch: TokenBatch, unless: str | None
+    of_terms: Sequence[OfTerm],
+    predictions: Predictions,
+    sweep: Sweep,
+    batch: TokenBatch,
+    unless: str | None,
+    asked: AskedFor,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, ByView] | None:
     """The sum of the terms, each term, and what each token adds to each [K, N], with gradients that were made
     together with the statistics, which come last; None where that cannot be."""
     if not of_terms:
         return None
-    shares: Tensor | None = None
+    reads = joined(*(term.reads for term, _ in of_terms))
 
-    def loss_of(some: TokenStats, rows: slice | Tensor) -> Tensor:
-        nonlocal shares
-        if shares is None:  # tokens that are not swept add nothing
-            shares = batch.scale.new_zeros(len(of_terms), len(batch.scale))
+    def loss_of(some: TokenStats, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         tokens = batch.select(rows)
-        some.announce(joined(*(term.reads for term, _ in of_terms)) or ())
+        some.announce(reads or ())
         values = _values(of_terms, _supervised(some, tokens), tokens)
-        total, _, shares[:, rows] = weighed_sums(values, tokens.scale, backend=sweep.backend)
-        return total
+        total, _, shares = weighed_sums(values, tokens.scale, backend=sweep.backend)
+        return total, shares
 
     try:
-        swept = predictions.sweep_once(sweep, loss_of, unless, batch.scale)
+        swept = predictions.sweep_once(sweep, LossOf(loss_of, asked), unless, batch.scale)
     except OtherGradient:
         names = ", ".join(map(repr, _names(of_terms)))
         raise ValueError(
@@ -214,21 +219,19 @@ def _in_one_sweep(
         ) from None
     if swept is None:
         return None
-    assert shares is not None
     if not predictions.has_all_tokens:
         with torch.no_grad():
             known = swept.stats(swept.known).detach()
-            known.announce(joined(*(term.reads for term, _ in of_terms)) or ())
+            known.announce(reads or ())
             values = _values(of_terms, _supervised(known, batch), batch)
-            shares = weighed_sums(values, batch.scale, backend=sweep.backend)[2]
-    values = shares.sum(-1)
+            swept = replace(swept, shares=weighed_sums(values, batch.scale, backend=sweep.backend)[2])
     parts = {
         of_term[0].name: swept.part(
             value, lambda s, of_term=of_term: _total([of_term], _supervised(s, batch), batch)
         )
-        for of_term, value in zip(of_terms, values, strict=True)
+        for of_term, value in zip(of_terms, swept.shares.sum(-1), strict=True)
     }
-    return swept.loss(values.sum()), parts, shares, swept.known
+    return swept.loss(), parts, swept.shares, swept.known
 
 
 def _nothing(stats: TokenStats, batch: TokenBatch, per_token: bool) -> Tensor:

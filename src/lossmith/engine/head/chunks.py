@@ -98,12 +98,22 @@ class HeadGradient:
     Args:
         chunks: the chunks that the gradients are of.
         needed: which of the three are wanted.
+        weight_sum: [V, D] memory for that of the weight, if there is some.
+        is_begun: whether it has that of earlier chunks, to which these are added.
     """
 
-    def __init__(self, chunks: Chunks, needed: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        chunks: Chunks,
+        needed: Sequence[bool],
+        weight_sum: Tensor | None = None,
+        *,
+        is_begun: bool = False,
+    ) -> None:
         self.chunks = chunks
         device = chunks.hidden.device
-        self.hidden = self.weight = self.bias = None
+        self.hidden = self.bias = None
+        self.weight = weight_sum
         if needed[0]:
             self.hidden = fresh(
                 tuple(chunks.hidden.shape),
@@ -111,7 +121,10 @@ class HeadGradient:
                 device=device,
                 zero=chunks.packed is not None or not chunks.num_rows,
             )
-        if needed[1]:
+        if weight_sum is not None:
+            if not (chunks.num_rows or is_begun):
+                weight_sum.zero_()
+        elif needed[1]:
             # a single product is rounded once, to the weight's dtype; a sum of several is not rounded between
             dtype = chunks.wide if chunks.sizes.accumulator_bytes else chunks.factors.weight.dtype
             self.weight = fresh(
@@ -119,7 +132,7 @@ class HeadGradient:
             )
         if needed[2]:
             self.bias = torch.zeros(chunks.num_classes, dtype=chunks.wide, device=device)
-        self._is_first = True
+        self._is_first = not is_begun
 
     def add(self, rows: Rows, x: Tensor, g: Tensor) -> None:
         """Take in a chunk: its hidden states [n, D] and the gradient of its logits [n, V], whose memory is

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lossmith.engine.checks import check_head, check_targets_of_hidden
 from lossmith.engine.head.chunks import Chunks
 from lossmith.engine.head.factors import Factors
+from lossmith.engine.head.graph_sweep import SweptInGraph, sweep_in_graph, why_not_in_a_graph
 from lossmith.engine.head.one_sweep import SweptOnce, sweep_once
 from lossmith.engine.head.packing import Packing
 from lossmith.engine.head.plan import HeadOptions, Plan
@@ -151,9 +152,11 @@ class LinearHead(HeadOptions, Predictions):
 
     def sweep_once(
         self, sweep: Sweep, loss_of: LossOf, unless: str | None, scale: Tensor
-    ) -> SweptOnce | None:
+    ) -> SweptOnce | SweptInGraph | None:
         if self._why_not_once(unless) is not None:
             return None
+        if torch.compiler.is_compiling():
+            return sweep_in_graph(self.factors, sweep, loss_of, self.needed, scale)
         self._check_ids(sweep)
         return sweep_once(self.factors, sweep, loss_of, self.needed, scale)
 
@@ -177,7 +180,7 @@ class LinearHead(HeadOptions, Predictions):
             return "it was asked for"
         problem = unless
         if problem is None and torch.compiler.is_compiling():
-            problem = "torch.compile needs a graph that does not depend on the objective's own autograd"
+            problem = why_not_in_a_graph(self.factors, self.hidden.shape[:-1].numel())
         if problem is not None:
             self._refuse(problem)
         return problem

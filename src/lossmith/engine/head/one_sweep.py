@@ -34,20 +34,23 @@ class SweptOnce:
     Attributes:
         known: the raw statistics, with gradients (by a second sweep, if they are needed).
         of_parts: the same statistics in a graph of their own, which ``part`` may go through again and again.
+        shares: [K, N] what each token adds to each term; 0 for those that were not swept.
         sweep: what they are statistics of.
         gradients: of hidden states, weight and bias, times ``lift`` if there is one.
     """
 
     known: ByView
     of_parts: ByView
+    shares: Tensor
     sweep: Sweep
     factors: Factors
     gradients: list[Tensor | None]
     lift: Tensor | None
 
-    def loss(self, value: Tensor) -> Tensor:
-        """``value`` as the loss whose gradient is known."""
-        return _KnownGradient.apply(value.detach(), self.gradients, self.lift, *self.factors.tensors)
+    def loss(self) -> Tensor:
+        """The loss, whose gradient is known."""
+        value = self.shares.sum(-1).sum()
+        return _KnownGradient.apply(value, self.gradients, self.lift, *self.factors.tensors)
 
     def part(self, value: Tensor, again: Callable[[TokenStats], Tensor]) -> Tensor:
         """``value``, a part of the loss that ``again`` computes from the statistics; its own gradient takes a
@@ -88,14 +91,17 @@ def sweep_once(
             return None
         result = HeadGradient(chunks, needed)
         lift = lift_for(scale) if factors.is_lifted else None
-        outputs = sweep.blank(factors.wide, factors.hidden.device)
+        outputs, shares = sweep.blank(factors.wide, factors.hidden.device), None
         for rows in chunks.all():
             x, some = chunks.inputs(rows), sweep.of(rows)
             z = chunks.logits(x)
             raw = stats_of_rows(z, some)
             for out, value in zip(outputs, raw, strict=True):
                 out[rows] = value
-            grads = _gradients(some, rows, raw, loss_of, lift)
+            grads, own_shares = _gradients(some, rows, raw, loss_of, lift)
+            if shares is None:
+                shares = own_shares.new_zeros(len(own_shares), len(sweep.targets))
+            shares[:, rows] = own_shares
             if any(g is not None for g in grads):
                 result.add(rows, x, gradient_of_rows(z, some, raw, grads, in_place=True))
             else:
@@ -106,19 +112,21 @@ def sweep_once(
     def known() -> ByView:
         return sweep.by_view(stats_of_head(factors, sweep, [out.detach() for out in outputs]))
 
-    return SweptOnce(known(), known(), sweep, factors, gradients, lift)
+    assert shares is not None
+    return SweptOnce(known(), known(), shares, sweep, factors, gradients, lift)
 
 
 def _gradients(
     sweep: Sweep, rows: Rows, raw: list[Tensor], loss_of: LossOf, lift: Tensor | None
-) -> list[Tensor | None]:
-    """The gradients of a chunk's statistics, times the lift, by autograd on [n] tensors."""
+) -> tuple[list[Tensor | None], Tensor]:
+    """The gradients of a chunk's statistics, times the lift, by autograd on [n] tensors; the shares of its
+    terms."""
     leaves = [value.requires_grad_() if value.is_floating_point() else value for value in raw]
     views = sweep.by_view(leaves)
     with torch.enable_grad():
-        loss = loss_of(TokenStats(RawStats(sweep, lambda *_: views)), rows)
+        loss, shares = loss_of(TokenStats(RawStats(sweep, lambda *_: views)), rows)
     if not loss.requires_grad:
-        return [None] * len(raw)
+        return [None] * len(raw), shares
     ours = [value for value in leaves if value.requires_grad]
     if _depends_on_more(loss, ours):
         raise OtherGradient
@@ -127,7 +135,7 @@ def _gradients(
     grads = [next(found) if value.requires_grad else None for value in leaves]
     for value in ours:
         value.requires_grad_(False)
-    return grads
+    return grads, shares
 
 
 def _depends_on_more(loss: Tensor, leaves: list[Tensor]) -> bool:

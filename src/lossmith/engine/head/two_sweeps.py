@@ -27,17 +27,19 @@ Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
 
 def forward_sweep(
-    factors: Factors, sweep: Sweep, packing: Packing | None = None
+    factors: Factors, sweep: Sweep, packing: Packing | None = None, buffer: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor | None]:
     """The statistics of all tokens; and the logits of the last chunk, with which the way back begins and
-    whose memory serves all of it."""
+    whose memory serves all of it, ``buffer`` if it is given."""
     chunks = Chunks(factors, sweep.targets, sweep.ignore_index, packing)
+    if buffer is not None:
+        chunks.reuse(buffer)
     outputs = sweep.blank(factors.wide, factors.hidden.device)
     for rows in chunks.all():
         values = stats_of_rows(chunks.logits(chunks.inputs(rows)), sweep.of(rows))
         for out, value in zip(outputs, values, strict=True):
             out[rows] = value
-    return outputs, chunks.buffer() if chunks.num_rows else None
+    return outputs, chunks.buffer() if chunks.num_rows else buffer
 
 
 def backward_sweep(
@@ -58,13 +60,14 @@ def backward_sweep(
     for k, rows in enumerate(reversed(list(chunks.all()))):
         x = chunks.inputs(rows)
         z = chunks.buffer()[: len(x)] if kept is not None and k == 0 else chunks.logits(x)
-        g = gradient_of_rows(z, sweep.of(rows), _of(raw, rows), _of(grads, rows), in_place=True)
+        g = gradient_of_rows(z, sweep.of(rows), rows_of(raw, rows), rows_of(grads, rows), in_place=True)
         result.add(rows, x, g)
         del x  # its memory, before the next chunk's take more
     return result.finish()
 
 
-def _of(values: Maybe, rows: Rows) -> list[Tensor | None]:
+def rows_of(values: Maybe, rows: Rows) -> list[Tensor | None]:
+    """These rows of each."""
     return [None if value is None else value[rows] for value in values]
 
 

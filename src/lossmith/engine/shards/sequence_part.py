@@ -44,9 +44,12 @@ class SequencePart(Part):
     ) -> SweptOnce | None:
         """This rank's part, once. A rank whose part has no target sweeps in the other way, which gathers the
         same."""
+        if torch.compiler.is_compiling():
+            unless = unless or "torch.compile, where sequences are split across ranks"
         own = self._own(sweep)
         rows = self.shards.own_rows(torch.arange(len(sweep.targets), device=self.device))
-        swept = self.own.sweep_once(own, lambda some, at: loss_of(some, rows[at]), unless, scale[rows])
+        of_own = replace(loss_of, of=lambda some, at: loss_of(some, rows[at]))
+        swept = self.own.sweep_once(own, of_own, unless, scale[rows])
         if swept is None:
             return None
         known, of_parts = (

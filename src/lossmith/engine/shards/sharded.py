@@ -18,11 +18,10 @@ from lossmith.engine.rows.torch_rows import MASKED, WRONG_EPS
 from lossmith.engine.shards.layout import VocabShards, stacked, sum_of_gradients
 from lossmith.engine.shards.merging import merged
 from lossmith.engine.shards.part import Part
-from lossmith.engine.statistics.raw import Needs, ignored_fill, raw_names
+from lossmith.engine.statistics.raw import CONSTANTS, Needs, ignored_fill, raw_names
 from lossmith.engine.sweep import Sweep
 
 # Without gradients, also where a shard's own arithmetic would give them one.
-CONSTANTS = {"reference", "sum_weight", "target_weight", "num_finite", "top_wrong_id", "num_wrong"}
 # Logits that are looked at together.
 BLOCK_ELEMENTS = 2**22
 

@@ -35,6 +35,9 @@ GROUP_OF = {name: group for group, names in GROUP_NAMES.items() for name in name
     CORE_NAMES, Needs.CORE
 )
 
+# What has no gradient.
+CONSTANTS = frozenset(("reference", "sum_weight", "target_weight", "num_finite", "top_wrong_id", "num_wrong"))
+
 
 def closed(needs: Needs) -> Needs:
     """The groups that computing ``needs`` takes."""

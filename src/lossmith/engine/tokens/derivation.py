@@ -18,7 +18,7 @@ from torch import Tensor
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
 from lossmith.engine.eager import is_watched
-from lossmith.engine.statistics.raw import CORE_NAMES, Needs, raw_names
+from lossmith.engine.statistics.raw import CONSTANTS, CORE_NAMES, Needs, raw_names
 from lossmith.engine.sweep import Maybe
 from lossmith.engine.tokens.arithmetic import arithmetic_for
 
@@ -39,8 +39,7 @@ DERIVED: dict[str, tuple[str, ...]] = {
     "top_prob": (*CORE_NAMES, "top_wrong_logit"),
     "candidate_log1m_prob": (*CORE_NAMES, "candidate_logits", "rest_log_sum"),
 }
-# What has no gradient, and what one has none in although it is made of it.
-CONSTANT = ("reference", "sum_weight", "target_weight", "num_wrong")
+# What one has no gradient in although it is made of it.
 CONSTANT_FOR = {"wrong_logsumexp": ("target_logit",), "mean_logit": ("wrong_log_sum",)}
 
 
@@ -99,7 +98,7 @@ def _has_gradient(names: tuple[str, ...], given: tuple[bool, ...]) -> tuple[bool
         raw
         for name, is_given in zip(names, given, strict=True)
         for raw in DERIVED[name]
-        if is_given and raw not in (*CONSTANT, *CONSTANT_FOR.get(name, ()))
+        if is_given and raw not in (*CONSTANTS, *CONSTANT_FOR.get(name, ()))
     }
     return tuple(name in found for name in _made_of(names))
 
