@@ -14,6 +14,7 @@ from linear_case import IGNORE, B, D, Head, T, V
 from lossmith import AdaptiveCrossEntropyLoss, CrossEntropyLoss, NVAMPLoss, Objective, Term, UnifiedLoss
 from lossmith.engine.head.graph_sweep import head_chunk_grad_op, head_chunk_op
 from lossmith.engine.head.two_sweeps import head_grad_op, head_stats_op
+from slow_but import slow_but
 
 pytestmark = pytest.mark.skipif(torch.__version__ < (2, 7), reason="PyTorch 2.6 cannot trace an objective")
 
@@ -99,9 +100,7 @@ def check(loss, head: Head, targets: Tensor, *, backend: str = "aot_eager", tole
     torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("unified_") else n for n in LOSSES]
-)
+@pytest.mark.parametrize("name", slow_but(["plain", "full", "none", "nvamp", "unified"], LOSSES))
 def test_compiled_equals_eager(name):
     torch.manual_seed(0)
     check(LOSSES[name], linear_case.head(dtype=torch.float32), linear_case.targets())
@@ -193,7 +192,7 @@ class Recorder:
 
 
 @knows_fixed_sizes
-@pytest.mark.parametrize("strategy", ["auto", "one_sweep", "two_sweep"])
+@pytest.mark.parametrize("strategy", slow_but(["auto"], ["auto", "one_sweep", "two_sweep"]))
 def test_a_chunk_is_computed_once(strategy):
     """Three products a chunk, and four."""
     recorder, head, targets = Recorder(), linear_case.head(dtype=torch.float32), linear_case.targets()
@@ -208,8 +207,10 @@ def test_a_chunk_is_computed_once(strategy):
 
 
 @knows_fixed_sizes
-@pytest.mark.parametrize("skip_ignored", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("skip_ignored", slow_but([True], [True, False]))
+@pytest.mark.parametrize(
+    "dtype", slow_but([torch.float16], [torch.float64, torch.bfloat16, torch.float16]), ids=str
+)
 def test_one_sweep_in_a_graph_equals_fp64(dtype, skip_ignored):
     """With what makes single steps of the arithmetic differ, and a loss so small that its gradient in fp16
     would be 0 without a lift."""
@@ -239,6 +240,7 @@ def test_chunks_without_a_target_in_a_graph():
         check(loss, linear_case.head(len(targets), dtype=torch.float32), some)
 
 
+@pytest.mark.slow
 @knows_fixed_sizes
 def test_what_is_frozen_in_a_graph():
     for frozen in range(3):
@@ -322,9 +324,9 @@ def test_the_operators_of_a_chunk_keep_their_promises(narrow):
         torch.library.opcheck(head_chunk_grad_op, (*arguments, *own), named)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.float32, torch.float64]), ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("temperature", [None, 0.5])
+@pytest.mark.parametrize("temperature", slow_but([0.5], [None, 0.5]))
 def test_the_operators_keep_their_promises(temperature, bias, dtype):
     """PyTorch's own checks: schema, fake kernels, autograd registration, tracing."""
     head, targets = linear_case.head(6, dtype=dtype, bias=bias), torch.tensor([0, 1, IGNORE, 3, 4, 2])

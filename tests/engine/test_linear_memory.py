@@ -13,6 +13,7 @@ from lossmith.engine.head.factors import Factors
 from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.sizes import MEMORY_BUDGET, rows_of_a_chunk
 from lossmith.engine.statistics.stats import STATISTIC_NAMES
+from slow_but import slow_but
 
 N, D, V = 512, 8, 600
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -53,7 +54,7 @@ CRITERIA = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("is_trained", slow_but([True], [True, False]))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", CRITERIA)
 def test_nothing_is_as_large_as_the_logits(name, strategy, is_trained, dtype):

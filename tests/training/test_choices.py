@@ -14,6 +14,7 @@ from running import go, rows
 from lossmith.training.data.corpus import load_corpus
 from lossmith.training.data.tokenizer import train_tokenizer
 from lossmith.training.errors import UserError
+from slow_but import slow_but
 
 WORDS = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs!\n"
 
@@ -33,7 +34,7 @@ def saved(out_dir: Path) -> dict:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("length", [12, 100, 2000])
+@pytest.mark.parametrize("length", slow_but([12], [12, 100, 2000]))
 def test_a_small_text_is_taken_as_it_is(defaults: list[str], tmp_path: Path, mode: str, length: int):
     text = tmp_path / "small.txt"
     text.write_text((WORDS * 30)[:length])

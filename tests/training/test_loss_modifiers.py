@@ -25,6 +25,7 @@ from lossmith.training.config.reading import load_config
 from lossmith.training.config.saved_run import save_config
 from lossmith.training.errors import UserError
 from lossmith.training.run.loss_modifiers import add_modifiers
+from slow_but import slow_but
 
 ROOT = Path(__file__).parents[2]
 ON = "--loss_modifiers_enabled"
@@ -120,7 +121,7 @@ def test_what_does_not_apply_is_said(tiny: list[str]):
     assert "Enabled" not in shown
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_but(["causal", "scorer"], MODES))
 def test_what_only_measures_changes_nothing(mode: str, tiny: list[str], tmp_path: Path):
     """Neither does the master switch alone: the same weights to the last bit."""
     found = []

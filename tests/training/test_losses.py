@@ -21,6 +21,7 @@ from lossmith.objectives import unified_parts
 from lossmith.training.config.reading import load_config
 from lossmith.training.errors import UserError
 from lossmith.training.run.loss_modifiers import add_modifiers
+from slow_but import slow_but
 
 MTP = ["--loss=unified", "--use_mtp", "--num_future_tokens=2"]
 BALANCED = ["--model=moe", "--loss=unified", "--use_moe_balancing"]
@@ -53,7 +54,7 @@ def loss_state(checkpoint: Path) -> dict[str, torch.Tensor]:
 # ── what is trained ───────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("modified", [False, True], ids=["plain", "modified"])
+@pytest.mark.parametrize("modified", slow_but([True], [False, True]))
 @pytest.mark.parametrize("name", RUNS)
 def test_every_loss_trains_with_modifiers_and_without(
     name: str, modified: bool, tiny: list[str], tmp_path: Path

@@ -23,6 +23,7 @@ from transformers import (
 from lossmith.training.config.reading import load_config
 from lossmith.training.config.saved_run import save_config
 from lossmith.training.errors import UserError
+from slow_but import slow_but
 
 ROOT = Path(__file__).parents[2]
 OF_A_STEP = {
@@ -89,7 +90,7 @@ def test_a_scorer_says_what_a_judge_has_to_know(tiny: list[str], tmp_path: Path)
 LEARNT = {"masked": (300, 5e-3, 3.1), "classifier": (150, 5e-3, 0.48), "scorer": (200, 2e-3, 0.05)}
 
 
-@pytest.mark.parametrize("mode", CORRUPTED)
+@pytest.mark.parametrize("mode", slow_but(["masked"], CORRUPTED))
 def test_a_run_learns(mode: str, tiny: list[str], tmp_path: Path):
     """How words are spelled, for they come in no order."""
     steps, rate, enough = LEARNT[mode]

@@ -22,6 +22,7 @@ from running import go, rows, weights
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
 from lossmith.training.run.progress import Display
+from slow_but import slow_but
 
 ROOT = Path(__file__).parents[2]
 FIFTY_STEPS = ["--max_iters=50", "--eval_interval=25", "--learning_rate=0.02", "--batch_size=8"]
@@ -247,11 +248,14 @@ def test_ctrl_c_in_a_process_of_its_own(tiny: list[str], tmp_path: Path):
     assert f"python train.py --out_dir={tmp_path / 'run'} --resume" in shown
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.stem)
-def test_the_example_configs_train(example: Path, tiny: list[str], tmp_path: Path):
+EXAMPLES = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", slow_but(["train_small", "loss_modifiers", "unified_production"], EXAMPLES))
+def test_the_example_configs_train(name: str, tiny: list[str], tmp_path: Path):
     """Fifty steps of each, at a small size."""
     out = tmp_path / "example"
-    code, shown = go([str(example), *tiny, *FIFTY_STEPS, f"--out_dir={out}"])
+    code, shown = go([str(ROOT / "config" / f"{name}.py"), *tiny, *FIFTY_STEPS, f"--out_dir={out}"])
     assert code == 0
     assert "All held-out text, after step 50: validation loss" in shown
     assert "warning" not in shown

@@ -12,11 +12,12 @@ from every_mode import MODES, make_task
 from running import go, rows, weights
 
 from lossmith.training.config.reading import load_config
+from slow_but import slow_but
 
 FIRST = ["--max_iters=1", "--warmup_iters=1"]  # whose learning rate is 0, so the weights are the first
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_but(["causal"], MODES))
 def test_another_seed_is_another_run(mode: str, tiny: list[str], tmp_path: Path):
     found = []
     for seed in (1, 1, 2):

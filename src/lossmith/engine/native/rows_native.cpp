@@ -45,7 +45,7 @@ struct View {
 
 struct Batch {
     const void* logits;
-    const int64_t* row_offsets;  // in elements
+    const int64_t* row_offsets;  // in elements; none where each row follows the one before
     int64_t is_bf16, num_rows, num_classes;
     const int64_t* targets;
     int64_t ignore_index;
@@ -291,8 +291,9 @@ bool is_wanted(const Batch& b, int64_t row) {
 }
 
 template <class T> bool one_row(const Batch& b, int64_t row, float* x, const float* weight, Problem& problem) {
-    const T* z = (const T*)b.logits + b.row_offsets[row];
-    const int64_t V = b.num_classes, y = id_at(b.targets + row);
+    const int64_t V = b.num_classes, begin = b.row_offsets ? b.row_offsets[row] : row * V;
+    const T* z = (const T*)b.logits + begin;
+    const int64_t y = id_at(b.targets + row);
     const bool ignored = y == b.ignore_index;
     if (!ignored && (y < 0 || y >= V)) return problem.report(BAD_TARGET, y);
     if (!b.gradient) {

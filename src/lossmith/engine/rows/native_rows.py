@@ -170,10 +170,10 @@ def _wanted(view: View, goes_back: bool) -> Iterable[str]:
     return (*_READ_BACK, *(name for given in view.grads for name in _READ_BACK_FOR.get(given, ())))
 
 
-def _row_offsets(logits: Tensor) -> Tensor:
-    """[N] where each row begins, in elements from the first."""
+def _row_offsets(logits: Tensor) -> Tensor | None:
+    """[N] where each row begins, in elements from the first; None where each follows the one before."""
     if logits.is_contiguous():
-        return torch.arange(0, logits.numel(), logits.shape[-1])
+        return None
     offsets = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
         offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
