@@ -240,16 +240,3 @@ def test_a_move_that_was_interrupted_is_completed(
         assert names_in(aside) == before
         assert not (out / f"previous-{most + 2}").exists()
     assert go([f"--out_dir={aside}", "--resume", "--max_iters=7"])[0] == 0
-
-
-def test_what_the_trackers_were_told_outlives_a_kill(tiny: list[str], out: Path, killed: Callable[..., None]):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torch.utils.tensorboard import SummaryWriter
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SummaryWriter, "close", lambda self: None)
-        killed([*tiny, "--tensorboard_log"], "run.trainer.seal")  # at step 3
-        found = EventAccumulator(str(out / "tensorboard")).Reload()
-        assert [event.step for event in found.Scalars("train/loss")] == [1, 2, 3]
-        assert [event.step for event in found.Scalars("val/loss")] == [3]
