@@ -209,8 +209,11 @@ def test_half_a_batch_is_deleted(tiny: list[str], out: Path, killed: Callable[..
     left = {name for name in names_in(out) if name.rpartition("/")[2].startswith(".")}
     assert left
     assert ".tmpAbC123" not in left  # nobody could tell whose that is
+    for name in (".lossmith_is_writable.a_0123bc", f".{ANALYSIS_FILE}.0123abcd"):
+        (out / name).touch()
+    (out / ".lossmith_is_writable.mine.txt").touch()
     go(tiny)
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] == [".lossmith_is_writable.mine.txt"]
 
 
 def test_a_move_that_was_interrupted_is_completed(

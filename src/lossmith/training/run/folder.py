@@ -194,7 +194,8 @@ def delete_half_written(folder: Path, names: re.Pattern[str]) -> None:
     """Delete the files in a folder that have such names."""
     for path in folder.iterdir():
         if names.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def delete_room(room: Path) -> None:
