@@ -242,4 +242,4 @@ def test_a_move_that_was_interrupted_is_completed(
         assert said in " ".join(go(tiny)[1].split())
         assert names_in(aside) == before
         assert not (out / f"previous-{most + 2}").exists()
-    assert go([f"--out_dir={aside}", "--resume", "--max_iters=7"])[0] == 0
+    assert go([f"--out_dir={out / 'previous-2'}", "--resume", "--max_iters=7"])[0] == 0
