@@ -160,11 +160,13 @@ def as_text(sample: RenderableType) -> str:
 def save_analysis(folder: RunFolder, step: int, found: dict[str, Any]) -> None:
     """Write `analysis.json` into the checkpoint that was analysed, with which it is moved and deleted.
 
+    It is written even if nothing was found, since it says that the run has ended.
+
     Raises:
         UserError: it cannot be written.
     """
     name = f"checkpoint-{step}"
-    if not found or not (folder.path / name).is_dir():
+    if not (folder.path / name).is_dir():
         return
     if f"{name}/{ANALYSIS_FILE}" not in folder.written:
         folder.claim(f"{name}/{ANALYSIS_FILE}")
@@ -172,4 +174,7 @@ def save_analysis(folder: RunFolder, step: int, found: dict[str, Any]) -> None:
     try:
         write_whole(path, json.dumps({"step": step, **found}, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"the run is complete, but {path} cannot be written: {error.strerror}.") from None
+        raise UserError(
+            f"the model is trained and evaluated, but {path} cannot be written: {error.strerror}. Make room, "
+            "and --resume finishes the run."
+        ) from None

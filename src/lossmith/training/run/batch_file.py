@@ -24,6 +24,7 @@ from lossmith.engine.head.plan import HEAD_OPTIONS
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
 from lossmith.training.run.bad_step import Diagnosis
+from lossmith.training.run.folder import delete_room
 from lossmith.training.run.loss_call import LossCall
 from lossmith.training.untrusted import GIB, MIB, Unreadable, is_moderate, parse_json, shortened
 
@@ -113,16 +114,18 @@ def write_batch(
         else:
             said["why_not"] = f"what the loss was given has {size / GIB:.1f} GiB, above {LARGEST_HEAD // GIB}"
     text = json.dumps(said)
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # In a folder of its own, since safetensors begins with a file whose name nobody can tell as ours.
+    room = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    room.mkdir()
     try:
         whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        fresh = room / path.name
         save_file(whole, fresh, {HEADER: text})
         with fresh.open("rb+") as file:
             os.fsync(file.fileno())
         fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+    finally:
+        delete_room(room)
 
 
 def packed(call: LossCall) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from lossmith.integrations.huggingface.trainer import LOSS_FILE
+from lossmith.report.reading import ANALYSIS_FILE
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.saved_run import CONFIG_FILE, run_of
 from lossmith.training.data.tokenizer import read_tokenizer
@@ -73,6 +74,7 @@ class KeepCheckpoints(TrainerCallback):
             name = f"checkpoint-{state.global_step}"
             self.folder.claim(name)
             unseal(self.folder.path / name)  # its files are about to be overwritten
+            self.folder.delete_file(f"{name}/{ANALYSIS_FILE}")  # of the model that was there
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.folder.keep_checkpoints(f"checkpoint-{state.global_step}", KEPT, best_of(state.log_history))

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lossmith.report.reading import ANALYSIS_FILE
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.saved_run import CONFIG_FILE, step_of, write_whole
 from lossmith.training.errors import UserError
@@ -31,11 +32,17 @@ EVENTS_OF_TENSORBOARD = "events.out.tfevents."
 PROGRAM = "lossmith train"
 LARGEST_LIST = 64 * MIB
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-# What `write_whole` leaves if it is killed.
-# And what `write_whole` and safetensors leave in a checkpoint.
-HALF_A_FILE = re.compile(rf"\.{MANIFEST}\.[0-9a-f]{{8}}|\.tmp\w{{6}}")
+OF_THE_FOLDER = (CONFIG_FILE, LOG_FILE, RUN_FILE, ANALYSIS_FILE)
+IS_WRITABLE = ".lossmith_is_writable."  # a file without a name, where the system can
+# What a kill leaves in the folder of a run: files of `write_whole`, and the folder in which a batch is made.
 HALF_WRITTEN = re.compile(
-    rf"\.({'|'.join([*map(re.escape, (CONFIG_FILE, LOG_FILE, RUN_FILE)), BAD_BATCH.pattern])})\.[0-9a-f]{{8}}"
+    rf"\.({'|'.join([*map(re.escape, OF_THE_FOLDER), BAD_BATCH.pattern])})\.[0-9a-f]{{8}}"
+    rf"|{re.escape(IS_WRITABLE)}\w{{8}}",
+    re.ASCII,
+)
+# And in a checkpoint: files of `write_whole` and of safetensors.
+HALF_A_FILE = re.compile(
+    rf"\.({re.escape(MANIFEST)}|{re.escape(ANALYSIS_FILE)})\.[0-9a-f]{{8}}|\.tmp\w{{6}}", re.ASCII
 )
 
 
@@ -94,16 +101,18 @@ class RunFolder:
         """Move an earlier run, if there is one, to `previous-1/`, `previous-2/` and so on.
 
         Training again should just work, as in nanoGPT, but must not cost users a long run that they forgot
-        to resume.
+        to resume. A move that was interrupted is completed.
         """
         names = in_order(name for name in self.written if "/" not in name and self.owns(name))
+        last, aside = max(numbered(self.path, "previous"), default=(0, self.path))
+        moved = self._moved_to(aside) if last else []
         self.written = set()
-        if not names:
+        if not names and not moved:
             return None
-        number = 1 + max((number for number, _ in numbered(self.path, "previous")), default=0)
-        aside = self.path / f"previous-{number}"
+        if not moved:
+            aside = self.path / f"previous-{last + 1}"
         try:
-            aside.mkdir()
+            aside.mkdir(exist_ok=bool(moved))
             for name in (*names, RUN_FILE):  # the list last, since it says what is still here
                 (self.path / name).rename(aside / name)
         except OSError as error:
@@ -111,11 +120,19 @@ class RunFolder:
                 f"the earlier run in {self.path} cannot be moved to {aside}: {error.strerror}. "
                 "Pass another --out_dir."
             ) from None
-        return SetAside(aside, names)
+        return SetAside(aside, in_order([*moved, *names]))
+
+    def _moved_to(self, aside: Path) -> list[str]:
+        """What an interrupted move has moved to a folder: the list, which says so, comes last."""
+        if aside.is_symlink() or not aside.is_dir():
+            return []
+        there = [path.name for path in aside.iterdir()]
+        is_part = all(name in self.written and not os.path.lexists(self.path / name) for name in there)
+        return there if is_part else []
 
     def keep_checkpoints(self, newest: str, num: int, best: str | None) -> None:
         """List the newest checkpoint's files and delete those of all but the `num` newest sound ones, and the
-        best one.
+        best one; and what is half written in any of them.
 
         A run that was killed has not listed what it was writing; those files have the same names. Later
         checkpoints than the newest were passed over on resuming, and stay until the run is there again.
@@ -124,8 +141,8 @@ class RunFolder:
         own = [path for step, path in numbered(self.path, "checkpoint") if step <= step_of(newest)]
         own = [path for path in own if self.owns(path.name)]
         for path in own:
-            half = [file.name for file in path.iterdir() if HALF_A_FILE.fullmatch(file.name)]
-            self.written |= {f"{path.name}/{n}" for n in (*names, *half) if os.path.lexists(path / n)}
+            delete_half_written(path, HALF_A_FILE)
+            self.written |= {f"{path.name}/{name}" for name in names if os.path.lexists(path / name)}
         self.passed_over.discard(newest)
         sound = [path for path in own if is_sealed(path) and path.name not in self.passed_over]
         for path in own:
@@ -138,11 +155,19 @@ class RunFolder:
         self.written |= {f"{checkpoint}/{name}" for name in names}
         self._delete(self.path / checkpoint)
 
+    def delete_file(self, name: str) -> None:
+        """Delete a file if it is listed and there."""
+        if name in self.written:
+            (self.path / name).unlink(missing_ok=True)
+            self.written.discard(name)
+
     def clear_half_written(self) -> None:
-        """Delete the files that a killed run was writing in the folder itself."""
-        for path in self.path.iterdir():
-            if HALF_WRITTEN.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-                path.unlink(missing_ok=True)
+        """Delete what a killed run was writing in the folder itself."""
+        delete_half_written(self.path, HALF_WRITTEN)
+        for room in self.path.iterdir():
+            if HALF_WRITTEN.fullmatch(room.name) and room.is_dir() and not room.is_symlink():
+                with contextlib.suppress(OSError):  # it holds foreign folders
+                    delete_room(room)
 
     def _delete(self, checkpoint: Path) -> None:
         """Delete the listed files of a checkpoint, and its folder if nothing else is in it."""
@@ -163,6 +188,21 @@ class RunFolder:
         text = json.dumps({"program": PROGRAM, "written": in_order(self.written)}, indent=1)
         write_whole(self.path / RUN_FILE, text + "\n")
         self.has_list = True
+
+
+def delete_half_written(folder: Path, names: re.Pattern[str]) -> None:
+    """Delete the files in a folder that have such names."""
+    for path in folder.iterdir():
+        if names.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def delete_room(room: Path) -> None:
+    """Delete a folder in which a file was made, and what is left there."""
+    for path in room.iterdir():
+        path.unlink(missing_ok=True)
+    room.rmdir()
 
 
 def read_list(path: Path) -> tuple[bool, set[str]]:
@@ -213,7 +253,7 @@ def opened(out_dir: Path, *, is_main: bool) -> Iterator[RunFolder | None]:
     """A run's folder, created if need be and locked while entered; None on ranks that write nothing."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
+        with tempfile.TemporaryFile(dir=out_dir, prefix=IS_WRITABLE):
             os.listdir(out_dir)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
@@ -284,10 +324,15 @@ def writing_into(out_dir: Path) -> Iterator[None]:
 
 
 def has_ended(out_dir: Path, step: int) -> bool:
-    """Whether the log of a run has an evaluation after this step."""
-    log = out_dir / LOG_FILE
-    lines = lines_of(log) if log.is_file() else []
-    return any(step_in(line) == step and "val_loss" in parse_json(line) for line in lines)
+    """Whether a run has its evaluation after this step, and its analysis, which it writes last."""
+    log, analysis = out_dir / LOG_FILE, out_dir / f"checkpoint-{step}" / ANALYSIS_FILE
+    lines = lines_of(log) if log.is_file() and analysis.is_file() else []
+    return any(is_evaluation(line, step) for line in lines)
+
+
+def is_evaluation(line: str, step: int) -> bool:
+    """Whether a line of the log is an evaluation after this step."""
+    return step_in(line) == step and "val_loss" in parse_json(line)
 
 
 def lines_of(log: Path) -> list[str]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from lossmith.training.config.saved_run import write_whole
-from lossmith.training.run.folder import lines_of, step_in
+from lossmith.training.run.folder import is_evaluation, lines_of, step_in
 from lossmith.training.run.step_line import StepLine, parts_of, plain_loss
 from lossmith.training.run.terminal import say
 from lossmith.training.tasks.task import Task
@@ -55,7 +55,8 @@ class Stopwatch(TrainerCallback):
 
 
 class LogFile(TrainerCallback):
-    """Writes `log.jsonl`; a resumed run drops the rows of the steps that it repeats."""
+    """Writes `log.jsonl`; a resumed run drops the rows of the steps that it repeats, and one that is only to
+    be finished its closing evaluation and what came after it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -66,8 +67,11 @@ class LogFile(TrainerCallback):
         lines = lines_of(self.path) if self.path.is_file() else []
         steps = [step_in(line) for line in lines]
         pairs = zip(lines, steps, strict=True)
-        kept = [f"{line}\n" for line, step in pairs if step is not None and step <= state.global_step]
-        write_whole(self.path, "".join(kept))
+        kept = [line for line, step in pairs if step is not None and step <= state.global_step]
+        if state.global_step >= state.max_steps:
+            closing = (k for k, line in enumerate(kept) if is_evaluation(line, state.global_step))
+            kept = kept[: next(closing, None)]
+        write_whole(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         row = log_row(state.global_step, logs or {})

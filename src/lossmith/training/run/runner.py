@@ -131,9 +131,9 @@ def train(config: TrainConfig, console: Console, command: str, objective: Object
                     tracker.show_sample(step, as_text(sample))
         if trainer.finite.skipped:
             warn(console, f"{trainer.finite.skipped} steps were skipped: a loss or gradient was not finite.")
-        show_results(console, task, measures, sample, aside, findings.history)
-        if folder:
+        if folder:  # the last thing written: a run without it has not ended, and is finished by --resume
             save_analysis(folder, step, analyse(task, model, sample, num_batches=config.eval_iters))
+        show_results(console, task, measures, sample, aside, findings.history)
         return 0
 
 
