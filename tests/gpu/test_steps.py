@@ -66,6 +66,27 @@ def test_a_compiled_step(mode):
         torch.testing.assert_close(found, logits.grad)
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step_over_a_head(mode):
+    """One sweep of four chunks, in one graph."""
+    head = torch.nn.Linear(32, 5000, bias=False, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(512, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(5000, (512,), device="cuda")
+
+    def loss(hidden, weight, **options):
+        return lossmith.linear_cross_entropy(
+            hidden, weight, targets, memory_budget=128 * 5056 * 4, **options, **FOUR
+        )
+
+    compiled = torch.compile(lambda *given: loss(*given, strategy="one_sweep"), fullgraph=True, mode=mode)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = torch.autograd.grad(compiled(hidden, head.weight), (hidden, head.weight))
+        found = [gradient.clone() for gradient in found]
+        expected = torch.autograd.grad(loss(hidden, head.weight), (hidden, head.weight))
+        torch.testing.assert_close(found, list(expected), rtol=1e-2, atol=1e-5)
+
+
 def test_a_gradient_scaler():
     hidden = torch.randn(64, 32, device="cuda")
     head = torch.nn.Linear(32, 5000, bias=False, device="cuda")

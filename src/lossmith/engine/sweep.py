@@ -128,9 +128,9 @@ class Sweep:
         ids = self.candidates
         if ids is not None and ids.shape[:-1].numel() != self.targets.numel():
             raise ValueError(f"candidates {list(ids.shape)} are not of targets {list(self.targets.shape)}")
-        targets = self.targets.reshape(shape)
         if by_kernels:
             return
+        targets = self.targets.reshape(shape)
         check_ids("targets", targets, num_classes, exempt=self.ignore_index, exempt_name="ignore_index")
         if ids is not None:
             ids = ids.reshape(*shape, ids.shape[-1])

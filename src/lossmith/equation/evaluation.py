@@ -225,13 +225,14 @@ def _in_one_sweep(
             known.announce(reads or ())
             values = _values(of_terms, _supervised(known, batch), batch)
             swept = replace(swept, shares=weighed_sums(values, batch.scale, backend=sweep.backend)[2])
+    sums = swept.shares.sum(-1)
     parts = {
         of_term[0].name: swept.part(
             value, lambda s, of_term=of_term: _total([of_term], _supervised(s, batch), batch)
         )
-        for of_term, value in zip(of_terms, swept.shares.sum(-1), strict=True)
+        for of_term, value in zip(of_terms, sums, strict=True)
     }
-    return swept.loss(), parts, swept.shares, swept.known
+    return swept.loss(sums), parts, swept.shares, swept.known
 
 
 def _nothing(stats: TokenStats, batch: TokenBatch, per_token: bool) -> Tensor:

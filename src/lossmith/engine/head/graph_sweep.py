@@ -70,8 +70,8 @@ class SweptInGraph:
     shares: Tensor
     sweep: Sweep
 
-    def loss(self) -> Tensor:
-        """The loss, whose gradient is known."""
+    def loss(self, sums: Tensor) -> Tensor:
+        """The loss, whose gradient is known; it has been summed."""
         return self.total
 
     def part(self, value: Tensor, again: Callable[[TokenStats], Tensor]) -> Tensor:

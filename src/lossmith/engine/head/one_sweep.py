@@ -47,10 +47,9 @@ class SweptOnce:
     gradients: list[Tensor | None]
     lift: Tensor | None
 
-    def loss(self) -> Tensor:
-        """The loss, whose gradient is known."""
-        value = self.shares.sum(-1).sum()
-        return _KnownGradient.apply(value, self.gradients, self.lift, *self.factors.tensors)
+    def loss(self, sums: Tensor) -> Tensor:
+        """The loss, whose gradient is known, from the sums of its terms [K]."""
+        return _KnownGradient.apply(sums.sum(), self.gradients, self.lift, *self.factors.tensors)
 
     def part(self, value: Tensor, again: Callable[[TokenStats], Tensor]) -> Tensor:
         """``value``, a part of the loss that ``again`` computes from the statistics; its own gradient takes a

@@ -276,6 +276,19 @@ bool grad_of_row(const Batch& b, const View& v, int64_t row, int64_t y, const T*
     return true;
 }
 
+// A token that the model gets right with certainty.
+void fill_ignored(const Batch& b, const View& v, int64_t row) {
+    float* const zeros[] = {v.reference, v.target_logit, v.wrong_entropy, v.centered_sum, v.sum_weight,
+                            v.target_weight, v.num_finite, v.top_wrong_logit, v.num_wrong};
+    for (float* p : zeros)
+        if (p) p[row] = 0.0f;
+    v.wrong_log_sum[row] = NEG_INF;
+    if (v.rest_log_sum) v.rest_log_sum[row] = NEG_INF;
+    if (v.top_wrong_id) v.top_wrong_id[row] = -1;
+    for (int64_t k = 0; v.candidate_logits && k < b.num_candidates; ++k)
+        v.candidate_logits[row * b.num_candidates + k] = NEG_INF;
+}
+
 // Whether anybody has a gradient for a row; NaN is one.
 bool is_wanted(const Batch& b, int64_t row) {
     for (int64_t k = 0; k < b.num_views; ++k) {
@@ -297,8 +310,10 @@ template <class T> bool one_row(const Batch& b, int64_t row, float* x, const flo
     const bool ignored = y == b.ignore_index;
     if (!ignored && (y < 0 || y >= V)) return problem.report(BAD_TARGET, y);
     if (!b.gradient) {
-        for (int64_t k = 0; !ignored && k < b.num_views; ++k)
-            if (!stats_of_row<T>(b, b.views[k], row, y, z, x, weight, problem)) return false;
+        for (int64_t k = 0; k < b.num_views; ++k) {
+            if (ignored) fill_ignored(b, b.views[k], row);
+            else if (!stats_of_row<T>(b, b.views[k], row, y, z, x, weight, problem)) return false;
+        }
         return true;
     }
     T* gradient = (T*)b.gradient + row * V;

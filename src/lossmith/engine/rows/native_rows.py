@@ -21,7 +21,7 @@ from lossmith.engine.statistics.raw import View, closed, raw_dtype, raw_names
 from lossmith.engine.sweep import Sweep
 
 TAKES = "fp32 and bf16 logits on a CPU, without a softcap, where a C++ compiler is found"
-WRITES_EVERY_ROW = False
+WRITES_EVERY_ROW = True
 
 _OUTPUTS = (
     "reference", "target_logit", "wrong_log_sum", "wrong_entropy", "centered_sum", "sum_weight",
@@ -108,8 +108,8 @@ def run(logits: Tensor, sweep: Sweep, views: Sequence[View], gradient: Tensor | 
 
     Args:
         logits: [..., V], fp32 or bf16; each row contiguous, the rows anywhere.
-        sweep: which statistics to compute; class weights fp32. Rows without a target are not read, their
-            statistics not touched and their gradient 0.
+        sweep: which statistics to compute; class weights fp32. Rows without a target are not read: their
+            statistics are those of ignored ones, and their gradient 0.
         views: the statistics of each temperature; all fp32, ids int64.
 
     Raises:
@@ -138,10 +138,13 @@ def run(logits: Tensor, sweep: Sweep, views: Sequence[View], gradient: Tensor | 
     if gradient is not None:
         memory.of("gradient", gradient, logits.dtype, num_rows * num_classes, is_output=True)
     logits = logits.resolve_neg()
+    offsets = _row_offsets(logits)
+    if offsets is None:
+        memory.of("logits", logits, logits.dtype, num_rows * num_classes)
     batch = _Batch(
         logits=logits.data_ptr(),
         is_bf16=logits.dtype == torch.bfloat16,
-        row_offsets=memory.of("row offsets", _row_offsets(logits), torch.int64, num_rows),
+        row_offsets=memory.of("row offsets", offsets, torch.int64, num_rows),
         num_rows=num_rows,
         num_classes=num_classes,
         targets=memory.of("targets", sweep.targets, torch.int64, num_rows),

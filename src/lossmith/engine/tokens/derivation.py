@@ -109,30 +109,32 @@ class _Derived(torch.autograd.Function):
         ctx.derivation = derivation
         ctx.save_for_backward(*raw)
         ctx.set_materialize_grads(False)
-        run = derive_op if is_watched() else _derive
-        return tuple(run(raw, *derivation.arguments))
+        if is_watched():
+            return tuple(derive_op(raw, *derivation.arguments))
+        return tuple(_derive(raw, derivation))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         refuse_batched(*upstream)
         raw, derivation = ctx.saved_tensors, ctx.derivation
-        run = derive_back_op if is_watched() else _derive_back
         with torch.no_grad():
-            made = iter(run(raw, upstream, *derivation.arguments))
+            if is_watched():
+                found = derive_back_op(raw, upstream, *derivation.arguments)
+            else:
+                found = _derive_back(raw, upstream, derivation)
+        made = iter(found)
         wanted = derivation.has_gradient(upstream)
         return (None, *once([next(made) if w else None for w in wanted], (*raw, *upstream)))
 
 
-def _derive(raw: Sequence[Tensor], names: str, *rest: Any) -> list[Tensor]:
-    derivation = Derivation(tuple(names.split(",")), *rest)
+def _derive(raw: Sequence[Tensor], derivation: Derivation) -> list[Tensor]:
     outputs = derivation.blank(raw[0])
     arithmetic_for(raw[0], derivation.backend).derive(derivation, raw, outputs)
     return outputs
 
 
-def _derive_back(raw: Sequence[Tensor], upstream: Maybe, names: str, *rest: Any) -> list[Tensor]:
+def _derive_back(raw: Sequence[Tensor], upstream: Maybe, derivation: Derivation) -> list[Tensor]:
     """The gradients of those raw statistics that have one."""
-    derivation = Derivation(tuple(names.split(",")), *rest)
     wanted = derivation.has_gradient(upstream)
     gradients = [torch.empty_like(value) if w else None for value, w in zip(raw, wanted, strict=True)]
     arithmetic_for(raw[0], derivation.backend).derive_back(derivation, raw, upstream, gradients)
@@ -151,7 +153,7 @@ def derive_op(
     ignore_index: int,
     backend: str | None,
 ) -> typing.List[Tensor]:  # noqa: UP006, as in lossmith.engine.rows.operators
-    return _derive(raw, names, targets, candidates, ignore_index, backend)
+    return _derive(raw, Derivation(tuple(names.split(",")), targets, candidates, ignore_index, backend))
 
 
 @torch.library.custom_op("lossmith::derive_back", mutates_args=())
@@ -164,7 +166,8 @@ def derive_back_op(
     ignore_index: int,
     backend: str | None,
 ) -> typing.List[Tensor]:  # noqa: UP006
-    return _derive_back(raw, upstream, names, targets, candidates, ignore_index, backend)
+    derivation = Derivation(tuple(names.split(",")), targets, candidates, ignore_index, backend)
+    return _derive_back(raw, upstream, derivation)
 
 
 @derive_op.register_fake
