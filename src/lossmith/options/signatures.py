@@ -63,6 +63,11 @@ def options_of(owner: Any) -> dict[str, Declared]:
         return dict(found)
     if not is_dataclass(owner):
         raise TypeError(f"{owner!r} declares no options")
+    return dict(_of_fields(owner))
+
+
+@functools.cache  # an annotation is read once
+def _of_fields(owner: Any) -> dict[str, Declared]:
     hints = get_type_hints(owner, include_extras=True)
     return {
         spec.name: Declared(spec.name, spec.default, hints[spec.name], kind_of(hints[spec.name], spec.name))
