@@ -272,6 +272,13 @@ def test_a_whole_output_of_a_graph():
 
 
 @knows_fixed_sizes
+def test_a_term_that_reads_nothing_in_a_graph():
+    first = Term("first", lambda s, b: b.targets.to(b.scale.dtype), reads=(), scope="token")
+    head, targets = linear_case.head(dtype=torch.float32), linear_case.targets()
+    check(of_objective(Objective([first])), head, targets)
+
+
+@knows_fixed_sizes
 def test_a_gradient_that_one_sweep_would_lose_is_refused_in_a_graph():
     slope = torch.nn.Parameter(torch.ones(()))
     term = Term("own", lambda s, b: s.nll * slope, reads=("nll",), scope="token")

@@ -106,7 +106,9 @@ def _swept(
     num_tokens = sweep.targets.numel()
     sizes = _sizes(factors, num_tokens)
     # once, not for every chunk
-    tensors = tuple(None if t is None else t.detach().to(factors.compute_dtype) for t in factors.tensors)
+    tensors = tuple(
+        None if t is None else t.detach().to(factors.compute_dtype).contiguous() for t in factors.tensors
+    )
     dtype = factors.wide if sizes.accumulator_bytes else factors.weight.dtype
     weight_sum = torch.empty_like(factors.weight, dtype=dtype) if needed[1] else None
     *arguments, backend = sweep.arguments
@@ -161,6 +163,8 @@ def _gradients(
         with torch.enable_grad():  # the graph of it is left out, since nothing reads it
             if of(*(raw[at] for at in wanted))[0].requires_grad:
                 raise OtherGradient
+    if not wanted:
+        return [None] * len(raw), of()[1]
     found, shares = torch.func.grad(of, argnums=tuple(range(len(wanted))), has_aux=True)(
         *(raw[at] for at in wanted)
     )
@@ -305,6 +309,9 @@ def head_chunk_grad_op(
     chunks = Chunks(factors, some.targets, ignore_index)
     result = HeadGradient(chunks, needed, weight_sum, is_begun=start > 0)
     for rows in chunks.all():
+        if all(g is None for g in grads):
+            result.add_nothing(rows)
+            continue
         x, own = chunks.inputs(rows), (rows_of(raw, rows), rows_of(grads, rows))
         result.add(rows, x, gradient_of_rows(logits[: len(x)], some.of(rows), *own, in_place=True))
     of_hidden, _, of_bias = result.finish(is_rounded=False)
