@@ -187,12 +187,12 @@ class MTP(Component):
         own: Any = self.heads[head]
         hidden = hidden.to(own.weight.dtype)
         if not self.shared_projection:
-            return LinearHead(hidden, own.weight, **how)
+            return LinearHead(hidden=hidden, weight=own.weight, **how)
         hidden = hidden + own(hidden)  # starts near the identity, the model's own prediction
         if lm_head_weight is None:
             assert self.unembedding is not None
             lm_head_weight = self.unembedding.weight
-        return LinearHead(hidden.to(lm_head_weight.dtype), lm_head_weight, **how)
+        return LinearHead(hidden=hidden.to(lm_head_weight.dtype), weight=lm_head_weight, **how)
 
 
 NLL = Term("nll", lambda stats, _: stats.nll, reads=("nll",), scope="token")

@@ -40,7 +40,8 @@ def head_as_predictions(hidden: Tensor, weight: Tensor, bias: Tensor | None, **o
         ValueError: a DTensor for the weight alone, DTensors of two meshes, or in another layout.
     """
     if not is_dtensor(weight) or not is_dtensor(hidden):
-        return LinearHead(hidden, weight, bias, **options)
+        # by name: torch.compile before PyTorch 2.13 takes the first for the first of all fields
+        return LinearHead(hidden=hidden, weight=weight, bias=bias, **options)
     if hidden.device_mesh != weight.device_mesh:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError("hidden states and the head's weight are on two meshes; redistribute one of them")
     shards = _shards("the head's weight", weight, dim=0)

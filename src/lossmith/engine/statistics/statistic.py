@@ -38,7 +38,10 @@ class Statistic:
             together = None
             if owner._attached is None and owner._declared is None:
                 together = owner._derive_with(self.name, known)
-            known.update({self.name: self._of(owner)} if together is None else together)
+            if together is None:
+                together = {self.name: self._of(owner)}
+            for name, value in together.items():  # torch.compile before PyTorch 2.13 knows no update here
+                known[name] = value
         return known[self.name]
 
     def _of(self, owner: Any) -> Tensor:
