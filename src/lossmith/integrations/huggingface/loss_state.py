@@ -18,7 +18,7 @@ LOSS_FILE = "lossmith_loss.pt"
 
 
 @contextlib.contextmanager
-def whole(loss: nn.Module, model: nn.Module, *, writes: bool = False) -> Iterator[None]:
+def whole(loss: nn.Module, model: Any, *, writes: bool = False) -> Iterator[None]:
     """Have the loss's parameters in one piece on every rank; each must enter.
 
     Args:
@@ -28,14 +28,14 @@ def whole(loss: nn.Module, model: nn.Module, *, writes: bool = False) -> Iterato
     parted = [parameter for parameter in loss.parameters() if hasattr(parameter, "ds_id")]
     with contextlib.ExitStack() as stack:
         if parted:
-            zero = importlib.import_module("deepspeed.zero")
+            zero = importlib.import_module("deepspeed").zero
             stack.enter_context(zero.GatheredParameters(parted, modifier_rank=0 if writes else None))
         for unit in fsdp1_units(loss, model):  # the root first, or an inner one would take itself for it
             stack.enter_context(type(unit).summon_full_params(unit, recurse=False, writeback=writes))
         yield
 
 
-def fsdp1_units(loss: nn.Module, model: nn.Module) -> list[Any]:
+def fsdp1_units(loss: nn.Module, model: Any) -> list[Any]:
     """The FullyShardedDataParallel modules that hold the loss, the outermost first."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
@@ -45,7 +45,7 @@ def fsdp1_units(loss: nn.Module, model: nn.Module) -> list[Any]:
     return [unit for unit in units if any(module is loss for module in unit.modules())]
 
 
-def is_parted(loss: nn.Module, model: nn.Module) -> bool:
+def is_parted(loss: nn.Module, model: Any) -> bool:
     """Whether an engine has parameters of the loss in parts. Every rank must call this."""
     if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in loss.parameters()):
         return True
@@ -55,7 +55,7 @@ def is_parted(loss: nn.Module, model: nn.Module) -> bool:
         return any(True for _ in loss.parameters())
 
 
-def save_state(loss: Objective, model: nn.Module, folder: str, *, writes: bool) -> None:
+def save_state(loss: Objective, model: Any, folder: str, *, writes: bool) -> None:
     """Save the loss's state as one file, if it has any. Every rank must call this; those that write do."""
     with whole(loss, model):
         state = {name: _gathered(value) for name, value in loss.state_dict().items()}
@@ -66,7 +66,7 @@ def save_state(loss: Objective, model: nn.Module, folder: str, *, writes: bool) 
         torch.save(state, os.path.join(folder, LOSS_FILE))
 
 
-def load_state(loss: Objective, model: nn.Module, folder: str) -> None:
+def load_state(loss: Objective, model: Any, folder: str) -> None:
     """Load what :func:`save_state` saved, on every rank.
 
     Raises:
@@ -92,7 +92,7 @@ def load_state(loss: Objective, model: nn.Module, folder: str) -> None:
             loss.load_state_dict(state)
 
 
-def keep_buffers(plugin: Any, loss: nn.Module, model: nn.Module, device: torch.device) -> None:
+def keep_buffers(plugin: Any, loss: nn.Module, model: Any, device: torch.device) -> None:
     """Have FSDP1 ignore the modules of a loss that have buffers and no parameters: it casts buffers to the
     dtype of mixed precision, and a temperature that moves by a percent would stand still in bf16.
 
