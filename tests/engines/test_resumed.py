@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
 from engines_case import RANKS, ROWS, V, batches
 from fsdp_on_cpu import fsdp_on_cpu
 from safetensors.torch import load_file
