@@ -21,7 +21,7 @@ V, D, N = 262144, 8192, 2**19
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 BEGIN, END = "<!-- scale -->", "<!-- end of scale -->"
-GATHERED = 3  # numbers of a token that cross-entropy gathers from each shard, in fp64
+GATHERED = 3  # numbers of a token that cross-entropy gathers from each rank, in fp64
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ def cost(
             sent = kept + weight  # its part to all, and a whole gradient of which each keeps a part
         else:
             sent = weight
+            if split == "sequence":  # the targets are gathered, too, and shifted and counted as whole rows
+                numbers = (GATHERED + 1) * 8
+                memory += num_tokens * numbers
+                sent += own_tokens * numbers
     return Cost(plan, kept, memory, sent)
 
 

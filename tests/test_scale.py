@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import lossmith
 from linear_case import Ledger
@@ -53,6 +54,15 @@ class Head(torch.nn.Module):
         return lossmith.linear_cross_entropy(hidden, self.weight, targets)
 
 
+class SequenceHead(Head):
+    """Of a rank that has some positions of each of two sequences, in a piece of its own."""
+
+    def forward(self, hidden, targets):
+        shards = lossmith.SequenceShards.even(SIZES["num_tokens"] // 2)
+        given = {"hidden_states": hidden.view(2, -1, SIZES["size"]), "targets": targets.view(2, -1)}
+        return lossmith.CrossEntropyLoss()(**given, lm_head_weight=self.weight, sequence=shards)
+
+
 def batch(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = torch.randn(num_tokens, SIZES["size"], requires_grad=True)
     return hidden, torch.zeros(num_tokens, dtype=torch.long)
@@ -64,27 +74,32 @@ def runs_of(rank: int) -> dict[str, dict[str, int]]:
 
     found = {}
     hidden, targets = batch(SIZES["num_tokens"] // 2)
-    for split, wrap in (
-        ("replicated", torch.nn.parallel.DistributedDataParallel),
-        ("gathered", lambda head: fully_shard(head, mesh=init_device_mesh("cpu", (2,)))),
+    for split, made, wrap in (
+        ("replicated", Head, torch.nn.parallel.DistributedDataParallel),
+        ("sequence", SequenceHead, torch.nn.parallel.DistributedDataParallel),
+        ("gathered", Head, lambda head: fully_shard(head, mesh=init_device_mesh("cpu", (2,)))),
     ):
-        wrapped = wrap(Head())
-        with Sent() as sent:
+        wrapped = wrap(made())
+        with FlopCounterMode(display=False) as computed, Sent() as sent:
             wrapped(hidden, targets).backward()
-        found[split] = {"sent": sent.nbytes}
-    head = Head()
-    with Ledger(hidden, head.weight, targets) as ledger:
-        hidden.grad = None
-        head(hidden, targets).backward()
-    found["replicated"]["memory"] = ledger.peak + hidden.nbytes + head.weight.nbytes
+        head, hidden.grad = made(), None
+        with Ledger(hidden, head.weight, targets) as ledger:
+            head(hidden, targets).backward()
+        memory = ledger.peak + hidden.nbytes + head.weight.nbytes
+        found[split] = {"sent": sent.nbytes, "memory": memory, "flops": computed.get_total_flops()}
 
     shards = lossmith.VocabShards.even(SIZES["num_classes"])
     hidden, targets = batch(SIZES["num_tokens"])
     weight = torch.randn(shards.size, SIZES["size"], requires_grad=True)
     torch.distributed.broadcast(hidden.data, 0)
-    with Sent() as sent, Ledger(hidden, weight, targets) as ledger:
+    with (
+        FlopCounterMode(display=False) as computed,
+        Sent() as sent,
+        Ledger(hidden, weight, targets) as ledger,
+    ):
         lossmith.CrossEntropyLoss()(lossmith.ShardedHead(hidden, weight, shards), targets).backward()
-    found["vocabulary"] = {"sent": sent.nbytes, "memory": ledger.peak + hidden.nbytes + weight.nbytes}
+    memory = ledger.peak + hidden.nbytes + weight.nbytes
+    found["vocabulary"] = {"sent": sent.nbytes, "memory": memory, "flops": computed.get_total_flops()}
     return found
 
 
@@ -94,7 +109,7 @@ def ranks(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["replicated", "gathered", "vocabulary"])
+@pytest.mark.parametrize("split", scale.SPLITS)
 def test_two_ranks_send_what_is_said(split, ranks):
     expected = scale.cost(split, 2, **HERE)
     for rank in ranks:
@@ -102,11 +117,18 @@ def test_two_ranks_send_what_is_said(split, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["replicated", "vocabulary"])
+@pytest.mark.parametrize("split", ["replicated", "sequence", "vocabulary"])
 def test_two_ranks_hold_what_is_said(split, ranks):
     expected = scale.cost(split, 2, **HERE)
     for rank in ranks:
         assert rank[split]["memory"] == pytest.approx(expected.memory_bytes, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", scale.SPLITS)
+def test_two_ranks_compute_what_is_said(split, ranks):
+    expected = scale.cost(split, 2, **HERE)
+    assert [rank[split]["flops"] for rank in ranks] == [expected.plan.num_flops] * 2
 
 
 def test_the_page_is_what_the_script_writes():

@@ -42,6 +42,7 @@ TRAINER = {"needs": ("transformers", "accelerate"), "of_model": None}
 ZERO = {"how": "`loss * ranks * steps`", "needs": ("deepspeed",), "tolerance": 1e-6}
 ENGINES = {
     "DistributedDataParallel": Engine(loops.ddp, "`loss * ranks`"),
+    "FSDP1": Engine(loops.fsdp1, "`loss * ranks`"),
     "FSDP2": Engine(loops.fsdp2, "`loss * ranks`"),
     "FSDP2, tied embeddings": Engine(loops.fsdp2_tied, "`loss * ranks`", of_model={"tied": True}),
     "FSDP2, checkpointed": Engine(loops.fsdp2_checkpointed, "`loss * ranks`"),
@@ -60,8 +61,13 @@ ENGINES = {
     "Fabric, DDP": Engine(loops.fabric, "`loss * ranks`", needs=("lightning",)),
     "Fabric, FSDP2": Engine(loops.fabric_fsdp2, "`loss * ranks`", needs=("lightning",)),
     "Trainer: `LossTrainer`": Engine(trainers.loss_trainer, "`loss`, by itself", **TRAINER),
+    "Trainer: `LossTrainer`, FSDP1": Engine(trainers.fsdp1, "`loss`, by itself", **TRAINER),
+    "Trainer: `LossTrainer`, FSDP2": Engine(trainers.fsdp2, "`loss`, by itself", **TRAINER),
     "Trainer: `LossTrainer`, DeepSpeed ZeRO-2": Engine(
         trainers.zero_2, "`loss`, by itself", **{**TRAINER, "needs": (*TRAINER["needs"], "deepspeed")}
+    ),
+    "Trainer: `LossTrainer`, DeepSpeed ZeRO-3": Engine(
+        trainers.zero_3, "`loss`, by itself", **{**TRAINER, "needs": (*TRAINER["needs"], "deepspeed")}
     ),
     "Trainer: `attach`": Engine(
         trainers.attached, "`loss`, by itself", **TRAINER, refuses={"modifier pipeline": "divides by"}

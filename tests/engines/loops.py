@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from engines_case import LOSSES, MICRO_BATCHES, RANKS, Model, Step, gradients_of, shares
+from engines_case import LOSSES, MICRO_BATCHES, RANKS, Layer, Model, Step, gradients_of, shares
 from torch import Tensor, nn
 
 import lossmith
@@ -64,6 +64,38 @@ def ddp(rank: int) -> Found:
             wrapped,
             lambda loss, _: (loss * RANKS).backward(),
             lambda: gradients_of(model),
+            lambda is_last: contextlib.nullcontext() if is_last else wrapped.no_sync(),
+        )
+
+    return each(run)
+
+
+def fsdp1(rank: int) -> Found:
+    from fsdp_on_cpu import let_fsdp1_use_the_cpu
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    let_fsdp1_use_the_cpu()
+
+    def run(objective: lossmith.Objective) -> list[Step]:
+        model = Model(objective)
+        # The layers in units of their own, as those of a transformer; head and loss in the root's.
+        layers = ModuleWrapPolicy({Layer})
+        given = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        wrapped = FullyShardedDataParallel(model, auto_wrap_policy=layers, **given)
+
+        def gradients() -> dict[str, Tensor]:
+            with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+                found = gradients_of(model)
+            wrapped.zero_grad()
+            return {name.replace("_fsdp_wrapped_module.", ""): g for name, g in found.items()}
+
+        return steps(
+            objective,
+            rank,
+            wrapped,
+            lambda loss, _: (loss * RANKS).backward(),
+            gradients,
             lambda is_last: contextlib.nullcontext() if is_last else wrapped.no_sync(),
         )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from engines_case import (
     batches,
     denominator_of,
     gradients_of,
+    whole,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import lossmith
 
@@ -38,6 +41,7 @@ STILL = {
     "disable_tqdm": True,
     "save_strategy": "no",
 }
+FSDP_PREFIX = "_fsdp_wrapped_module."
 LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
 
 
@@ -89,8 +93,10 @@ def recorded(trainer_class: type) -> type:
             self.trainer = trainer
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any):
-            plain = self.trainer.accelerator.unwrap_model(model)
-            gradients = {n: p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None}
+            with together(model, with_grads=True):
+                plain = self.trainer.accelerator.unwrap_model(model)
+                given = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+                gradients = {n.replace(FSDP_PREFIX, ""): whole(g).clone() for n, g in given.items()}
             self.trainer.found.append({"loss": self.trainer.total, "gradients": gradients})
             self.trainer.total = torch.zeros(())
 
@@ -109,6 +115,27 @@ def recorded(trainer_class: type) -> type:
     return Recorded
 
 
+@contextlib.contextmanager
+def together(model: Any, **options: Any) -> Iterator[None]:
+    """Have the parameters of a model whole that FSDP1 or ZeRO-3 has parted."""
+    parted = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    with contextlib.ExitStack() as stack:
+        if parted:
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(parted))
+        if isinstance(model, FullyShardedDataParallel):
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(model, **options))
+        yield
+
+
+def parameters_of(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of each parameter, whole."""
+    with together(model):
+        named = {n.replace(FSDP_PREFIX, ""): whole(p) for n, p in model.named_parameters()}
+        return {name: parameter.detach().clone() for name, parameter in named.items()}
+
+
 def options(arguments: type | None = None, of: Sequence[Batch] | None = None, **more: Any) -> dict[str, Any]:
     """What a trainer is made with: the model, a step for each batch, and the rows of all in their order."""
     import transformers
@@ -122,10 +149,9 @@ def options(arguments: type | None = None, of: Sequence[Batch] | None = None, **
     args = (arguments or transformers.TrainingArguments)(
         tempfile.mkdtemp(),
         max_steps=len(of_both),
-        per_device_train_batch_size=ROWS,
         gradient_accumulation_steps=MICRO_BATCHES,
         train_sampling_strategy="sequential",
-        **{**STILL, **more},
+        **{**STILL, "per_device_train_batch_size": ROWS, **more},
     )
     return {"model": llama(), "args": args, "train_dataset": rows}
 
@@ -176,18 +202,22 @@ def loss_function(rank: int) -> Found:
     return each(lambda loss: kind(compute_loss_func=compute_loss_func(loss), **options()))
 
 
-def deepspeed_config() -> dict[str, Any]:
-    """The one of examples/launch, in a process that is going to use it."""
+def deepspeed_config(stage: int = 2) -> dict[str, Any]:
+    """The one of examples/launch, in a process that is going to use it, or that of another stage."""
     os.environ.pop("ACCELERATE_USE_CPU", None)  # accelerate takes that for a wish to have no DeepSpeed
-    return json.loads((LAUNCH / "deepspeed_zero2.json").read_text())
+    config = json.loads((LAUNCH / "deepspeed_zero2.json").read_text())
+    if stage == 3:
+        parted = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+        config["zero_optimization"] = {"stage": 3, **parted}
+    return config
 
 
-def zero_2(rank: int) -> Found:
+def zero(rank: int, stage: int) -> Found:
     """DeepSpeed steps with the backward pass, so the gradients are what a step of length 1 changed."""
     from lossmith.integrations.huggingface import LossTrainer
 
     kind = recorded(LossTrainer)
-    config = {**deepspeed_config(), "zero_allow_untested_optimizer": True}
+    config = {**deepspeed_config(stage), "zero_allow_untested_optimizer": True}
     found: Found = {}
     for name, loss in LOSSES.items():
         steps = []
@@ -195,14 +225,46 @@ def zero_2(rank: int) -> Found:
             given = options(of=[batch], deepspeed=config, learning_rate=1.0)
             given["model"] = given["model"].float()
             trainer = kind(loss=loss.make("global"), **given)
-            before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+            before = parameters_of(trainer.model)
             trainer.train()
             assert (trainer.is_deepspeed_enabled, trainer.args.world_size) == (True, RANKS)
-            after = dict(trainer.model.named_parameters())
-            gradients = {n: (p - after[n]).detach() for n, p in before.items()}
+            assert all(p.numel() == 0 for p in trainer.model.parameters()) == (stage == 3)
+            after = parameters_of(trainer.model)
+            gradients = {n: p - after[n] for n, p in before.items()}
             steps.append({"loss": trainer.found[0]["loss"], "gradients": gradients})
         found[name] = steps
     return found
+
+
+def zero_2(rank: int) -> Found:
+    return zero(rank, 2)
+
+
+def zero_3(rank: int) -> Found:
+    return zero(rank, 3)
+
+
+def fsdp(version: int) -> Found:
+    from fsdp_on_cpu import fsdp_on_cpu
+
+    from lossmith.integrations.huggingface import LossTrainer
+
+    class Sharded(fsdp_on_cpu(recorded(LossTrainer), fsdp_version=version)):
+        def train(self, *args: Any, **more: Any) -> Any:
+            output = super().train(*args, **more)
+            of_two = any(hasattr(p, "full_tensor") for p in self.model.parameters())
+            assert of_two if version == 2 else isinstance(self.model, FullyShardedDataParallel)
+            return output
+
+    return each(lambda loss: Sharded(loss=loss, **options()))
+
+
+def fsdp1(rank: int) -> Found:
+    return fsdp(1)
+
+
+def fsdp2(rank: int) -> Found:
+    return fsdp(2)
 
 
 def sft_trainer(rank: int) -> Found:

@@ -1,6 +1,8 @@
 """The Trainer with an objective: the same update however a batch is split, and a resumed run is the same."""
 
 import copy
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +15,7 @@ from huggingface_models import V, assert_same, batch, gradients, make, shifted
 from huggingface_trainers import LR, arguments, mtp, parameters, rows, split
 
 import lossmith
-from lossmith.integrations.huggingface import (
-    LossTrainer,
-    attach,
-    compute_loss_func,
-    trainer as trainer_module,
-)
+from lossmith.integrations.huggingface import LossTrainer, attach, compute_loss_func
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
@@ -336,12 +333,39 @@ def test_rows_that_are_cut_into_pieces_are_refused(how, tmp_path, monkeypatch):
         LossTrainer(loss=mtp(), model=make("llama"), args=arguments(tmp_path))
 
 
-def test_a_state_that_would_be_taken_apart_is_refused(tmp_path, monkeypatch):
-    """Under ZeRO-3; a loss without a state has none to be taken apart."""
-    monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="ZeRO-3 and FSDP1 take the state of a UnifiedLoss apart"):
+def test_a_model_that_is_filled_without_the_loss_is_refused(tmp_path, monkeypatch):
+    """A loss without a state has none to be left out."""
+    settings = SimpleNamespace(cpu_ram_efficient_loading=True, fsdp_version=2)
+    monkeypatch.setattr(LossTrainer, "_fsdp", settings)
+    with pytest.raises(ValueError, match=r"cpu_ram_efficient_loading .* leaves out that of a UnifiedLoss"):
         LossTrainer(loss=mtp(), model=make("llama"), args=arguments(tmp_path))
     LossTrainer(loss=lossmith.CrossEntropyLoss(), model=make("llama"), args=arguments(tmp_path))
+
+
+def test_a_second_model_for_a_loss_in_parts_is_refused(tmp_path):
+    loss = mtp()
+    trainer = LossTrainer(loss=loss, model_init=lambda: make("llama"), args=arguments(tmp_path))
+    trainer.call_model_init()
+    next(loss.parameters()).ds_id = 0  # as under ZeRO-3
+    with pytest.raises(ValueError, match=r"the parameters of the UnifiedLoss in parts.*make a new trainer"):
+        trainer.call_model_init()
+
+
+@pytest.mark.parametrize("given", [None, "others", "list"])
+def test_fsdp1_is_kept_from_buffers_of_modules_without_parameters(given, tmp_path, monkeypatch):
+    other = torch.nn.Linear(1, 1)
+    ignored = [other] if given == "list" else given
+    settings = SimpleNamespace(cpu_ram_efficient_loading=False, fsdp_version=1, ignored_modules=ignored)
+    monkeypatch.setattr(LossTrainer, "_fsdp", settings)
+    loss, model = mtp(adaptive_temperature=True), make("llama")
+    LossTrainer(loss=loss, model=model, args=arguments(tmp_path))
+    if given == "others":  # a pattern of names, as accelerate reads it
+        names = [name for name, _ in model.named_modules() if re.fullmatch(settings.ignored_modules, name)]
+        assert names == ["attached_loss.objective.base", "attached_loss.objective.base.temperature"]
+        assert re.fullmatch(settings.ignored_modules, "others")
+    else:
+        own = [loss.base, loss.base.temperature]
+        assert settings.ignored_modules == ([other, *own] if given else own)
 
 
 def test_losses_that_compute_loss_func_cannot_serve():

@@ -29,7 +29,7 @@ class Stepped(nn.Module):
 
     A step counts if the optimizer holds a parameter in which the loss of one of those batches has a gradient.
     If the parameters cannot be traced, the step of any optimizer counts: the loss itself is compiled or has
-    no gradient, a reentrant checkpoint hides them, or the optimizer holds DTensors in their place (FSDP2).
+    no gradient, a reentrant checkpoint hides them, or the optimizer holds others in their place (FSDP).
 
     Subclasses call :meth:`take_note` when they record something, and advance in :meth:`advance`.
     """
@@ -77,7 +77,7 @@ class Stepped(nn.Module):
         """Advance if the step of an optimizer with these parameters counts."""
         if not self.has_news:
             return
-        if not self._trained or any(id(p) in self._trained or hasattr(p, "full_tensor") for p in parameters):
+        if not self._trained or any(id(p) in self._trained or _is_sharded(p) for p in parameters):
             self.on_optimizer_step()
             return
         self._passed_by += self._is_fresh
@@ -109,6 +109,11 @@ def trained_by(loss: Tensor) -> set[int] | None:
             return None
         waiting.extend(following for following, _ in node.next_functions if following is not None)
     return found
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP holds it in the place of another: a DTensor (FSDP2), or a view of a flat one (FSDP1)."""
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "_fsdp_flattened")
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from lossmith.objectives.objective import Objective
 from lossmith.options import nearest
 
 NAME = "attached_loss"
+FSDP1 = "_fsdp_wrapped_module."  # in the names of what FullyShardedDataParallel has wrapped
 # Inputs that a caller may pass besides the objective's own.
 PER_BATCH = ("denominator", "segment_ids", "token_weight", "sequence")
 # Targets that are aligned already. No signature shows it: the Trainer would wait for it in every batch.
@@ -162,8 +163,10 @@ class AttachedLoss(nn.Module):
 
 
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """A state_dict hook: leave the loss out of the model's state."""
-    for name in [name for name in state_dict if name.startswith(prefix)]:
+    """A state_dict hook: leave the loss out of the model's state, but for what FSDP1 holds and would miss."""
+    held = module.named_parameters() if FSDP1 in prefix else ()
+    kept = {f"{prefix}{name}" for name, _ in held}
+    for name in [name for name in state_dict if name.startswith(prefix) and name not in kept]:
         del state_dict[name]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lossmith.engine.head.plan import HeadOptions, LogitsDtype, MemoryBudget, SkipIgnored, Strategy
-from lossmith.integrations.huggingface.attached_loss import AttachedLoss
+from lossmith.integrations.huggingface.attached_loss import NAME, AttachedLoss
 from lossmith.integrations.huggingface.attachment import attach, attached_to
 from lossmith.integrations.huggingface.labels import check_objective
+from lossmith.integrations.huggingface.loss_state import is_parted, keep_buffers, load_state, save_state
 from lossmith.integrations.huggingface.plain_measures import PlainMeasures, observe
 from lossmith.modifiers.pipeline import LossModifierPipeline
 from lossmith.objectives.objective import Objective
-
-LOSS_FILE = "lossmith_loss.pt"
 
 
 class ObjectiveTrainer(Trainer):
@@ -97,10 +94,13 @@ class ObjectiveTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        state = {name: _whole(value) for name, value in self.loss.state_dict().items()}
         folder = self.args.output_dir if output_dir is None else output_dir
-        if state and self.args.should_save:
-            torch.save(state, os.path.join(str(folder), LOSS_FILE))
+        save_state(self.loss, self.model, str(folder), writes=self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is not None:  # FSDP1 and ZeRO-3 list the loss's parameters with the model's
+            state_dict = {name: value for name, value in state_dict.items() if NAME not in name.split(".")}
+        super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._load_renamed(resume_from_checkpoint):
@@ -129,16 +129,7 @@ class ObjectiveTrainer(Trainer):
         Raises:
             FileNotFoundError: a checkpoint without the loss that it was trained with.
         """
-        if not self.loss.state_dict():
-            return
-        path = os.path.join(folder, LOSS_FILE)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"{folder} has no {LOSS_FILE}: {type(self.loss).__name__} was not trained there, and would "
-                "begin anew in the middle of a run. Resume with the loss that the run had, or load the model "
-                "with from_pretrained and begin a new run"
-            )
-        _load_whole(self.loss, torch.load(path, map_location="cpu", weights_only=True))
+        load_state(self.loss, self.model, folder)
 
 
 class LossTrainer(ObjectiveTrainer):
@@ -209,6 +200,8 @@ class LossTrainer(ObjectiveTrainer):
         self._check_arguments()
         # Not earlier: PEFT would freeze what is in the model, and TRL replaces the forward.
         self._attach(self.model)
+        if self._fsdp is not None and self._fsdp.fsdp_version == 1:
+            keep_buffers(self._fsdp, loss, self.model, self.args.device)
         self.model_accepts_loss_kwargs = True
 
     def _check_arguments(self) -> None:
@@ -235,18 +228,26 @@ class LossTrainer(ObjectiveTrainer):
                 "context and sequence parallelism cut rows into pieces, and an objective reads whole rows; "
                 "leave them off"
             )
-        plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        is_apart = is_deepspeed_zero3_enabled() or (plugin is not None and plugin.fsdp_version != 2)
-        if is_apart and self.loss.state_dict():
+        if self._fsdp is not None and self._fsdp.cpu_ram_efficient_loading and self.loss.state_dict():
             raise ValueError(
-                f"ZeRO-3 and FSDP1 take the state of a {type(self.loss).__name__} apart, and it cannot be "
-                "saved; use ZeRO-2, or FSDP2"
+                "cpu_ram_efficient_loading fills the model from its state_dict, which leaves out that of a "
+                f"{type(self.loss).__name__}; leave it off"
             )
+
+    @property
+    def _fsdp(self) -> Any:
+        """The settings of FSDP, or None without it."""
+        return self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Give a newly made model the loss in its initial state."""
         if self._at_first is None:
             self._at_first = copy.deepcopy(self.loss.state_dict())
+        elif is_parted(self.loss, self.model):
+            raise ValueError(
+                f"the engine of the last model still has the parameters of the {type(self.loss).__name__} in "
+                "parts; for another model make a new trainer, with a new loss"
+            )
         self.loss.load_state_dict(self._at_first)
         return self._attach(super().call_model_init(trial))
 
@@ -331,21 +332,6 @@ class _TellTheLoss(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.trainer.accelerator.optimizer_step_was_skipped:
             self.trainer.loss.on_optimizer_step()
-
-
-def _whole(value: Any) -> Any:
-    """Gather a tensor that FSDP has sharded; every rank must call this."""
-    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
-
-
-def _load_whole(loss: Objective, state: dict[str, Any]) -> None:
-    """Load a state of :func:`_whole` tensors, into shards if the loss is sharded."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    if any(hasattr(value, "full_tensor") for value in loss.state_dict().values()):
-        set_model_state_dict(loss, state, options=StateDictOptions(full_state_dict=True))
-    else:
-        loss.load_state_dict(state)
 
 
 # ── weights under other names ─────────────────────────────────────────────────────────────────────

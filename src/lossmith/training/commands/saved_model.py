@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from lossmith.analysis import initial_gap
-from lossmith.integrations.huggingface.trainer import LOSS_FILE
+from lossmith.integrations.huggingface.loss_state import LOSS_FILE
 from lossmith.report.reading import read_run
 from lossmith.training.commands.tables import table_of
 from lossmith.training.commands.watch import sparkline

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from lossmith.integrations.huggingface.trainer import LOSS_FILE
+from lossmith.integrations.huggingface.loss_state import LOSS_FILE
 from lossmith.report.reading import ANALYSIS_FILE
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.config.saved_run import CONFIG_FILE, run_of
