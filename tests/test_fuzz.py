@@ -68,6 +68,7 @@ def tokens(batch, *names):
     how=options(
         **READING, **COUNTING, **FORMULA, strategy=("auto", "one_sweep", "two_sweep"),
         memory_budget=(64, 4096), skip_ignored=(None, True, False), logits_dtype=("wide", "input"),
+        skip_small_gradients=(0.0, 0.02, 0.4),
     ),
     has_bias=st.booleans(),
 )  # fmt: skip

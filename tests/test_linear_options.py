@@ -140,7 +140,15 @@ def test_a_sample_is_of_the_wide_logits():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("skip_ignored", "yes"), ("skip_ignored", 1), ("logits_dtype", "bf16")]
+    ("name", "value"),
+    [
+        ("skip_ignored", "yes"),
+        ("skip_ignored", 1),
+        ("logits_dtype", "bf16"),
+        ("skip_small_gradients", True),
+        ("skip_small_gradients", 0.5),
+        ("skip_small_gradients", -0.1),
+    ],
 )
 def test_values_that_mean_nothing(name, value):
     head, targets = case(torch.float32)
@@ -165,10 +173,10 @@ def test_a_unified_loss_passes_them_on_to_all_its_heads(monkeypatch):
 
     def see(self) -> None:
         made(self)
-        asked.append((self.logits_dtype, self.skip_ignored))
+        asked.append((self.logits_dtype, self.skip_ignored, self.skip_small_gradients))
 
     monkeypatch.setattr(LinearHead, "__post_init__", see)
-    inputs = {**head.inputs(), "logits_dtype": "input", "skip_ignored": False}
+    inputs = {**head.inputs(), "logits_dtype": "input", "skip_ignored": False, "skip_small_gradients": 0.1}
     criterion(targets=targets, **inputs)
     assert len(asked) > 1
-    assert set(asked) == {("input", False)}
+    assert set(asked) == {("input", False, 0.1)}

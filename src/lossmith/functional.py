@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lossmith.engine.head.plan import HEAD_OPTIONS, LogitsDtype, MemoryBudget, Plan, SkipIgnored, Strategy
+from lossmith.engine.head.plan import (
+    HEAD_OPTIONS,
+    LogitsDtype,
+    MemoryBudget,
+    Plan,
+    SkipIgnored,
+    SkipSmallGradients,
+    Strategy,
+)
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.rows.backends import BackendName
 from lossmith.engine.shards.dtensor import head_as_predictions, logits_as_predictions
@@ -87,6 +95,7 @@ def linear_token_stats(
     memory_budget: MemoryBudget = None,
     skip_ignored: SkipIgnored = None,
     logits_dtype: LogitsDtype = "wide",
+    skip_small_gradients: SkipSmallGradients = 0.0,
     backend: BackendName = None,
 ) -> TokenStats:
     """:func:`lossmith.token_stats` of the logits hidden @ weight.T + bias, which never exist all at once.
@@ -101,7 +110,8 @@ def linear_token_stats(
         targets: [...] ids, or ``ignore_index``.
         bias: [V].
         candidates, temperature, softcap, ignore_index, backend: see :func:`lossmith.token_stats`.
-        memory_budget, skip_ignored, logits_dtype: see :func:`lossmith.linear_cross_entropy`.
+        memory_budget, skip_ignored, logits_dtype, skip_small_gradients: see
+            :func:`lossmith.linear_cross_entropy`.
 
     Returns:
         :class:`lossmith.TokenStats`, each statistic [...] in fp32 (fp64 for fp64).
@@ -116,7 +126,12 @@ def linear_token_stats(
         >>> loss = (stats.compute("nll", "target_prob").nll * (1 - stats.target_prob) ** 2).mean()
         >>> loss.backward()
     """
-    how = {"memory_budget": memory_budget, "skip_ignored": skip_ignored, "logits_dtype": logits_dtype}
+    how = {
+        "memory_budget": memory_budget,
+        "skip_ignored": skip_ignored,
+        "logits_dtype": logits_dtype,
+        "skip_small_gradients": skip_small_gradients,
+    }
     head = head_as_predictions(hidden, weight, bias, **how)
     options = SweepOptions(temperature, softcap, backend=backend)
     return _stats(head, targets, candidates, options, ignore_index)
@@ -234,6 +249,7 @@ def linear_cross_entropy(
     memory_budget: MemoryBudget = None,
     skip_ignored: SkipIgnored = None,
     logits_dtype: LogitsDtype = "wide",
+    skip_small_gradients: SkipSmallGradients = 0.0,
     **options: Unpack[CrossEntropyOptions],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """:func:`lossmith.cross_entropy` of the logits hidden @ weight.T + bias, which never exist all at once.
@@ -256,6 +272,8 @@ def linear_cross_entropy(
         skip_ignored: whether tokens without a target are left out of the products; an accelerator makes the
             host wait once. None: on a CPU alone.
         logits_dtype: of a chunk: ``wide`` (fp32, fp64 for fp64), or ``input``, that of the products.
+        skip_small_gradients: on a CPU, the share of the logits' gradient, by the sum of its absolute values,
+            that is left out of the products where it is small; 0.0 leaves out nothing.
 
     Returns:
         The loss, a scalar or [...] with ``reduction="none"``; with ``return_stats`` (loss, TokenStats).
@@ -285,6 +303,7 @@ def linear_cross_entropy(
         memory_budget=memory_budget,
         skip_ignored=skip_ignored,
         logits_dtype=logits_dtype,
+        skip_small_gradients=skip_small_gradients,
     )
     return _with_stats(output) if return_stats else output.total
 

@@ -12,7 +12,7 @@ import linear_case
 import lossmith
 from linear_case import IGNORE, B, D, Head, T, V
 from lossmith import AdaptiveCrossEntropyLoss, CrossEntropyLoss, NVAMPLoss, Objective, Term, UnifiedLoss
-from lossmith.engine.head.graph_sweep import head_chunk_grad_op, head_chunk_op
+from lossmith.engine.head.graph_operators import head_chunk_grad_op, head_chunk_op
 from lossmith.engine.head.two_sweeps import head_grad_op, head_stats_op
 from slow_but import slow_but
 

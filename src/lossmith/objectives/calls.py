@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal, Protocol, cast, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lossmith.engine.head.plan import LogitsDtype, MemoryBudget, Plan, SkipIgnored, Strategy
+from lossmith.engine.head.plan import (
+    LogitsDtype,
+    MemoryBudget,
+    Plan,
+    SkipIgnored,
+    SkipSmallGradients,
+    Strategy,
+)
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.equation.reduction import Denominator
 from lossmith.objectives.cross_entropy import CrossEntropyOptions
@@ -34,6 +41,7 @@ class LinearOptions(BatchOptions, total=False):
     memory_budget: MemoryBudget
     skip_ignored: SkipIgnored
     logits_dtype: LogitsDtype
+    skip_small_gradients: SkipSmallGradients
 
 
 class LinearCrossEntropy(Protocol):

@@ -175,8 +175,8 @@ class Objective(Aligned):
             sequence: how sequences are split across ranks, of which each passes its positions alone.
             inputs: what else the objective takes (``input_names``); and, without logits, ``hidden_states``
                 [..., T, D], ``lm_head_weight`` [V, D], ``lm_head_bias`` [V], a model's own ``lm_head_scale``
-                and ``lm_head_softcap``, and the ``strategy``, ``memory_budget``, ``skip_ignored`` and
-                ``logits_dtype`` of :func:`lossmith.linear_cross_entropy`.
+                and ``lm_head_softcap``, and the ``strategy``, ``memory_budget``, ``skip_ignored``,
+                ``logits_dtype`` and ``skip_small_gradients`` of :func:`lossmith.linear_cross_entropy`.
 
         Raises:
             TypeError: an input that the objective does not take, or neither logits nor a head.

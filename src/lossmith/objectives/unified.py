@@ -260,7 +260,8 @@ class UnifiedLoss(ComposedLoss):
             denominator: supervised tokens over all micro-batches and ranks; also ``num_items_in_batch``.
             return_detailed: return the parts.
             inputs: ``segment_ids``, ``token_weight``, ``mask``, ``lm_head_bias``, and ``strategy``,
-                ``memory_budget``, ``skip_ignored``, ``logits_dtype``: :meth:`lossmith.Objective.evaluate`.
+                ``memory_budget``, ``skip_ignored``, ``logits_dtype``, ``skip_small_gradients``:
+                :meth:`lossmith.Objective.evaluate`.
 
         Raises:
             ValueError: a component is on but its input is missing; the message names both.

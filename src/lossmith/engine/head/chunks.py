@@ -12,6 +12,7 @@ from lossmith.engine.head.factors import Factors
 from lossmith.engine.head.packing import Packing
 from lossmith.engine.head.products import multiplies_halves, wide_product
 from lossmith.engine.head.sizes import Sizes
+from lossmith.engine.head.small_gradients import SmallGradients
 from lossmith.engine.memory import fresh
 from lossmith.engine.sweep import Rows
 
@@ -132,6 +133,8 @@ class HeadGradient:
             )
         if needed[2]:
             self.bias = torch.zeros(chunks.num_classes, dtype=chunks.wide, device=device)
+        share = chunks.factors.skip_small_gradients
+        self.skipping = SmallGradients(self, share) if share and any(needed[:2]) else None
         self._is_first = not is_begun
 
     def add(self, rows: Rows, x: Tensor, g: Tensor) -> None:
@@ -140,6 +143,12 @@ class HeadGradient:
         c = self.chunks
         if self.bias is not None:
             self.bias += g.sum(0, dtype=c.wide)
+        if self.skipping is not None:
+            if self._is_first and self.weight is not None:
+                self.weight.zero_()
+            self._is_first = False
+            if self.skipping.add(rows, x, g):
+                return
         if multiplies_halves(c.dtype, g.device):
             g = c.narrowed(g)  # for the weight's product too
         if self.weight is not None:
@@ -167,6 +176,7 @@ class HeadGradient:
     def finish(self, *, is_rounded: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients in the shapes of what they are the gradients of, and in their dtypes; sums as they
         are unless ``is_rounded``."""
+        self.skipping = None  # it holds this; what autograd finds to be anybody else's it copies
         self.chunks.release()  # before the weight's gradient is rounded into memory of its own
         hidden, weight, bias = self.chunks.factors.tensors
         return (

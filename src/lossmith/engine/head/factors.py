@@ -24,6 +24,7 @@ class Factors:
         skip_ignored: whether tokens without a target are left out; None for a CPU alone.
         narrow_logits: whether a chunk's logits have the dtype of the products.
         sums_weight: whether the weight's gradient is going to be summed.
+        skip_small_gradients: the share of the gradient that may be left out of the products; 0 for none.
     """
 
     hidden: Tensor
@@ -34,6 +35,7 @@ class Factors:
     skip_ignored: bool | None = None
     narrow_logits: bool = False
     sums_weight: bool = False
+    skip_small_gradients: float = 0.0
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:

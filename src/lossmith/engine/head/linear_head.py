@@ -44,6 +44,7 @@ class LinearHead(HeadOptions, Predictions):
         skip_ignored: whether tokens without a target are left out of the products; None for a CPU alone.
         logits_dtype: ``wide``: a chunk's logits are fp32 at least. ``input``: they have the dtype of the
             products.
+        skip_small_gradients: the share of the gradient of the logits that may be left out of the products.
         softcap: c for c tanh(z / c), or None; a part of the model, before whatever an objective does.
 
     Attributes:
@@ -67,6 +68,11 @@ class LinearHead(HeadOptions, Predictions):
             self.hidden, self.weight, self.bias, is_autocast=lambda: _autocast_dtype(self.hidden) is not None
         )
         _SOFTCAP.check(self.softcap)
+        if self.skip_small_gradients and self.device.type != "cpu":
+            raise ValueError(
+                "skip_small_gradients works on a CPU alone: on another device the host would wait in every "
+                f"chunk to know what to leave out; got a head on {self.device.type}, so leave it at 0.0"
+            )
         # of now, not of when a statistic is read
         object.__setattr__(self, "compute_dtype", _autocast_dtype(self.hidden) or self.hidden.dtype)
 
@@ -96,6 +102,7 @@ class LinearHead(HeadOptions, Predictions):
             self.skip_ignored,
             narrow_logits=self.logits_dtype == "input",
             sums_weight=self.needed[1],
+            skip_small_gradients=self.skip_small_gradients,
         )
 
     @property
@@ -146,6 +153,7 @@ class LinearHead(HeadOptions, Predictions):
                 backend=backend,
                 skip_ignored=factors.skip_ignored,
                 narrow_logits=factors.narrow_logits,
+                skip_small_gradients=factors.skip_small_gradients,
             )
         self._check_ids(sweep)
         return stats_of_head(factors, sweep)
@@ -211,6 +219,7 @@ class LinearHead(HeadOptions, Predictions):
             strategy="one_sweep" if reason is None else "two_sweep",
             reason="every token's weight depends on that token alone" if reason is None else reason,
             num_products=products,
+            skip_small_gradients=self.skip_small_gradients if any(self.needed[:2]) else 0.0,
         )
 
 

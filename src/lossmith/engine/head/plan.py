@@ -23,6 +23,10 @@ SkipIgnored = Annotated[
 LogitsDtype = Annotated[
     Literal["wide", "input"], option("dtype of a chunk's logits: fp32 at least, or that of the products")
 ]
+SkipSmallGradients = Annotated[
+    float,
+    option("share of the gradient of the logits that the products may leave out; on a CPU", low=0, below=0.5),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class HeadOptions:
     memory_budget: MemoryBudget = None
     skip_ignored: SkipIgnored = None
     logits_dtype: LogitsDtype = "wide"
+    skip_small_gradients: SkipSmallGradients = 0.0
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS:
@@ -64,10 +69,12 @@ class Plan:
         num_classes: V.
         chunk_rows: tokens whose logits are held at a time.
         num_chunks: how many times.
-        num_products: matrix products of N V D multiplications each, forward and backward together.
+        num_products: matrix products of N V D multiplications each, forward and backward together; the most,
+            where small gradients may be left out of them.
         logits_bytes: what the logits of a chunk take.
         accumulator_bytes: what the sum of the weight's gradient takes where it is wider than the weight.
         peak_bytes: the most memory besides inputs and gradients at once, that of statistics [N] left out.
+        skip_small_gradients: the share of the gradient of the logits that the products may leave out.
 
     Example:
         >>> import torch, lossmith
@@ -89,6 +96,7 @@ class Plan:
     logits_bytes: int
     accumulator_bytes: int
     peak_bytes: int
+    skip_small_gradients: float = 0.0
 
     @classmethod
     def of(
@@ -99,6 +107,7 @@ class Plan:
         strategy: Literal["one_sweep", "two_sweep"],
         reason: str,
         num_products: float,
+        skip_small_gradients: float,
     ) -> Plan:
         """The plan of a sweep of these sizes; ``weight`` [V, D] is the head's."""
         return cls(
@@ -113,6 +122,7 @@ class Plan:
             logits_bytes=sizes.logits_bytes,
             accumulator_bytes=sizes.accumulator_bytes,
             peak_bytes=sizes.peak_bytes(weight.nbytes, keeps_logits=strategy == "two_sweep"),
+            skip_small_gradients=skip_small_gradients,
         )
 
     @property
@@ -121,10 +131,11 @@ class Plan:
         return 2.0 * self.num_products * self.num_tokens * self.num_classes * self.hidden_size
 
     def __str__(self) -> str:
+        most = "at most " if self.skip_small_gradients else ""
         products = "product" if self.num_products == 1 else "products"
         return (
             f"{self.strategy}: {self.reason}. {self.num_tokens} tokens in {self.num_chunks} chunks of "
-            f"{self.chunk_rows}; {self.num_products:.3g} {products} of N V D = {self.num_tokens} x "
+            f"{self.chunk_rows}; {most}{self.num_products:.3g} {products} of N V D = {self.num_tokens} x "
             f"{self.num_classes} x {self.hidden_size} ({self.num_flops / 1e9:.3g} GFLOP); "
             f"{self.peak_bytes / 2**20:.3g} MiB besides the gradients"
         )

@@ -9,6 +9,7 @@ import torch
 
 from lossmith.engine.head.factors import Factors
 from lossmith.engine.head.packing import Packing
+from lossmith.engine.head.small_gradients import temporary_bytes
 
 # Bytes of logits held at a time. On a CPU larger chunks are hardly faster. On an accelerator small ones leave
 # it idle, and each reads and writes the whole sum of the weight's gradient: there it is as much as that sum
@@ -77,6 +78,7 @@ class Sizes:
         rows_bytes: its hidden states and their gradient, where they are copies.
         weight_bytes: the weight in the dtype of the products, where it has another.
         accumulator_bytes: the sum of the weight's gradient over chunks, where it is wider than the weight.
+        skipping_bytes: what it takes to leave small gradients out.
     """
 
     num_tokens: int
@@ -87,6 +89,7 @@ class Sizes:
     rows_bytes: int
     weight_bytes: int
     accumulator_bytes: int
+    skipping_bytes: int
 
     @classmethod
     def of(cls, factors: Factors, num_tokens: int, packing: Packing) -> Sizes:
@@ -118,6 +121,7 @@ class Sizes:
         narrowed = rows * stride
         if on_cpu:
             narrowed = min(narrowed, max(NARROWED_ELEMENTS, stride))
+        skips = factors.skip_small_gradients > 0
         is_cast = factors.hidden.dtype != dtype
         leaves_out = packing.positions is not None
         copies = narrow * (is_cast or leaves_out or not packing.is_packed)
@@ -131,6 +135,7 @@ class Sizes:
             rows_bytes=rows * size * copies,
             weight_bytes=num_classes * size * narrow if factors.weight.dtype != dtype else 0,
             accumulator_bytes=accumulator if needs_wide or rows < num_tokens else 0,
+            skipping_bytes=temporary_bytes(rows, num_classes, size, factors.wide.itemsize) if skips else 0,
         )
 
     @property
@@ -148,4 +153,4 @@ class Sizes:
         if self.accumulator_bytes:
             finished = self.accumulator_bytes + self.logits_bytes * keeps_logits
             swept = max(swept - gradient_bytes, finished)
-        return self.weight_bytes + swept
+        return self.weight_bytes + self.skipping_bytes + swept

@@ -118,6 +118,7 @@ def head_stats_op(
     backend: str | None = None,
     skip_ignored: bool | None = None,
     narrow_logits: bool = False,
+    skip_small_gradients: float = 0.0,
 ) -> typing.List[Tensor]:  # noqa: UP006, as in lossmith.engine.rows.operators
     rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled, backend)
     sweep = Sweep(targets, candidates, *rest)
@@ -148,12 +149,14 @@ def head_grad_op(
     backend: str | None = None,
     skip_ignored: bool | None = None,
     narrow_logits: bool = False,
+    skip_small_gradients: float = 0.0,
 ) -> typing.List[Tensor]:  # noqa: UP006
     """Gradients of hidden states, weight and bias; empty where they are not needed."""
     rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled, backend)
     sweep = Sweep(targets, candidates, *rest)
     options = (compute_dtype, memory_budget, skip_ignored, narrow_logits)
-    factors = Factors(hidden, weight, bias, *options, sums_weight=needed[1])
+    more = {"sums_weight": needed[1], "skip_small_gradients": skip_small_gradients}
+    factors = Factors(hidden, weight, bias, *options, **more)
     found = backward_sweep(factors, sweep, raw, grads, (needed[0], needed[1], needed[2]))
     return [hidden.new_empty(0) if gradient is None else gradient for gradient in found]
 

@@ -11,7 +11,14 @@ from torch import nn
 
 from lossmith.components.moe import MoEBalance
 from lossmith.components.mtp import MTP
-from lossmith.engine.head.plan import HeadOptions, LogitsDtype, MemoryBudget, SkipIgnored, Strategy
+from lossmith.engine.head.plan import (
+    HeadOptions,
+    LogitsDtype,
+    MemoryBudget,
+    SkipIgnored,
+    SkipSmallGradients,
+    Strategy,
+)
 from lossmith.equation.batch import num_steps
 from lossmith.integrations.huggingface.attached_loss import NAME, PER_BATCH, SHIFTED, AttachedLoss
 from lossmith.integrations.huggingface.fused_head import FusedHead, unembedding_of
@@ -35,6 +42,7 @@ def attach(
     memory_budget: MemoryBudget = None,
     skip_ignored: SkipIgnored = None,
     logits_dtype: LogitsDtype = "wide",
+    skip_small_gradients: SkipSmallGradients = 0.0,
 ) -> Model:
     """Let ``model(input_ids, ..., labels=...)`` return ``loss``; without labels it works as before.
 
@@ -61,7 +69,8 @@ def attach(
         loss: the objective; it moves to the device of the model's head.
         materialize_logits: True: compute all the logits as the model does, and the loss from them. False:
             never where there are labels. None: in evaluation, where a trainer's metrics may read them.
-        strategy, memory_budget, skip_ignored, logits_dtype: see :func:`lossmith.linear_cross_entropy`.
+        strategy, memory_budget, skip_ignored, logits_dtype, skip_small_gradients: see
+            :func:`lossmith.linear_cross_entropy`.
 
     Returns:
         The same model.
@@ -91,6 +100,7 @@ def attach(
         memory_budget=memory_budget,
         skip_ignored=skip_ignored,
         logits_dtype=logits_dtype,
+        skip_small_gradients=skip_small_gradients,
     )
     fused = FusedHead(base, trial, options, materialize=materialize_logits)
     attached = AttachedLoss(loss, _known_inputs(base), fused, shift)

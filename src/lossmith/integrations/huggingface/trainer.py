@@ -16,7 +16,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from lossmith.engine.head.plan import HeadOptions, LogitsDtype, MemoryBudget, SkipIgnored, Strategy
+from lossmith.engine.head.plan import (
+    HeadOptions,
+    LogitsDtype,
+    MemoryBudget,
+    SkipIgnored,
+    SkipSmallGradients,
+    Strategy,
+)
 from lossmith.integrations.huggingface.attached_loss import NAME, AttachedLoss
 from lossmith.integrations.huggingface.attachment import attach, attached_to
 from lossmith.integrations.huggingface.labels import check_objective
@@ -149,7 +156,8 @@ class LossTrainer(ObjectiveTrainer):
 
     Args:
         loss: the objective.
-        materialize_logits, strategy, memory_budget, skip_ignored, logits_dtype: see :func:`attach`.
+        materialize_logits, strategy, memory_budget, skip_ignored, logits_dtype, skip_small_gradients: see
+            :func:`attach`.
         args, options: see :class:`transformers.Trainer`.
 
     Raises:
@@ -181,6 +189,7 @@ class LossTrainer(ObjectiveTrainer):
         memory_budget: MemoryBudget = None,
         skip_ignored: SkipIgnored = None,
         logits_dtype: LogitsDtype = "wide",
+        skip_small_gradients: SkipSmallGradients = 0.0,
         **options: Any,
     ) -> None:
         check_objective(loss)
@@ -189,6 +198,7 @@ class LossTrainer(ObjectiveTrainer):
             memory_budget=memory_budget,
             skip_ignored=skip_ignored,
             logits_dtype=logits_dtype,
+            skip_small_gradients=skip_small_gradients,
         )
         self.loss = loss
         self._attach_to = functools.partial(
