@@ -11,7 +11,7 @@ import linear_case
 import lossmith
 import meta_case
 from linear_case import STRATEGIES, Ledger
-from lossmith.engine.head import small_gradients
+from lossmith.engine.head import products, small_gradients
 from lossmith.engine.head.linear_head import LinearHead
 from lossmith.engine.head.small_gradients import SmallGradients, permute_rows, threshold
 
@@ -314,6 +314,8 @@ def test_a_plan_says_at_most():
 def test_the_memory_is_that_of_the_plan(dtype, strategy, shares, monkeypatch):
     monkeypatch.setattr(small_gradients, "BLOCK_ROWS", 64)
     monkeypatch.setattr(small_gradients, "PIECE_ELEMENTS", 2**15)
+    monkeypatch.setattr(products, "PIECE_ELEMENTS", 2**14)
+    monkeypatch.setattr(products, "SHORTEST_PIECE", 16)
     num_classes, size = 4000, 64
     head = linear_case.head(256, dtype=dtype, size=size, num_classes=num_classes, bias=False)
     targets = linear_case.targets(256, num_classes=num_classes)

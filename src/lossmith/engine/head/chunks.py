@@ -149,18 +149,19 @@ class HeadGradient:
             self._is_first = False
             if self.skipping.add(rows, x, g):
                 return
-        if multiplies_halves(c.dtype, g.device):
-            g = c.narrowed(g)  # for the weight's product too
+        are_halves = multiplies_halves(c.dtype, g.device)
+        if are_halves:
+            g = c.narrowed(g)
         if self.weight is not None:
             wide_product(g.t(), x, into=self.weight, is_sum=not self._is_first)
         if self.hidden is not None:
-            g = c.narrowed(g)
-            is_there = isinstance(rows, slice) and self.hidden.dtype == c.dtype
-            total = self.hidden[rows] if is_there else torch.empty_like(x)
-            if c.dtype == c.wide:
-                wide_product(g, c.weight, into=total)
-            else:
+            dtype = c.dtype if are_halves else c.wide
+            is_there = isinstance(rows, slice) and self.hidden.dtype == dtype
+            total = self.hidden[rows] if is_there else torch.empty_like(x, dtype=dtype)
+            if are_halves:
                 torch.mm(g, c.weight, out=total)
+            else:
+                wide_product(g, c.weight, into=total)
             if not is_there:
                 self.hidden[rows] = total.to(self.hidden.dtype)
         self._is_first = False

@@ -9,6 +9,7 @@ import torch
 
 from lossmith.engine.head.factors import Factors
 from lossmith.engine.head.packing import Packing
+from lossmith.engine.head.products import multiplies_halves
 from lossmith.engine.head.small_gradients import temporary_bytes
 
 # Bytes of logits held at a time. On a CPU larger chunks are hardly faster. On an accelerator small ones leave
@@ -103,7 +104,9 @@ class Sizes:
         itemsize, narrow = factors.logits_dtype.itemsize, dtype.itemsize
         on_cpu = is_cpu(device)
         stride = num_classes if on_cpu else -(-num_classes // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
-        is_narrowed = dtype != factors.logits_dtype
+        # halves that are not multiplied as they are, but widened
+        made_in = dtype if multiplies_halves(dtype, device) else factors.wide
+        is_narrowed = dtype == made_in != factors.logits_dtype
         sum_bytes = num_classes * size * factors.wide.itemsize if factors.sums_weight else 0
         accumulator = sum_bytes if factors.weight.dtype != factors.wide else 0
         # even for a single chunk
@@ -122,10 +125,10 @@ class Sizes:
         if on_cpu:
             narrowed = min(narrowed, max(NARROWED_ELEMENTS, stride))
         skips = factors.skip_small_gradients > 0
-        is_cast = factors.hidden.dtype != dtype
+        kept = factors.hidden.dtype
         leaves_out = packing.positions is not None
-        copies = narrow * (is_cast or leaves_out or not packing.is_packed)
-        copies += (narrow + factors.hidden.dtype.itemsize * is_cast) * (is_cast or leaves_out)
+        copies = narrow * (kept != dtype or leaves_out or not packing.is_packed)
+        copies += made_in.itemsize * (kept != made_in or leaves_out) + kept.itemsize * (kept != made_in)
         return cls(
             num_tokens=num_tokens,
             rows=rows,
