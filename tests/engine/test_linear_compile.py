@@ -40,7 +40,7 @@ FULL = {
 def of_objective(criterion, **more):
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         inputs = {"hidden_states": hidden, "lm_head_weight": weight, "lm_head_bias": bias}
-        return criterion(targets=targets, memory_budget=2 * V * 4, **inputs, **more)
+        return criterion(targets=targets, memory_budget=8 * V * 4, **inputs, **more)
 
     return loss
 
@@ -48,7 +48,7 @@ def of_objective(criterion, **more):
 def of_options(**options):
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         found = lossmith.linear_cross_entropy(
-            hidden, weight, targets, bias=bias, memory_budget=3 * V * 4, **options
+            hidden, weight, targets, bias=bias, memory_budget=8 * V * 4, **options
         )
         return found.sum()
 
@@ -100,7 +100,7 @@ def check(loss, head: Head, targets: Tensor, *, backend: str = "aot_eager", tole
     torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", slow_but(["plain", "full", "none", "nvamp", "unified"], LOSSES))
+@pytest.mark.parametrize("name", slow_but(["plain", "full", "nvamp", "unified"], LOSSES))
 def test_compiled_equals_eager(name):
     torch.manual_seed(0)
     check(LOSSES[name], linear_case.head(dtype=torch.float32), linear_case.targets())
@@ -163,7 +163,7 @@ def test_with_inductor(name):
     check(loss, linear_case.head(dtype=torch.float32), linear_case.targets(), backend="inductor")
 
 
-@pytest.mark.parametrize("wrong", [V, -1, 10**9])
+@pytest.mark.parametrize("wrong", slow_but([V], [V, -1, 10**9]))
 def test_an_id_out_of_range_is_an_error_not_a_crash(wrong):
     head, targets = linear_case.head(dtype=torch.float32), linear_case.targets()
     targets[1, 1] = wrong
@@ -201,7 +201,7 @@ def test_a_chunk_is_computed_once(strategy):
         assert recorder.counts["head_stats"] == 1
         assert not recorder.counts["head_chunk"]
     else:
-        num_chunks = math.ceil(B * T / 3)
+        num_chunks = math.ceil(B * T / 8)
         assert recorder.counts["head_chunk"] == recorder.counts["head_chunk_grad"] == num_chunks > 1
         assert not recorder.counts["head_stats"]
 
@@ -296,9 +296,9 @@ def test_where_one_sweep_is_refused_in_a_graph():
     with pytest.raises(Exception, match=r"one_sweep.*number of tokens open"):
         open_ended(*head.leaves, targets)
     torch._dynamo.reset()
-    many = linear_case.head(100, dtype=torch.float32), torch.zeros(100, dtype=torch.long)
+    many = linear_case.head(200, dtype=torch.float32), torch.zeros(200, dtype=torch.long)
     chunks = torch.compile(of_options(strategy="one_sweep"), fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match=r"one_sweep.*34 chunks.*memory_budget"):
+    with pytest.raises(Exception, match=r"one_sweep.*25 chunks.*memory_budget"):
         chunks(*many[0].leaves, many[1])
     torch._dynamo.reset()
     recorder = Recorder()

@@ -53,7 +53,7 @@ CRITERIA = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], DTYPES), ids=str)
 @pytest.mark.parametrize("is_trained", slow_but([True], [True, False]))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", CRITERIA)

@@ -79,11 +79,11 @@ def require_the_same(out: Path, straight: Path) -> None:
     ("moment", "instead"),
     [
         ("run.trainer.TaskTrainer.evaluate", None),  # the last checkpoint is there
-        ("run.telling.find", None),  # the closing row
+        pytest.param("run.telling.find", None, marks=pytest.mark.slow),  # the closing row
         ("tasks.causal_language_model.CausalLanguageModel.sample", None),  # what was found in it
-        ("run.runner.analyse", None),
-        ("run.runner.save_analysis", None),
-        ("run.analysis.write_whole", None),  # the analysis is listed
+        pytest.param("run.runner.analyse", None, marks=pytest.mark.slow),
+        pytest.param("run.runner.save_analysis", None, marks=pytest.mark.slow),
+        pytest.param("run.analysis.write_whole", None, marks=pytest.mark.slow),  # the analysis is listed
         ("run.analysis.write_whole", leave_a_half),
     ],
 )

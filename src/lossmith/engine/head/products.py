@@ -41,7 +41,11 @@ def multiplies_halves(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether factors of this dtype, of half precision, are multiplied as they are; elsewhere they are
     widened first, and it is no use to round the other one."""
     if device.type == "cpu":
-        return dtype == torch.bfloat16 and native_products.is_for(both_are_bf16=True)
+        if (
+            dtype != torch.bfloat16 or torch.compiler.is_compiling()
+        ):  # which traces the choice of chunks alone
+            return False
+        return native_products.is_for(both_are_bf16=True)
     return dtype in HALVES
 
 
