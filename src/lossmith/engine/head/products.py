@@ -43,7 +43,7 @@ def multiplies_halves(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type == "cpu":
         if (
             dtype != torch.bfloat16 or torch.compiler.is_compiling()
-        ):  # which traces the choice of chunks alone
+        ):  # only chunks are chosen
             return False
         return native_products.is_for(both_are_bf16=True)
     return dtype in HALVES
