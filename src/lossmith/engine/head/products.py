@@ -41,9 +41,7 @@ def multiplies_halves(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether factors of this dtype, of half precision, are multiplied as they are; elsewhere they are
     widened first, and it is no use to round the other one."""
     if device.type == "cpu":
-        if (
-            dtype != torch.bfloat16 or torch.compiler.is_compiling()
-        ):  # only chunks are chosen
+        if dtype != torch.bfloat16 or torch.compiler.is_compiling():  # only chunks are chosen
             return False
         return native_products.is_for(both_are_bf16=True)
     return dtype in HALVES
