@@ -98,6 +98,7 @@ def test_an_all_ignored_batch_compiles():
     check(lossmith.cross_entropy, logits, torch.full_like(targets, IGNORE), backend="aot_eager")
 
 
+@pytest.mark.slow
 def test_another_number_of_tokens_compiles():
     logits, targets = batch()
     compiled = torch.compile(lossmith.cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -119,6 +119,7 @@ def test_fp64_and_half_precision_compile():
     torch.testing.assert_close(*values, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_all_ignored_and_frozen_inputs_compile():
     head = linear_case.head(dtype=torch.float32)
     check(LOSSES["plain"], head, torch.full((B, T), IGNORE))

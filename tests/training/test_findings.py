@@ -216,6 +216,7 @@ def test_a_short_healthy_run_has_no_findings(mode: str, tiny: list[str], tmp_pat
     assert "finding" not in shown
 
 
+@pytest.mark.slow
 def test_three_hundred_words_are_learned_by_heart(tiny: list[str], tmp_path: Path):
     """Said before training, since the text is small, and during it, once."""
     draw = random.Random(1)

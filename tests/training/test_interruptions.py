@@ -195,6 +195,7 @@ main(["train", *sys.argv[1:]])
     assert done.returncode == -9, done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_checkpoint_is_finished(tiny: list[str], out: Path, tmp_path: Path):
     straight = tmp_path / "straight"
     go([*tiny, f"--out_dir={straight}"])

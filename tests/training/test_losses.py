@@ -83,6 +83,7 @@ def test_every_loss_trains_with_modifiers_and_without(
     assert math.exp(total / number) == pytest.approx(found[0]["perplexity"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_every_loss_begins_with_the_same_model(tiny: list[str], tmp_path: Path):
     """And sees the same blocks, so the first perplexity, which is plain, is the same."""
     found = []

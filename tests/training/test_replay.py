@@ -209,6 +209,7 @@ def test_skipped_steps_are_said_and_saved_three_times(
     assert "warning: 4 steps were skipped" in shown
 
 
+@pytest.mark.slow
 def test_a_run_owns_its_batches(tiny: list[str], out: Path, monkeypatch: pytest.MonkeyPatch):
     """They are moved with it, and one that another wrote is not overwritten."""
     with monkeypatch.context() as patch:

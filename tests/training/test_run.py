@@ -291,6 +291,7 @@ def test_the_first_step_of_a_resumed_run_has_its_own_learning_rate(tiny: list[st
     assert rows(out)[-2]["learning_rate"] < 1e-9
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_the_way_is_as_long_as_was_asked_for(tiny: list[str], tmp_path: Path):
     """A batch has four windows of at most 15 predicted tokens; the last evaluation is of everything."""
     found = {}

@@ -137,6 +137,7 @@ def test_a_run_of_which_there_is_nothing_to_analyse_ends_too(tiny: list[str], ou
         go([f"--out_dir={out}", "--resume"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_written_again_does_not_keep_its_analysis(
     tiny: list[str], out: Path, killed: Callable[..., None]
 ):
@@ -216,6 +217,7 @@ def test_half_a_batch_is_deleted(tiny: list[str], out: Path, killed: Callable[..
     assert [path.name for path in out.glob(".*")] == [".lossmith_is_writable.mine.txt"]
 
 
+@pytest.mark.slow
 def test_a_move_that_was_interrupted_is_completed(
     tiny: list[str], out: Path, monkeypatch: pytest.MonkeyPatch
 ):

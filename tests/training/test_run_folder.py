@@ -193,6 +193,7 @@ def test_what_another_put_beside_a_run_is_neither_moved_nor_overwritten(tiny: li
     assert fingerprint(out) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_set_aside_is_evaluated_and_resumed_where_it_is(tiny: list[str], out: Path):
     go(tiny)
     figure = f"{rows(out)[-1]['bits_per_byte']:.3f} bits per byte"
@@ -261,6 +262,7 @@ def test_only_the_run_s_own_checkpoints_are_rotated(tiny: list[str], out: Path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_another_put_into_a_checkpoint_outlives_it(tiny: list[str], out: Path):
     go([*tiny, "--eval_interval=2"])
     a_file(out / "checkpoint-4" / "notes.txt")
