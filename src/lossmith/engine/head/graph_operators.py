@@ -114,16 +114,13 @@ def head_chunk_op(
     backend: str | None = None,
     skip_ignored: bool | None = None,
     narrow_logits: bool = False,
-    skip_small_gradients: float = 0.0,
 ) -> typing.List[Tensor]:  # noqa: UP006, as in lossmith.engine.rows.operators
     """The raw statistics of the tokens from ``start`` to ``stop``, and their logits."""
     rest = (class_weight, temperature, softcap, ignore_index, needs, needs_unscaled, backend)
     sweep = Sweep(targets, candidates, *rest)
     if not start:
         sweep.check_ids(weight.shape[0], hidden.shape[:-1])
-    factors = _of_chunk(
-        (hidden, weight, bias), start, stop, skip_ignored, narrow_logits, skip_small_gradients
-    )
+    factors = _of_chunk((hidden, weight, bias), start, stop, skip_ignored, narrow_logits)
     some = sweep.of(slice(start, stop))
     outputs, logits = forward_sweep(factors, some, buffer=_memory(factors))
     assert logits is not None
@@ -182,7 +179,7 @@ def _of_chunk(
     stop: int,
     skip_ignored: bool | None,
     narrow_logits: bool,
-    skip_small_gradients: float,
+    skip_small_gradients: float = 0.0,
 ) -> Factors:
     """The factors of the logits of the tokens from ``start`` to ``stop``, as a single chunk."""
     hidden, weight, bias = tensors
@@ -207,12 +204,9 @@ def _(
     backend=None,
     skip_ignored=None,
     narrow_logits=False,
-    skip_small_gradients=0.0,
 ):
     *arguments, start, stop = rest
-    factors = _of_chunk(
-        (hidden, weight, bias), start, stop, skip_ignored, narrow_logits, skip_small_gradients
-    )
+    factors = _of_chunk((hidden, weight, bias), start, stop, skip_ignored, narrow_logits)
     some = Sweep(*arguments).of(slice(start, stop))
     num_classes, sizes = len(weight), sizes_of(factors, stop - start)
     logits = hidden.new_empty((sizes.rows, sizes.stride), dtype=factors.logits_dtype)[:, :num_classes]

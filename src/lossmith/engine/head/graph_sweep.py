@@ -109,7 +109,6 @@ def _swept(
         "backend": backend,
         "skip_ignored": factors.skip_ignored,
         "narrow_logits": factors.narrow_logits,
-        "skip_small_gradients": factors.skip_small_gradients,
     }
     found = []
     for start in range(0, num_tokens, sizes.rows):
@@ -117,7 +116,16 @@ def _swept(
         *raw, logits = head_chunk_op(*tensors, *arguments, *rows, **options)
         grads, shares = _gradients(sweep.of(slice(*rows)), slice(*rows), raw, loss_of, lift)
         made = head_chunk_grad_op(
-            *tensors, *arguments, *rows, raw, grads, list(needed), logits, weight_sum, **options
+            *tensors,
+            *arguments,
+            *rows,
+            raw,
+            grads,
+            list(needed),
+            logits,
+            weight_sum,
+            skip_small_gradients=factors.skip_small_gradients,
+            **options,
         )
         found.append((raw, shares, made))
     raws, shares, made = zip(*found, strict=True)
