@@ -276,6 +276,35 @@ def sums() -> Iterator[None]:
         yield
 
 
+def families() -> Iterator[None]:
+    """The cross-entropy family in one step: every layout and content, with terms on and off, and ids written
+    over before the way back."""
+    for num_classes, dtype, layout, content, ignored, number in itertools.product(
+        CLASSES, (torch.float32, HALF), LAYOUTS, CONTENTS, ("none", "some", "all"), range(4)
+    ):
+        z = LAYOUTS[layout](CONTENTS[content](torch.randn(2, 5, num_classes, generator=RNG).to(dtype)))
+        array = torch.randint(num_classes, (2, 5), generator=RNG).numpy()
+        targets = torch.from_numpy(array)
+        if ignored != "none":
+            targets[0 if ignored == "some" else slice(None)] = -100
+        options = {"label_smoothing": 0.1, "smoothing_mode": ("uniform", "exclude_target")[number % 2]}
+        criterion = lossmith.CrossEntropyLoss(
+            **(options if number else {}),
+            z_loss=0.1 * (number > 1),
+            focal_gamma=0.5 * (number > 2),
+            confidence_penalty=0.1 * (number > 1),
+            temperature=0.7 if number > 1 else 1.0,
+            class_weight=exactly(torch.rand(num_classes, generator=RNG)) if len(layout) % 2 else None,
+        )
+        leaf = z.detach().requires_grad_()
+        output = criterion.evaluate(leaf, targets, token_weight=exactly(torch.rand(2, 5, generator=RNG)))
+        sum(output.parts.values(), output.total).backward(retain_graph=True)
+        if ignored == "none":
+            array[1, 2] = num_classes
+            expect(RuntimeError, output.total.backward)
+        yield
+
+
 def heads() -> Iterator[None]:
     """Whole losses over a head, chunk by chunk, on both strategies."""
     for num_classes, size, dtype, strategy in itertools.product(
@@ -292,7 +321,7 @@ def heads() -> Iterator[None]:
         yield
 
 
-ALL = (rows, ids_of_every_dtype, ids_written_over, wrong_memory, products, tokens, sums, heads)
+ALL = (rows, ids_of_every_dtype, ids_written_over, wrong_memory, products, tokens, sums, families, heads)
 
 
 def main() -> None:

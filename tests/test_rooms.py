@@ -35,7 +35,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # What a GPU needs besides torch, and only once rows are computed there.
 KERNELS = {
     f"triton_{name}"
-    for name in ("arithmetic", "statistics", "gradient", "sampling", "derivation", "weighing")
+    for name in ("arithmetic", "statistics", "gradient", "sampling", "derivation", "family", "weighing")
 }
 # Upwards, and only when it is asked for: a judge that is a checkpoint is loaded by the integration.
 ASKED_FOR = {("modifiers", "lossmith.integrations.judge")}

@@ -130,7 +130,7 @@ def test_a_kernel_that_cannot_be_made_during_a_capture_says_what_to_do(monkeypat
 
 def test_nothing_is_specialised_on():
     from lossmith.engine.rows import triton_gradient, triton_sampling, triton_statistics
-    from lossmith.engine.tokens import triton_derivation, triton_weighing
+    from lossmith.engine.tokens import triton_derivation, triton_family, triton_weighing
 
     for kernel in (
         triton_statistics.statistics_of_row,
@@ -140,6 +140,8 @@ def test_nothing_is_specialised_on():
         triton_sampling.sample_of_row,
         triton_derivation.derive,
         triton_derivation.derive_back,
+        triton_family.family,
+        triton_family.family_back,
         triton_weighing.weigh,
         triton_weighing.weigh_back,
     ):

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from lossmith.engine.tokens import native_targets
 
 WHOLE_NUMBERS = frozenset(
     (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
@@ -43,11 +46,12 @@ def refuse_transforms(**inputs: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    instead = "use backward() or torch.autograd.grad, or torch.nn.functional.cross_entropy"
+    is_forward_mode = forward_ad._current_level >= 0
     for name, given in inputs.items():
         if not isinstance(given, Tensor):
             continue
-        if torch.autograd.forward_ad.unpack_dual(given).tangent is not None:
+        instead = "use backward() or torch.autograd.grad, or torch.nn.functional.cross_entropy"
+        if is_forward_mode and forward_ad.unpack_dual(given).tangent is not None:
             raise RuntimeError(f"lossmith's losses have no forward-mode derivative (jvp, jacfwd); {instead}")
         if _is_wrapped(given):
             raise RuntimeError(
@@ -63,21 +67,18 @@ def refuse_batched(*gradients: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    given = [g for g in gradients if g is not None]
-    if any(torch._C._dispatch_keys(g).has(_BATCHED) or _is_wrapped(g) for g in given):
-        raise RuntimeError(
-            "lossmith's losses take one upstream gradient at a time, not a batch of them "
-            "(is_grads_batched=True, jacobian(vectorize=True)); call torch.autograd.grad once for each"
-        )
+    for given in gradients:
+        if given is not None and (torch._C._dispatch_keys(given).has(_BATCHED) or _is_wrapped(given)):
+            raise RuntimeError(
+                "lossmith's losses take one upstream gradient at a time, not a batch of them "
+                "(is_grads_batched=True, jacobian(vectorize=True)); call torch.autograd.grad once for each"
+            )
 
 
 # What autograd.grad(is_grads_batched=True) makes of upstream gradients has no other mark.
 _BATCHED = torch._C._dispatch_key_parse("Batched")  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether a transform of torch.func has it in its hands."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+# Whether a transform of torch.func has a tensor in its hands.
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_logits(logits: Tensor, targets: Tensor) -> None:
@@ -223,7 +224,7 @@ def check_ids(name: str, ids: Tensor, num_classes: int, *, exempt: int, exempt_n
     Raises:
         ValueError: an id is out of range; the message has the first one and its position.
     """
-    if ids.device.type == "cpu" and torch.equal(ids.clamp(0, num_classes - 1), ids):
+    if native_targets.takes(ids) and not native_targets.is_outside(ids, num_classes, exempt):
         return
     outside = _outside(ids, num_classes, exempt)
     if ids.device.type != "cpu":

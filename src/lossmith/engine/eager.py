@@ -17,20 +17,6 @@ from lossmith.engine.sweep import Maybe, Sweep, saved, unsaved
 Tensors = Sequence["Tensor | None"]
 
 
-def is_watched() -> bool:
-    """Whether a dispatch mode sees every operator: a counter, a tracer, tensors without memory."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
-def is_eager(*tensors: Tensor | None) -> bool:
-    """Whether nothing traces the computation, and the tensors are plain ones."""
-    return (
-        not torch.compiler.is_compiling()
-        and not is_watched()
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
-    )
-
-
 @dataclass(frozen=True)
 class Ways:
     """There and back, for one kind of predictions.

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.checks import check_logits
+from lossmith.engine.cross_entropy import CrossEntropy
+from lossmith.engine.rows import native_rows
 from lossmith.engine.rows.blocks import accumulation_dtype
-from lossmith.engine.rows.operators import stats_of_logits
+from lossmith.engine.rows.operators import known_stats_of_logits, stats_of_logits
 from lossmith.engine.sampling import sample_ids
 from lossmith.engine.statistics.raw import Needs
 from lossmith.engine.statistics.raw_stats import AskedFor, ByView, RawStats
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep import Rows, Sweep
 from lossmith.engine.unchanged import Unchanged
+from lossmith.engine.watched import is_eager
 
 if TYPE_CHECKING:
     from lossmith.engine.head.graph_sweep import SweptInGraph
@@ -114,6 +117,15 @@ class Predictions(ABC):
         """
         return None
 
+    def has_cross_entropy(self, backend: str | None, softcap: float | None) -> bool:
+        """Whether :meth:`cross_entropy` is there, for an arithmetic that is asked for and a cap."""
+        return False
+
+    def cross_entropy(self, of: CrossEntropy) -> tuple[Tensor, dict[str, Tensor], TokenStats]:
+        """The cross-entropy family in one step: the loss, its terms, and the statistics, of which some are
+        known."""
+        raise NotImplementedError
+
     def plan(self, targets: Tensor, ignore_index: int, unless: str | None) -> Plan:
         """How they are going to be swept at ``targets`` [...], for those that are made chunk by chunk."""
         raise TypeError("only a linear head is swept by a plan; pass hidden_states and lm_head_weight")
@@ -174,6 +186,24 @@ class Logits(Predictions):
 
     def fetch(self, sweep: Sweep) -> Sequence[Tensor]:
         return stats_of_logits(self.values, sweep)
+
+    def has_cross_entropy(self, backend: str | None, softcap: float | None) -> bool:
+        is_there = is_eager(self.values) and backend in (None, "native")
+        return is_there and native_rows.takes(self.values, softcap)
+
+    def cross_entropy(self, of: CrossEntropy) -> tuple[Tensor, dict[str, Tensor], TokenStats]:
+        total, parts = of.of_logits(self.values)
+        sweep = of.sweep
+        read = Unchanged(**self.tensors, **sweep.tensors)
+
+        def fetch(needs: Needs, needs_unscaled: Needs | None) -> ByView:
+            read.check()
+            if sweep.covers(needs, needs_unscaled):
+                return sweep.by_view(known_stats_of_logits(self.values, sweep, of.raw))
+            asked = sweep.asking(needs, needs_unscaled)
+            return asked.by_view(self.fetch(asked))
+
+        return total, parts, TokenStats(RawStats(sweep, fetch))
 
     def sample(self, softcap: float | None) -> Tensor:
         return sample_ids(self.values, softcap=softcap)

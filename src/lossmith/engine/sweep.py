@@ -54,7 +54,15 @@ class Sweep:
     def asking(self, needs: Needs | None, needs_unscaled: Needs | None) -> Sweep:
         """The same for these groups of statistics; None for no more than has to be, and for none."""
         unscaled = -1 if needs_unscaled is None else int(needs_unscaled)
-        return replace(self, needs=int(needs or 0), needs_unscaled=unscaled)
+        read = self.targets, self.candidates, self.class_weight, self.temperature, self.softcap
+        return Sweep(*read, self.ignore_index, int(needs or 0), unscaled, self.backend)
+
+    def covers(self, needs: int, needs_unscaled: int | None) -> bool:
+        """Whether these groups are among its own."""
+        unscaled = max(self.needs_unscaled, 0)
+        return not needs & ~self.needs and (
+            needs_unscaled is None or (self.needs_unscaled >= 0 and not needs_unscaled & ~unscaled)
+        )
 
     def of(self, rows: Rows) -> Sweep:
         """The same for these rows alone."""
@@ -64,7 +72,7 @@ class Sweep:
     @property
     def arguments(self) -> tuple[Any, ...]:
         """In the operators' order."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return tuple([getattr(self, name) for name in _FIELDS])
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
@@ -137,8 +145,16 @@ class Sweep:
             check_ids("candidates", ids, num_classes, exempt=-1, exempt_name="-1")
 
 
+_FIELDS = tuple(field.name for field in fields(Sweep))
+
+
 def _present(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def flat(values: Tensor) -> Tensor:
+    """[N] of [...]."""
+    return values if values.dim() == 1 else values.reshape(-1)
 
 
 def saved(outputs: Sequence[Tensor], is_saved: Sequence[bool]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from lossmith.engine.predictions import Predictions
 from lossmith.engine.rows.backends import BackendName
 from lossmith.engine.statistics.raw import Needs
 from lossmith.engine.statistics.stats import TokenStats
-from lossmith.engine.sweep import Sweep
+from lossmith.engine.sweep import Sweep, flat
 from lossmith.options import strict_options
 from lossmith.options.shared import ClassWeight, Softcap, Temperature
 
@@ -33,9 +33,11 @@ class SweepOptions:
         targets: Tensor,
         *,
         ignore_index: int,
-        candidates: Tensor | None,
+        candidates: Tensor | None = None,
+        asked: tuple[int, int] = (0, -1),
     ) -> Sweep:
-        """The sweep of predictions [...] read this way, at ids of any integer dtype.
+        """The sweep of predictions [...] read this way, at ids of any integer dtype, for groups of statistics
+        of the two temperatures.
 
         Raises:
             TypeError: ids that are not integers.
@@ -46,13 +48,14 @@ class SweepOptions:
             candidates = whole_candidates(candidates, targets)
             candidates = candidates.reshape(targets.numel(), candidates.shape[-1])
         return Sweep(
-            targets.long().reshape(-1),
+            flat(targets.long()),
             candidates,
             fitting_class_weight(self.class_weight, predictions),
             self._temperature_tensor(predictions),
             predictions.capped(self.softcap),
             ignore_index,
-            backend=self.backend,
+            *asked,
+            self.backend,
         )
 
     def stats(
@@ -68,10 +71,15 @@ class SweepOptions:
         sweep = self.sweep(predictions, targets, ignore_index=ignore_index, candidates=candidates)
         return predictions.stats(sweep, targets.shape, default_needs)
 
+    @property
+    def has_temperature(self) -> bool:
+        """Whether there are two temperatures at which the logits can be read."""
+        return isinstance(self.temperature, Tensor) or self.temperature != 1
+
     def _temperature_tensor(self, predictions: Predictions) -> Tensor | None:
         if isinstance(self.temperature, Tensor):
             return self.temperature.detach().to(predictions.device, predictions.dtype).reshape(())
-        if self.temperature == 1:
+        if not self.has_temperature:
             return None
         return torch.full((), self.temperature, dtype=predictions.dtype, device=predictions.device)
 

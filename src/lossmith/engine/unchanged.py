@@ -14,16 +14,15 @@ class Unchanged:
     """
 
     def __init__(self, **read: Tensor | None) -> None:
-        self._read = {name: tensor for name, tensor in read.items() if tensor is not None}
-        self._versions = {name: _version(tensor) for name, tensor in self._read.items()}
+        self._read = [(name, one, _version(one)) for name, one in read.items() if one is not None]
 
     def check(self) -> None:
         """
         Raises:
             RuntimeError: one of them has changed.
         """
-        for name, tensor in self._read.items():
-            if _version(tensor) != self._versions[name]:
+        for name, tensor, version in self._read:
+            if _version(tensor) != version:
                 raise RuntimeError(
                     f"{name}: modified in place (by an optimizer step, perhaps) after these statistics were "
                     "first asked for, so that further ones would be of something else; announce what you "

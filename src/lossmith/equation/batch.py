@@ -14,13 +14,14 @@ from lossmith.engine.checks import check_ids, check_targets, check_whole
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.shards.sequence import SequenceShards
 from lossmith.engine.shards.sequence_part import SequencePart
+from lossmith.engine.sweep import flat
 from lossmith.equation.reduction import (
     Denominator,
     Empty,
     Reduction,
     check_reduction,
     scalar_share,
-    token_scale,
+    supervised,
 )
 from lossmith.options import kind_of
 from lossmith.options.shared import IgnoreIndex, Shift, TokenWeight
@@ -101,10 +102,12 @@ class TokenBatch:
     def can_be_unshifted(self) -> bool:
         """Whether the inputs are there to compare the targets with; what is shifted cannot be unshifted, and
         where a graph is made nobody can wait for an answer."""
+        if self.input_ids is None or self.shift:
+            return False
         is_graph = torch.compiler.is_compiling() or (
             self.targets.is_cuda and torch.cuda.is_current_stream_capturing()
         )
-        return self.input_ids is not None and not self.shift and not is_graph
+        return not is_graph
 
     def warn_if_unshifted(self) -> None:
         """Warn where every supervised target is the input at its own position. Waits for the device."""
@@ -192,51 +195,53 @@ def align(
     check_reduction(reduction, empty)
     ignore_index, token_weight = _IGNORE_INDEX.check(ignore_index), _TOKEN_WEIGHT.check(token_weight)
     shift = num_steps(shift)
-    ids = {"input_ids": input_ids, "segment_ids": segment_ids}
-    _check_given(targets, {"mask": mask, "token_weight": token_weight, **ids, **(features or {})}, ids)
+    shape, features = targets.shape, features or {}
+    of_tokens = {"mask": mask, "token_weight": token_weight, **features}
+    _check_given(targets, of_tokens, {"input_ids": input_ids, "segment_ids": segment_ids})
     targets = targets.long()
     if mask is not None:
         check_mask("mask", mask)
         targets = targets.masked_fill(mask == 0, ignore_index)
-    if pad_token_id == eos_token_id:
-        pad_token_id = None
-    if pad_token_id is not None:
+    if pad_token_id is not None and pad_token_id != eos_token_id:
         targets = targets.masked_fill(targets == pad_token_id, ignore_index)
-    if num_classes is not None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        # before they move
-        check_ids("targets", targets, num_classes, exempt=ignore_index, exempt_name="ignore_index")
+    else:
+        pad_token_id = None
+    # those of an accelerator are looked at by its kernels
+    seen_classes = num_classes if targets.is_cpu and not torch.compiler.is_compiling() else None
+    if seen_classes is not None and shift:  # before they move
+        check_ids("targets", targets, seen_classes, exempt=ignore_index, exempt_name="ignore_index")
+        seen_classes = None
     weight = None if token_weight is None else token_weight.detach()
     if shift:
         targets = _shifted(targets, shift, ignore_index)
         weight = None if weight is None else _shifted(weight, shift, 0.0)
-    valid = targets != ignore_index
     counts = None
     if class_weight is not None:
         counts = class_weight.detach().to(dtype)[targets.clamp(0, len(class_weight) - 1)]
-    rows = as_rows(targets.shape)
-    row_counts = None if counts is None else counts.reshape(rows)
-    scale, own = token_scale(
-        valid.reshape(rows),
+    valid, scale, own = supervised(
+        targets,
+        ignore_index,
         reduction,
+        num_classes=seen_classes,
         denominator=denominator,
-        weight=row_counts,
+        weight=counts,
         empty=empty,
         dtype=dtype,
     )
     if weight is not None:
-        scale = scale * weight.masked_fill(~valid, 0.0).reshape(rows).to(dtype)
+        scale = scale * weight.masked_fill(~valid, 0.0).to(dtype)
     return TokenBatch(
-        targets=targets.reshape(-1),
-        valid=valid.reshape(-1),
-        scale=scale.reshape(-1),
+        targets=flat(targets),
+        valid=flat(valid),
+        scale=flat(scale),
         ignore_index=ignore_index,
-        shape=targets.shape,
+        shape=shape,
         count=own,
         share=scalar_share(own, denominator),
-        input_ids=None if input_ids is None else input_ids.reshape(-1).long(),
-        segment_ids=None if segment_ids is None else segment_ids.reshape(-1).long(),
-        features={name: value.reshape(-1) for name, value in (features or {}).items()},
-        target_weight=None if counts is None else counts.reshape(-1),
+        input_ids=None if input_ids is None else flat(input_ids).long(),
+        segment_ids=None if segment_ids is None else flat(segment_ids).long(),
+        features={name: flat(value) for name, value in features.items()},
+        target_weight=None if counts is None else flat(counts),
         num_classes=num_classes,
         pad_token_id=pad_token_id,
         shift=shift,
@@ -251,17 +256,18 @@ def _check_given(
         TypeError: something is no tensor, or ids are no integers.
         ValueError: a shape differs from the targets'.
     """
-    for name, value in given.items():
-        if value is not None and not isinstance(value, Tensor):
+    for name, value in (*given.items(), *ids.items()):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
             raise TypeError(
                 f"{name} must be a tensor of shape {list(targets.shape)}; got {type(value).__name__}"
             )
-        if value is not None and value.shape != targets.shape:
+        if value.shape != targets.shape:
             raise ValueError(
                 f"{name} must have the targets' shape {list(targets.shape)}; got {list(value.shape)}"
             )
-    for name, value in ids.items():
-        if value is not None:
+        if name in ids:
             check_whole(name, value, "ids")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -20,17 +20,44 @@ from lossmith.engine.statistics.statistic import Columns
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep import Sweep
 from lossmith.engine.sweep_options import SweepOptions
+from lossmith.engine.tokens.family import CrossEntropyFamily
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import scaled
 from lossmith.equation.term import Reads, Term, Weigh, joined
-from lossmith.equation.weighing import weighed_sums
+from lossmith.equation.weighing import together, weighed_sums
 
 # What the metrics read.
 METRICS = ("unscaled.nll", "unscaled.correct")
 
 # A term with its columns of the candidates.
 OfTerm = tuple[Term, Columns]
+
+
+@dataclass(frozen=True, eq=False)
+class Summands:
+    """The terms of a sum.
+
+    Attributes:
+        each: the terms.
+        family: the same, for where it is one step; None if there is no such.
+    """
+
+    each: Sequence[OfTerm]
+    family: CrossEntropyFamily | None = None
+
+    def values(self, stats: TokenStats, batch: TokenBatch) -> Sequence[Tensor] | Tensor:
+        """What each token adds to each of the terms, before its scale: K tensors [N], or one [K, N]."""
+        if self.family is not None:
+            found = stats.terms_of(self.family, batch.target_weight)
+            if found is not None:
+                return found
+        return [term.values(stats.declared(term.reads, columns), batch) for term, columns in self.each]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the terms."""
+        return [term.name for term, _ in self.each]
 
 
 def evaluate(
@@ -44,6 +71,7 @@ def evaluate(
     reads: Reads = (),
     scalars: Mapping[str, Tensor] | None = None,
     per_token: bool = False,
+    family: CrossEntropyFamily | None = None,
 ) -> LossOutput:
     """The equation: terms over the statistics, plus scalars.
 
@@ -58,6 +86,7 @@ def evaluate(
             in the same pass.
         scalars: weighted scalars of other tensors, by name.
         per_token: return [..., T] values (the reduction ``none``) rather than their sum.
+        family: the same as the terms, for where it is one step.
     """
     terms = [term for term in terms if not term.is_off]
     scalars = {name: value * batch.share for name, value in (scalars or {}).items()}
@@ -67,6 +96,7 @@ def evaluate(
             f"the scalars {', '.join(scalars)} belong to no token; reduction='none' has no place for them"
         )
     candidates, of_terms = _gather_candidates(terms, batch)
+    summands = Summands(of_terms, family)
     sweep = None
     if stats is None:
         sweep = options.sweep(
@@ -87,7 +117,7 @@ def evaluate(
     unless = whole_batch_reason(terms, batch, weigh, per_token)
     swept = None
     if sweep is not None:
-        swept = _in_one_sweep(of_terms, predictions, sweep.asking(*asked), batch, unless, asked_by_terms)
+        swept = _in_one_sweep(summands, predictions, sweep.asking(*asked), batch, unless, asked_by_terms)
     if swept is not None:
         total, parts, shares, known = swept
         stats.hold(known)
@@ -95,10 +125,10 @@ def evaluate(
     else:
         stats.add(asked)
         seen = _supervised(stats, batch)
-        total, parts, shares, weight = _parts(of_terms, seen, batch, weigh, per_token)
+        total, parts, shares, weight = _parts(summands, seen, batch, weigh, per_token)
     parts.update(scalars)
     total = reduce(operator.add, scalars.values(), total)
-    metrics = Metrics(_metrics(total, parts, seen, batch))
+    metrics = metrics_of(total, parts, seen, batch)
     if weight is not None:
         batch = replace(batch, scale=scaled(batch.scale, weight.detach()))
     return LossOutput(total, parts, batch.valid, seen, batch, shares, metrics, stats)
@@ -157,39 +187,30 @@ def _supervised(stats: TokenStats, batch: TokenBatch) -> TokenStats:
     return stats if batch.also_read is None else stats.restrict(batch.targets, batch.ignore_index)
 
 
-def _values(of_terms: Sequence[OfTerm], stats: TokenStats, batch: TokenBatch) -> list[Tensor]:
-    """[N] what each token adds to each of the terms, before its scale."""
-    return [term.values(stats.declared(term.reads, columns), batch) for term, columns in of_terms]
-
-
 def _parts(
-    of_terms: Sequence[OfTerm], stats: TokenStats, batch: TokenBatch, weigh: Weigh | None, per_token: bool
+    summands: Summands, stats: TokenStats, batch: TokenBatch, weigh: Weigh | None, per_token: bool
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
     """The sum of the terms, each term, what each token adds to each [K, N], and its weight [N] or None."""
     weight = None if weigh is None else weigh(stats.detach(), batch)
-    if not of_terms:
+    if not summands.each:
         return _nothing(stats, batch, per_token), {}, batch.scale.new_zeros(0, len(batch.scale)), weight
-    values, factor = _values(of_terms, stats, batch), None if weight is None else weight.detach()
+    values, factor = summands.values(stats, batch), None if weight is None else weight.detach()
     if per_token:
-        shares = scaled(torch.stack(values), batch.scale)
+        shares = scaled(together(values), batch.scale)
         each = (shares if factor is None else scaled(shares, factor)).reshape(-1, *batch.shape)
         total, shares = each.sum(0), shares.detach()
     else:
         total, each, shares = weighed_sums(values, batch.scale, factor, backend=stats.backend)
-    parts = dict(zip(_names(of_terms), each.unbind(), strict=True)) if len(of_terms) > 1 else {}
-    return total, parts or {of_terms[0][0].name: total}, shares, weight
+    of_each = each.unbind() if len(summands.each) > 1 else [total]
+    return total, dict(zip(summands.names, of_each, strict=True)), shares, weight
 
 
-def _total(of_terms: Sequence[OfTerm], stats: TokenStats, batch: TokenBatch) -> Tensor:
-    return weighed_sums(_values(of_terms, stats, batch), batch.scale, backend=stats.backend)[0]
-
-
-def _names(of_terms: Sequence[OfTerm]) -> list[str]:
-    return [term.name for term, _ in of_terms]
+def _total(summands: Summands, stats: TokenStats, batch: TokenBatch) -> Tensor:
+    return weighed_sums(summands.values(stats, batch), batch.scale, backend=stats.backend)[0]
 
 
 def _in_one_sweep(
-    of_terms: Sequence[OfTerm],
+    summands: Summands,
     predictions: Predictions,
     sweep: Sweep,
     batch: TokenBatch,
@@ -198,21 +219,21 @@ def _in_one_sweep(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, ByView] | None:
     """The sum of the terms, each term, and what each token adds to each [K, N], with gradients that were made
     together with the statistics, which come last; None where that cannot be."""
-    if not of_terms:
+    if not summands.each:
         return None
-    reads = joined(*(term.reads for term, _ in of_terms))
+    reads = joined(*(term.reads for term, _ in summands.each))
 
     def loss_of(some: TokenStats, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         tokens = batch.select(rows)
         some.announce(reads or ())
-        values = _values(of_terms, _supervised(some, tokens), tokens)
+        values = summands.values(_supervised(some, tokens), tokens)
         total, _, shares = weighed_sums(values, tokens.scale, backend=sweep.backend)
         return total, shares
 
     try:
         swept = predictions.sweep_once(sweep, LossOf(loss_of, asked), unless, batch.scale)
     except OtherGradient:
-        names = ", ".join(map(repr, _names(of_terms)))
+        names = ", ".join(map(repr, summands.names))
         raise ValueError(
             f"one of the terms {names} has a gradient in something else than its token's statistics (a "
             "parameter, perhaps), which a term of scope='token' promises not to have; give it scope='batch'"
@@ -223,14 +244,14 @@ def _in_one_sweep(
         with torch.no_grad():
             known = swept.stats(swept.known).detach()
             known.announce(reads or ())
-            values = _values(of_terms, _supervised(known, batch), batch)
+            values = summands.values(_supervised(known, batch), batch)
             swept = replace(swept, shares=weighed_sums(values, batch.scale, backend=sweep.backend)[2])
     sums = swept.shares.sum(-1)
     parts = {
         of_term[0].name: swept.part(
-            value, lambda s, of_term=of_term: _total([of_term], _supervised(s, batch), batch)
+            value, lambda s, of_term=of_term: _total(Summands([of_term]), _supervised(s, batch), batch)
         )
-        for of_term, value in zip(of_terms, sums, strict=True)
+        for of_term, value in zip(summands.each, sums, strict=True)
     }
     return swept.loss(sums), parts, swept.shares, swept.known
 
@@ -241,17 +262,19 @@ def _nothing(stats: TokenStats, batch: TokenBatch, per_token: bool) -> Tensor:
     return zeros.reshape(batch.shape) if per_token else zeros.sum()
 
 
-def _metrics(
-    total: Tensor, parts: Mapping[str, Tensor], stats: TokenStats, batch: TokenBatch
-) -> dict[str, Callable[[], Tensor]]:
+def metrics_of(total: Tensor, parts: Mapping[str, Tensor], stats: TokenStats, batch: TokenBatch) -> Metrics:
+    """The numbers of a loss, its parts, and what the predictions are worth."""
+
     def mean(of: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return lambda: masked_mean(of().detach().to(batch.scale.dtype), batch.valid)
 
     nll = mean(lambda: stats.unscaled.nll)
-    return {
-        "loss": total.sum,
-        **{name: part.sum for name, part in parts.items()},
-        "nll": nll,
-        "perplexity": lambda: nll().exp(),
-        "accuracy": mean(lambda: stats.unscaled.correct),
-    }
+    return Metrics(
+        {
+            "loss": total.sum,
+            **{name: part.sum for name, part in parts.items()},
+            "nll": nll,
+            "perplexity": lambda: nll().exp(),
+            "accuracy": mean(lambda: stats.unscaled.correct),
+        }
+    )

@@ -118,6 +118,8 @@ class LossOutput:
         """The same with the statistics, flat while the loss is made, in the shape of the targets."""
         if self.stats is None or self.batch is None:
             return self
+        if len(self.batch.shape) == 1:
+            return self
         return replace(self, stats=self.stats.reshape(self.batch.shape))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lossmith.core.former_names import REDUCTIONS
+from lossmith.engine.checks import check_ids
+from lossmith.engine.tokens import native_targets
 from lossmith.options import kind_of, option
 
 Reduction = Annotated[
@@ -40,6 +42,38 @@ _REDUCTION, _EMPTY = kind_of(Reduction, "reduction"), kind_of(Empty, "empty")
 _DENOMINATOR = kind_of(Denominator | None, "denominator")
 
 
+def supervised(
+    targets: Tensor,
+    ignore_index: int,
+    reduction: Reduction,
+    *,
+    num_classes: int | None = None,
+    denominator: Denominator | None = None,
+    weight: Tensor | None = None,
+    empty: Empty = "zero",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the targets [..., T] are, and what :func:`token_scale` returns of them.
+
+    Raises:
+        ValueError: one of them is none of ``num_classes``, if given.
+    """
+    if denominator is None and weight is None and native_targets.takes(targets):
+        most = torch.iinfo(torch.int64).max if num_classes is None else num_classes
+        *found, is_outside = native_targets.settle(targets, most, ignore_index, reduction, empty, dtype)
+        if is_outside and num_classes is not None:
+            check_ids("targets", targets, num_classes, exempt=ignore_index, exempt_name="ignore_index")
+        valid, scale, own = found
+        return valid, scale, own
+    if num_classes is not None:
+        check_ids("targets", targets, num_classes, exempt=ignore_index, exempt_name="ignore_index")
+    valid = targets != ignore_index
+    scale, own = token_scale(
+        valid, reduction, denominator=denominator, weight=weight, empty=empty, dtype=dtype
+    )
+    return valid, scale, own
+
+
 def token_scale(
     valid: Tensor,
     reduction: Reduction,
@@ -58,16 +92,16 @@ def token_scale(
     | ``sum``, ``none`` | 1 | 1 |
 
     Args:
-        valid: [B, T] bool, the supervised tokens M.
+        valid: [..., T] bool, the supervised tokens M; a sample is a row of the last dimension.
         reduction: see the table.
         denominator: the number of supervised tokens (or samples) over all micro-batches and
             ranks, when a batch is split; nothing else is divided by then.
-        weight: [B, T] what a token counts for in D (class weights); 1 where absent.
+        weight: [..., T] what a token counts for in D (class weights); 1 where absent.
         empty: ``zero`` gives 0 where D is 0, ``nan`` gives NaN as PyTorch does.
         dtype: of the result.
 
     Returns:
-        [B, T] factors, 0 at tokens that are not supervised; and what this batch alone would be divided by,
+        [..., T] factors, 0 at tokens that are not supervised; and what this batch alone would be divided by,
         its supervised tokens or its samples that have one (0-dimensional).
     """
     denominator = _DENOMINATOR.check(denominator)

@@ -11,21 +11,25 @@ from torch import Tensor
 
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
-from lossmith.engine.eager import is_watched
 from lossmith.engine.sweep import Maybe
 from lossmith.engine.tokens.arithmetic import arithmetic_for, is_one_step
+from lossmith.engine.watched import is_watched
 from lossmith.equation.reduction import scaled
 
 
 def weighed_sums(
-    values: Sequence[Tensor], scale: Tensor, weight: Tensor | None = None, *, backend: str | None = None
+    values: Sequence[Tensor] | Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over tokens of K terms, 0 where a factor is 0, whatever the value.
 
         sum_n weight_n scale_n values_kn
 
     Args:
-        values: K tensors [N].
+        values: K tensors [N], or one [K, N].
         scale: [N], without a gradient.
         weight: [N] without a gradient, or None for 1.
         backend: whose arithmetic; None for the first that takes the numbers.
@@ -33,13 +37,26 @@ def weighed_sums(
     Returns:
         The sum of all; the sums [K]; and the shares [K, N], scale times value, without a gradient.
     """
-    factors = (*values, *(() if weight is None else (weight,)))
-    is_alike = all(given.dtype == scale.dtype and given.shape == scale.shape for given in factors)
+    each = [values] if isinstance(values, Tensor) else list(values)
+    factors = (*each, *(() if weight is None else (weight,)))
+    is_alike = all(one.dtype == scale.dtype and one.shape[-1:] == scale.shape for one in factors)
     if is_alike and is_one_step(scale, backend):
-        return _Weighed.apply(backend, scale, weight, *values)
-    shares = scaled(torch.stack(list(values)) if len(values) > 1 else values[0].unsqueeze(0), scale)
+        return _Weighed.apply(backend, scale, weight, *each)
+    shares = scaled(together(values), scale)
     sums = (shares if weight is None else scaled(shares, weight)).sum(-1)
     return sums.sum(), sums, shares.detach()
+
+
+def together(values: Sequence[Tensor] | Tensor) -> Tensor:
+    """[K, N]: K tensors [N] as one, without a copy of a single one."""
+    if isinstance(values, Tensor):
+        return values
+    return torch.stack(list(values)) if len(values) > 1 else values[0].unsqueeze(0)
+
+
+def _num_terms(values: Sequence[Tensor]) -> int:
+    """K, of K tensors [N] or of a single one [K, N]."""
+    return len(values[0]) if values[0].dim() > 1 else len(values)
 
 
 class _Weighed(torch.autograd.Function):
@@ -47,7 +64,7 @@ class _Weighed(torch.autograd.Function):
     def forward(
         ctx: Any, backend: str | None, scale: Tensor, weight: Tensor | None, *values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.backend, ctx.num_terms = backend, len(values)
+        ctx.backend, ctx.is_one, ctx.num_terms = backend, values[0].dim() > 1, _num_terms(values)
         ctx.save_for_backward(scale, weight)
         ctx.set_materialize_grads(False)
         total, sums, shares = (weigh_op if is_watched() else _weigh)(values, scale, weight, backend)
@@ -63,13 +80,13 @@ class _Weighed(torch.autograd.Function):
         with torch.no_grad():
             gradient = run(scale, weight, of_sums, of_total, ctx.num_terms, ctx.backend)
         depend_on: Maybe = (of_sums, of_total)
-        return (None, None, None, *once(gradient.unbind(), depend_on))
+        return (None, None, None, *once([gradient] if ctx.is_one else gradient.unbind(), depend_on))
 
 
 def _weigh(
     values: Sequence[Tensor], scale: Tensor, weight: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shares = scale.new_empty(len(values), scale.numel())
+    shares = scale.new_empty(_num_terms(values), scale.numel())
     sums, total = arithmetic_for(scale, backend).weigh(values, scale, weight, shares)
     return total, sums, shares
 
@@ -111,7 +128,8 @@ def weigh_back_op(
 
 @weigh_op.register_fake
 def _(values, scale, weight, backend):
-    return scale.new_empty(()), scale.new_empty(len(values)), scale.new_empty(len(values), scale.numel())
+    num_terms = _num_terms(values)
+    return scale.new_empty(()), scale.new_empty(num_terms), scale.new_empty(num_terms, scale.numel())
 
 
 @weigh_back_op.register_fake

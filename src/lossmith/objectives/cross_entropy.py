@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from lossmith.engine.rows.backends import BackendName
 from lossmith.engine.statistics.stats import TokenStats
+from lossmith.engine.tokens.family import CrossEntropyFamily
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.reduction import Empty, Reduction
 from lossmith.equation.term import Reads, Term, TokenLoss, joined
@@ -29,6 +32,8 @@ from lossmith.terms.confidence import confidence_penalty as negative_entropy
 from lossmith.terms.cross_entropy import SmoothingMode, cross_entropy, smooth
 from lossmith.terms.focal import focal
 from lossmith.terms.z_loss import z_loss as squared_logsumexp
+
+_family = functools.lru_cache(CrossEntropyFamily)
 
 
 class CrossEntropyOptions(TypedDict, total=False):
@@ -144,6 +149,17 @@ class CrossEntropyLoss(Objective):
                 scope="token",
             ),
         ]
+
+    @property
+    def family(self) -> CrossEntropyFamily | None:
+        kind, own = type(self), CrossEntropyLoss
+        is_own = kind.terms is own.terms and kind.token_loss is own.token_loss and kind.weigh is own.weigh
+        excludes_target = self.smoothing_mode == "exclude_target"
+        numbers = self.label_smoothing, self.focal_gamma, self.z_loss, self.confidence_penalty
+        if not is_own or self.special_tokens or not all(isinstance(one, int | float) for one in numbers):
+            return None
+        smoothing, *others = numbers
+        return _family(smoothing, excludes_target, *others)
 
     @property
     def token_loss_reads(self) -> Reads:

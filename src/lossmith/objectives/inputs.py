@@ -63,6 +63,8 @@ def take_predictions(
         TypeError: neither logits nor a head was given, or both; or an option of the head has the wrong type.
         ValueError: an option of the head is out of range.
     """
+    if logits is not None and not inputs:
+        return (logits if isinstance(logits, Predictions) else logits_as_predictions(logits)), {}
     rest = {name: value for name, value in inputs.items() if name in taken or name not in HEAD_INPUTS}
     given = {name: inputs[name] for name in HEAD_INPUTS if inputs.get(name) is not None}
     if logits is not None:

@@ -17,7 +17,9 @@ from lossmith.engine.shards.sequence import SequenceShards
 from lossmith.engine.shards.sequence_part import SequencePart
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.sweep_options import SweepOptions
+from lossmith.engine.tokens.family import CrossEntropyFamily
 from lossmith.equation.batch import TokenBatch
+from lossmith.equation.cross_entropy import evaluate_cross_entropy
 from lossmith.equation.evaluation import evaluate, whole_batch_reason
 from lossmith.equation.output import LossOutput
 from lossmith.equation.reduction import Denominator, Empty, Reduction
@@ -131,6 +133,11 @@ class Objective(Aligned):
         return [replace(self._terms[0], loss=token_loss, reads=token_loss.reads), *self._terms[1:]]
 
     @property
+    def family(self) -> CrossEntropyFamily | None:
+        """The same as one step, where the terms are the cross-entropy family's and no others."""
+        return None
+
+    @property
     def weigh(self) -> Weigh | None:
         """(detached statistics, batch) -> [N] the factor of all terms of a token; None for 1."""
         return None
@@ -185,8 +192,8 @@ class Objective(Aligned):
         predictions, inputs = take_predictions(logits, inputs, self.input_names)
         targets = given_targets(targets)
         mask, attention_mask = both_masks(mask, attention_mask)
-        aligned: dict[str, Any] = {"mask": mask, "token_weight": token_weight}
-        aligned |= {"input_ids": input_ids, "segment_ids": segment_ids}
+        of_tokens = {"input_ids": input_ids, "segment_ids": segment_ids}
+        aligned: dict[str, Any] = {"mask": mask, "token_weight": token_weight, **of_tokens}
         inputs = {"attention_mask": attention_mask, **inputs}
         if sequence is not None:
             predictions = SequencePart(predictions, sequence)
@@ -226,17 +233,24 @@ class Objective(Aligned):
             inputs, scalars: as for :meth:`evaluate`.
             stats: the batch's statistics, flat, if already computed.
         """
-        output = evaluate(
-            self.terms(),
-            predictions,
-            batch,
-            self.sweep_options,
-            stats=stats,
-            weigh=self.weigh,
-            reads=self.reads,
-            scalars=scalars,
-            per_token=self.reduction == "none",
-        )
+        options, per_token, output = self.sweep_options, self.reduction == "none", None
+        family = None if torch.compiler.is_compiling() else self.family
+        is_whole = stats is None and not scalars and not per_token
+        if family and is_whole and predictions.has_cross_entropy(self.backend, self.softcap):
+            output = evaluate_cross_entropy(family, predictions, batch, options, self.reads)
+        if output is None:
+            output = evaluate(
+                self.terms(),
+                predictions,
+                batch,
+                options,
+                stats=stats,
+                weigh=self.weigh,
+                reads=self.reads,
+                scalars=scalars,
+                per_token=per_token,
+                family=family,
+            )
         return self.complete(output, inputs)
 
     def complete(self, output: LossOutput, inputs: Mapping[str, Any]) -> LossOutput:

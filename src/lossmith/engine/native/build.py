@@ -25,8 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
-_SOURCES = [Path(__file__).with_name(f"{name}_native.cpp") for name in ("rows", "tokens", "products")]
-_HEADERS = [Path(__file__).with_name("lanes_native.h")]
+_SOURCES = [
+    Path(__file__).with_name(f"{name}_native.cpp") for name in ("rows", "tokens", "cross_entropy", "products")
+]
+_HEADERS = [Path(__file__).with_name(f"{name}_native.h") for name in ("lanes", "rows", "tokens", "family")]
 # No contraction: forward and backward must round a logit over its temperature alike.
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off"]
 # OpenMP is compiled against but not linked: its symbols are then found in the runtime that

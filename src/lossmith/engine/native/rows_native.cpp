@@ -3,6 +3,7 @@
 // only at the end. The formulas, and the names, are those of torch_rows.py.
 
 #include "lanes_native.h"
+#include "rows_native.h"
 
 #include <atomic>
 #include <cmath>
@@ -20,46 +21,12 @@ constexpr float UNDERFLOW_ = -1e4f;
 constexpr double WRONG_EPS = 1e-8;
 constexpr double NEG_INF = -std::numeric_limits<double>::infinity();
 constexpr int ENTROPY = 1, SUM = 2, TOP = 4, COUNT = 8, CANDIDATES = 16;
-constexpr int64_t BAD_TARGET = 1, BAD_CANDIDATE = 2, BAD_TOP = 3, NO_MEMORY = 4;
+constexpr int64_t BAD_TARGET = 1, BAD_CANDIDATE = 2, BAD_TOP = 3;
 
 inline double log_add(double a, double b) {
     const double m = a > b ? a : b;
     return m == NEG_INF ? NEG_INF : m + std::log1p(std::exp(-std::fabs(a - b)));
 }
-
-}  // namespace
-
-extern "C" {
-
-// One view of the logits: their statistics over one temperature. Pointers may be null.
-struct View {
-    const float* temperature;
-    int64_t needs;
-    float *reference, *target_logit, *wrong_log_sum, *wrong_entropy, *centered_sum, *sum_weight, *target_weight,
-        *num_finite, *top_wrong_logit;
-    int64_t* top_wrong_id;
-    float *num_wrong, *candidate_logits, *rest_log_sum;
-    const float *g_target_logit, *g_wrong_log_sum, *g_wrong_entropy, *g_centered_sum, *g_top_wrong_logit,
-        *g_candidate_logits, *g_rest_log_sum;
-};
-
-struct Batch {
-    const void* logits;
-    const int64_t* row_offsets;  // in elements; none where each row follows the one before
-    int64_t is_bf16, num_rows, num_classes;
-    const int64_t* targets;
-    int64_t ignore_index;
-    const int64_t* candidates;
-    int64_t num_candidates;
-    const float* class_weight;
-    View* views;
-    int64_t num_views, num_threads;
-    void* gradient;
-    int64_t bad_id;  // filled in: what stood where an id should
-};
-}
-
-namespace {
 
 // The first that went wrong on any thread.
 struct Problem {
@@ -347,7 +314,6 @@ void run(const Batch& b, std::atomic<int64_t>& next, int64_t step, Problem& prob
 
 }  // namespace
 
-// 0, or which ids hold one out of range, or that there is no memory.
 extern "C" int64_t lossmith_sweep(Batch* batch) {
     if (batch->num_rows < 1 || batch->num_classes < 1) return 0;
     const int64_t worth = 1 + (batch->num_rows * batch->num_classes >> 16);

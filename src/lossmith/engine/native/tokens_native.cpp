@@ -1,47 +1,43 @@
-// What is computed of a token's raw statistics, a token at a time and in doubles: the named statistics of
-// stats.py and their gradients, and the weighed sum of the terms that were made of them.
+// What is computed of tokens, one at a time and in doubles: the named statistics and their gradients, and the
+// weighed sum of the terms that were made of them.
 
-#include <cmath>
-#include <cstdint>
-#include <limits>
+#include "family_native.h"
+
 #include <vector>
 
 namespace {
 
-constexpr double INF = std::numeric_limits<double>::infinity();
-constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 constexpr double LOG_2 = 0.693147180559945309417232121458;
-constexpr double WIDE = 1e4;  // as in stats.py
+constexpr int64_t SEQUENCE_MEAN = 1, SUM = 2;  // as in native_tokens.py
 // Fewer tokens than this are faster on one thread.
 constexpr int64_t MANY = 4096;
-
-// In the order of GROUP_OF in statistics/raw.py.
-enum Raw {
-    REFERENCE, TARGET_LOGIT, WRONG_LOG_SUM, WRONG_ENTROPY, CENTERED_SUM, SUM_WEIGHT, TARGET_WEIGHT, NUM_FINITE,
-    TOP_WRONG_LOGIT, TOP_WRONG_ID, NUM_WRONG, CANDIDATE_LOGITS, REST_LOG_SUM, NUM_RAW
-};
-// In the order of DERIVED in tokens/derivation.py.
-enum Derived {
-    LOGSUMEXP, WRONG_LOGSUMEXP, NLL, TARGET_PROB, TARGET_LOG1M_PROB, ENTROPY, NORMALIZED_WRONG_ENTROPY, MEAN_LOGIT,
-    TOTAL_NLL, TOP_PROB, CANDIDATE_LOG1M_PROB, NUM_DERIVED
-};
-
-inline double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
 
 }  // namespace
 
 extern "C" {
 
-// Pointers may be null: a raw statistic that is not there, a named one or a gradient that nobody wants.
-struct Tokens {
-    int64_t is_double, num_rows, num_candidates, num_threads;
+// Ids of classes, or the exempt one.
+struct Ids {
+    const int64_t* ids;
+    int64_t num, num_classes, exempt;
+};
+
+// Targets [N], rows of num_positions, and what is made of them.
+struct Targets {
+    int64_t is_double, num_rows, num_positions, num_classes, ignore_index, reduction, is_nan_if_empty;
     const int64_t* targets;
-    int64_t ignore_index;
-    const int64_t* candidates;
-    const void* raw[NUM_RAW];
-    void* derived[NUM_DERIVED];        // written on the way there
-    const void* upstream[NUM_DERIVED]; // read on the way back,
-    void* gradient[NUM_RAW];           // on which these are written
+    bool* valid;   // [N]
+    void* scale;   // [N]
+    void* count;   // []
+};
+
+struct FamilyTerms {
+    const Tokens* views;  // at the loss's temperature, and at 1 if that is another and read
+    int64_t num_views;
+    const void* target_weight;  // [N], or null
+    void* values;               // [K, N], written on the way there
+    const void* upstream;       // [K, N], read on the way back
+    Family family;
 };
 
 struct Terms {
@@ -55,60 +51,6 @@ struct Terms {
 }
 
 namespace {
-
-// A token's raw statistics, 0 where they are not there, and what the named ones have in common.
-template <class T>
-struct Token {
-    const Tokens& all;
-    int64_t row;
-    bool is_ignored;
-    double reference, target, wrong, gap, against, nll, wrong_nll, centered, p, q;
-
-    Token(const Tokens& tokens, int64_t r) : all(tokens), row(r) {
-        is_ignored = tokens.targets[row] == tokens.ignore_index;
-        reference = raw(REFERENCE), target = raw(TARGET_LOGIT), wrong = raw(WRONG_LOG_SUM);
-        gap = target - reference;
-        if (gap == INF) gap = NOT_A_NUMBER;  // a broken logit is no certainty
-        against = wrong - gap;
-        nll = softplus(against), wrong_nll = softplus(-against);
-        centered = against > 0 ? wrong + wrong_nll : gap + nll;
-        p = std::exp(-nll), q = std::exp(-wrong_nll);
-    }
-    double raw(Raw name) const { return all.raw[name] ? ((const T*)all.raw[name])[row] : 0.0; }
-    double log1m() const { return is_ignored ? 0.0 : -wrong_nll; }
-    bool target_wins() const { return (gap >= 0 && !std::isnan(wrong)) || wrong == -INF; }
-    double wrong_weight() const { return raw(SUM_WEIGHT) == 0 ? 1.0 : raw(SUM_WEIGHT); }  // of a sum of nothing
-    double total_weight() const { return raw(SUM_WEIGHT) + raw(TARGET_WEIGHT); }  // with a target that has one
-
-    double value(Derived name) const {
-        switch (name) {
-            case LOGSUMEXP: return against > 0 ? reference + (wrong + wrong_nll) : target + nll;
-            case WRONG_LOGSUMEXP: return is_ignored ? 0.0 : reference + wrong;
-            case NLL: return nll;
-            case TARGET_PROB: return p;
-            case TARGET_LOG1M_PROB: return log1m();
-            case ENTROPY:
-                return p * std::fmin(nll, WIDE) + q * (std::fmin(wrong_nll, WIDE) + raw(WRONG_ENTROPY));
-            case NORMALIZED_WRONG_ENTROPY: {
-                if (raw(NUM_WRONG) <= 1) return 0.0;
-                const double part = raw(WRONG_ENTROPY) / std::log(raw(NUM_WRONG));
-                return part < 0 ? 0.0 : part > 1 ? 1.0 : part;
-            }
-            case MEAN_LOGIT: {
-                const double of_wrong = reference + raw(CENTERED_SUM) / wrong_weight();
-                if (raw(TARGET_WEIGHT) == 0) return of_wrong;
-                return (raw(SUM_WEIGHT) * of_wrong + raw(TARGET_WEIGHT) * target) / total_weight();
-            }
-            case TOTAL_NLL: {
-                const double own = raw(TARGET_WEIGHT) == 0 ? 0.0 : raw(TARGET_WEIGHT) * nll;
-                return raw(SUM_WEIGHT) * centered - raw(CENTERED_SUM) + own;
-            }
-            case TOP_PROB: return target_wins() ? p : top_wrong_prob();
-            default: return 0.0;
-        }
-    }
-    double top_wrong_prob() const { return std::exp(raw(TOP_WRONG_LOGIT) - reference - centered); }
-};
 
 // log(1 - p_c) of one candidate, and what it takes for its gradient.
 struct Candidate {
@@ -144,72 +86,53 @@ void derive(const Tokens& t, int64_t row) {
 template <class T>
 void derive_back(const Tokens& t, int64_t row) {
     const Token<T> token(t, row);
-    const double p = token.p, q = token.q;
-    double g[NUM_RAW] = {}, of_against = 0, of_centered = 0, of_gap = 0, of_log1m = 0;
-    const auto up = [&](Derived name) { return t.upstream[name] ? (double)((const T*)t.upstream[name])[row] : 0.0; };
-
-    of_log1m = up(TARGET_LOG1M_PROB);
-    of_against += up(NLL) * q - up(TARGET_PROB) * p * q;
-    if (t.upstream[LOGSUMEXP]) {
-        if (token.against > 0) g[WRONG_LOG_SUM] += up(LOGSUMEXP), of_against -= up(LOGSUMEXP) * p;
-        else g[TARGET_LOGIT] += up(LOGSUMEXP), of_against += up(LOGSUMEXP) * q;
-    }
-    if (!token.is_ignored) g[WRONG_LOG_SUM] += up(WRONG_LOGSUMEXP);
-    if (t.upstream[ENTROPY]) {
-        const double apart = std::fmin(token.wrong_nll, WIDE) - std::fmin(token.nll, WIDE) + token.raw(WRONG_ENTROPY);
-        of_against += up(ENTROPY) * p * q * (apart + (token.nll <= WIDE) - (token.wrong_nll <= WIDE));
-        g[WRONG_ENTROPY] += up(ENTROPY) * q;
-    }
-    if (t.upstream[NORMALIZED_WRONG_ENTROPY] && token.raw(NUM_WRONG) > 1) {
-        const double most = std::log(token.raw(NUM_WRONG)), part = token.raw(WRONG_ENTROPY) / most;
-        if (!(part < 0 || part > 1)) g[WRONG_ENTROPY] += up(NORMALIZED_WRONG_ENTROPY) / most;
-    }
-    if (t.upstream[MEAN_LOGIT]) {
-        const bool has_target = token.raw(TARGET_WEIGHT) != 0;
-        const double of_wrong = has_target ? token.raw(SUM_WEIGHT) / token.total_weight() : 1.0;
-        g[CENTERED_SUM] += up(MEAN_LOGIT) * of_wrong / token.wrong_weight();
-        if (has_target) g[TARGET_LOGIT] += up(MEAN_LOGIT) * token.raw(TARGET_WEIGHT) / token.total_weight();
-    }
-    if (t.upstream[TOTAL_NLL]) {
-        of_centered += up(TOTAL_NLL) * token.raw(SUM_WEIGHT);
-        g[CENTERED_SUM] -= up(TOTAL_NLL);
-        if (token.raw(TARGET_WEIGHT) != 0) of_against += up(TOTAL_NLL) * token.raw(TARGET_WEIGHT) * q;
-    }
-    if (t.upstream[TOP_PROB]) {
-        if (token.target_wins()) {
-            of_against -= up(TOP_PROB) * p * q;
-        } else {
-            const double of_top = up(TOP_PROB) * token.top_wrong_prob();
-            g[TOP_WRONG_LOGIT] += of_top, of_centered -= of_top;
-        }
-    }
+    double up[NUM_DERIVED] = {};
+    unsigned asked = 0;
+    for (int name = 0; name < CANDIDATE_LOG1M_PROB; ++name)
+        if (t.upstream[name]) up[name] = ((const T*)t.upstream[name])[row], asked |= 1u << name;
+    Back back;
+    add_named(token, up, asked, back);
     for (int64_t k = 0; t.upstream[CANDIDATE_LOG1M_PROB] && k < t.num_candidates; ++k) {
         const int64_t at = row * t.num_candidates + k;
         const double given = ((const T*)t.upstream[CANDIDATE_LOG1M_PROB])[at];
         const Candidate c(token, k);
         double own = 0;
         if (c.is_target) {
-            of_log1m += given;
+            back.of_log1m += given;
         } else if (c.is_large) {
             if (c.rest > -INF || token.gap > -INF) {
                 const double of_rest = 1 / (1 + std::exp(token.gap - c.rest));
-                g[REST_LOG_SUM] += given * of_rest, of_gap += given * (1 - of_rest);
+                back.raw[REST_LOG_SUM] += given * of_rest, back.of_gap += given * (1 - of_rest);
             }
-            of_centered -= given;
+            back.of_centered -= given;
         } else {
             const double e = std::exp(c.log_p);
             own = -given * e / (1 - e);
-            of_centered -= own;
+            back.of_centered -= own;
         }
         if (t.gradient[CANDIDATE_LOGITS]) ((T*)t.gradient[CANDIDATE_LOGITS])[at] = (T)own;
     }
-    if (!token.is_ignored) of_against += of_log1m * p;
-    if (token.against > 0) g[WRONG_LOG_SUM] += of_centered, of_against -= of_centered * p;
-    else of_gap += of_centered, of_against += of_centered * q;
-    g[WRONG_LOG_SUM] += of_against;
-    g[TARGET_LOGIT] += of_gap - of_against;
+    finish(token, back);
     for (int name = 0; name < NUM_RAW; ++name)
-        if (t.gradient[name] && name != CANDIDATE_LOGITS) ((T*)t.gradient[name])[row] = (T)g[name];
+        if (t.gradient[name] && name != CANDIDATE_LOGITS) ((T*)t.gradient[name])[row] = (T)back.raw[name];
+}
+
+// Which tokens are supervised, and their shares; the divisions are rounded as PyTorch's are.
+template <class T>
+void settle(const Targets& t) {
+    const int64_t length = t.num_positions > 0 ? t.num_positions : 1;
+    const bool by_row = t.reduction == SEQUENCE_MEAN;
+    T* scale = (T*)t.scale;
+    int64_t own = 0;
+    for (int64_t row = 0; row < t.num_rows; row += length) {
+        int64_t here = 0;
+        for (int64_t n = row; n < row + length; ++n) here += t.valid[n] = t.targets[n] != t.ignore_index;
+        for (int64_t n = row; by_row && n < row + length; ++n) scale[n] = t.valid[n] ? T(1) / (T)here : T(0);
+        own += by_row ? here > 0 : here;
+    }
+    *(T*)t.count = (T)own;
+    const T divisor = t.reduction == SUM ? T(1) : own > 0 ? (T)own : t.is_nan_if_empty ? (T)NOT_A_NUMBER : T(1);
+    for (int64_t n = 0; n < t.num_rows; ++n) scale[n] = (by_row ? scale[n] : (T)t.valid[n]) / divisor;
 }
 
 template <class T>
@@ -244,6 +167,33 @@ void weigh_back(const Terms& t) {
 }
 
 template <class T>
+void family(const FamilyTerms& t) {
+    const int64_t n = t.views->num_rows;
+#pragma omp parallel for if (n >= MANY && t.views->num_threads > 1) num_threads((int)t.views->num_threads)
+    for (int64_t row = 0; row < n; ++row) {
+        double found[MOST_TERMS];
+        FamilyOfToken<T>(t.family, (const T*)t.target_weight, t.views, t.num_views, row).values(found);
+        for (int k = 0; k < num_terms(t.family); ++k) ((T*)t.values)[k * n + row] = (T)found[k];
+    }
+}
+
+template <class T>
+void family_back(const FamilyTerms& t) {
+    const int64_t n = t.views->num_rows;
+#pragma omp parallel for if (n >= MANY && t.views->num_threads > 1) num_threads((int)t.views->num_threads)
+    for (int64_t row = 0; row < n; ++row) {
+        Back found[2];
+        double given[MOST_TERMS];
+        for (int k = 0; k < num_terms(t.family); ++k) given[k] = ((const T*)t.upstream)[k * n + row];
+        if (is_any(given, num_terms(t.family)))
+            FamilyOfToken<T>(t.family, (const T*)t.target_weight, t.views, t.num_views, row).back(given, found);
+        for (int64_t v = 0; v < t.num_views; ++v)
+            for (int name = 0; name < NUM_RAW; ++name)
+                if (void* const place = t.views[v].gradient[name]) ((T*)place)[row] = (T)found[v].raw[name];
+    }
+}
+
+template <class T>
 void each_token(const Tokens& t, void (*of_token)(const Tokens&, int64_t)) {
 #pragma omp parallel for if (t.num_rows >= MANY && t.num_threads > 1) num_threads((int)t.num_threads)
     for (int64_t row = 0; row < t.num_rows; ++row) of_token(t, row);
@@ -258,6 +208,23 @@ void lossmith_derive(const Tokens* t) {
 }
 void lossmith_derive_back(const Tokens* t) {
     t->is_double ? each_token<double>(*t, derive_back<double>) : each_token<float>(*t, derive_back<float>);
+}
+void lossmith_family(const FamilyTerms* t) { t->views->is_double ? family<double>(*t) : family<float>(*t); }
+void lossmith_family_back(const FamilyTerms* t) {
+    t->views->is_double ? family_back<double>(*t) : family_back<float>(*t);
+}
+// Whether there is an id that is no class and not the exempt one.
+int64_t lossmith_is_outside(const Ids* given) {
+    int64_t found = 0;
+    for (int64_t n = 0; n < given->num; ++n)
+        found |= (uint64_t)given->ids[n] >= (uint64_t)given->num_classes && given->ids[n] != given->exempt;
+    return found;
+}
+// Likewise.
+int64_t lossmith_settle(const Targets* t) {
+    t->is_double ? settle<double>(*t) : settle<float>(*t);
+    const Ids ids{t->targets, t->num_rows, t->num_classes, t->ignore_index};
+    return lossmith_is_outside(&ids);
 }
 void lossmith_weigh(const Terms* t) { t->is_double ? weigh<double>(*t) : weigh<float>(*t); }
 void lossmith_weigh_back(const Terms* t) { t->is_double ? weigh_back<double>(*t) : weigh_back<float>(*t); }

@@ -43,7 +43,9 @@ class _View(ctypes.Structure):
     ]
 
 
-class _Batch(ctypes.Structure):
+class Batch(ctypes.Structure):
+    """A batch of rows, as the library takes it."""
+
     _fields_ = [
         ("logits", ctypes.c_void_p),
         ("row_offsets", ctypes.c_void_p),
@@ -118,7 +120,7 @@ def run(logits: Tensor, sweep: Sweep, views: Sequence[View], gradient: Tensor | 
     """
     compiled = library()
     assert compiled is not None
-    num_rows, num_classes = sweep.targets.numel(), logits.shape[-1]
+    num_rows = sweep.targets.numel()
     num_candidates = 0 if sweep.candidates is None else sweep.candidates.shape[-1]
     memory = Memory()
     structs = (_View * len(views))()
@@ -135,35 +137,52 @@ def run(logits: Tensor, sweep: Sweep, views: Sequence[View], gradient: Tensor | 
                 is_output = gradient is None
                 place = memory.of(name, value, raw_dtype(name, torch.float32), numel, is_output=is_output)
                 setattr(struct, prefix + name, place)
+    batch = batch_of(memory, logits, sweep, gradient)
+    batch.views, batch.num_views = structs, len(views)
+    explain(compiled.lossmith_sweep(ctypes.byref(batch)), batch, logits, sweep)
+
+
+def batch_of(memory: Memory, logits: Tensor, sweep: Sweep, gradient: Tensor | None) -> Batch:
+    """What the library is told of a batch, but for its views.
+
+    Raises:
+        ValueError: a tensor of another dtype or size.
+    """
+    num_rows, num_classes = sweep.targets.numel(), logits.shape[-1]
+    logits, ids, weight = logits.resolve_neg(), sweep.candidates, sweep.class_weight
+    rows = offsets = places = weights = into = None
+    num_ids = 0 if ids is None else ids.shape[-1]
+    if logits.is_contiguous():
+        rows = memory.of("logits", logits, logits.dtype, num_rows * num_classes)
+    else:
+        rows = memory.keep(logits)
+        offsets = memory.of("row offsets", _row_offsets(logits), torch.int64, num_rows)
+    if ids is not None:
+        places = memory.of("candidates", ids, torch.int64, num_rows * num_ids)
+    if weight is not None:
+        weights = memory.of("class_weight", weight, torch.float32, num_classes)
     if gradient is not None:
-        memory.of("gradient", gradient, logits.dtype, num_rows * num_classes, is_output=True)
-    logits = logits.resolve_neg()
-    offsets = _row_offsets(logits)
-    if offsets is None:
-        memory.of("logits", logits, logits.dtype, num_rows * num_classes)
-    batch = _Batch(
-        logits=logits.data_ptr(),
-        is_bf16=logits.dtype == torch.bfloat16,
-        row_offsets=memory.of("row offsets", offsets, torch.int64, num_rows),
-        num_rows=num_rows,
-        num_classes=num_classes,
-        targets=memory.of("targets", sweep.targets, torch.int64, num_rows),
-        ignore_index=sweep.ignore_index,
-        candidates=memory.of("candidates", sweep.candidates, torch.int64, num_rows * num_candidates),
-        num_candidates=num_candidates,
-        class_weight=memory.of("class_weight", sweep.class_weight, torch.float32, num_classes),
-        views=structs,
-        num_views=len(views),
-        num_threads=torch.get_num_threads(),
-        gradient=None if gradient is None else gradient.data_ptr(),
+        into = memory.of("gradient", gradient, logits.dtype, num_rows * num_classes, is_output=True)
+    targets = memory.of("targets", sweep.targets, torch.int64, num_rows)
+    return Batch(
+        *(rows, offsets, logits.dtype == torch.bfloat16, num_rows, num_classes),
+        *(targets, sweep.ignore_index, places, num_ids, weights),
+        *(None, 0, torch.get_num_threads(), into),
     )
-    problem = compiled.lossmith_sweep(ctypes.byref(batch))
+
+
+def explain(problem: int, batch: Batch, logits: Tensor, sweep: Sweep) -> None:
+    """
+    Raises:
+        MemoryError, ValueError, RuntimeError: what the library found wrong, if anything.
+    """
+    if not problem:
+        return
     if problem == _NO_MEMORY:
-        raise MemoryError(f"no memory for a row of {num_classes} logits")
-    if problem and gradient is None:
-        sweep.check_ids(num_classes, logits.shape[:-1])  # says which one, and where
-    if problem:
-        raise written_over(_BAD_IDS[problem], batch.bad_id)
+        raise MemoryError(f"no memory for a row of {logits.shape[-1]} logits")
+    if not batch.gradient:
+        sweep.check_ids(logits.shape[-1], logits.shape[:-1])  # says which one, and where
+    raise written_over(_BAD_IDS[problem], batch.bad_id)
 
 
 def _wanted(view: View, goes_back: bool) -> Iterable[str]:
@@ -173,10 +192,8 @@ def _wanted(view: View, goes_back: bool) -> Iterable[str]:
     return (*_READ_BACK, *(name for given in view.grads for name in _READ_BACK_FOR.get(given, ())))
 
 
-def _row_offsets(logits: Tensor) -> Tensor | None:
-    """[N] where each row begins, in elements from the first; None where each follows the one before."""
-    if logits.is_contiguous():
-        return None
+def _row_offsets(logits: Tensor) -> Tensor:
+    """[N] where each row begins, in elements from the first."""
     offsets = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
         offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
-from lossmith.engine.eager import Tensors, Ways, is_eager, stats_with_gradients
+from lossmith.engine.eager import Tensors, Ways, stats_with_gradients
 from lossmith.engine.rows.backends import backend_for, gradient_of_rows, looks_at_ids, stats_of_rows
 from lossmith.engine.rows.blocks import accumulation_dtype
 from lossmith.engine.sweep import Maybe, Sweep, saved, unsaved
+from lossmith.engine.watched import is_eager
 
 
 def stats_of_logits(logits: Tensor, sweep: Sweep) -> Sequence[Tensor]:
@@ -25,6 +26,11 @@ def stats_of_logits(logits: Tensor, sweep: Sweep) -> Sequence[Tensor]:
         return row_stats_op(logits, *arguments, backend=backend)
     _check_ids(logits, sweep)
     return stats_with_gradients(_WAYS, (logits,), sweep)
+
+
+def known_stats_of_logits(logits: Tensor, sweep: Sweep, raw: Tensor) -> Sequence[Tensor]:
+    """The same, where they are known [R, N], and only their gradients are missing."""
+    return stats_with_gradients(_WAYS, (logits,), sweep, [row.clone() for row in raw])
 
 
 def _check_ids(logits: Tensor, sweep: Sweep) -> None:

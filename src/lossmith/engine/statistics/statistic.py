@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lossmith.engine.statistics.raw import Needs
+from lossmith.engine.statistics.raw_stats import AskedFor
 
 # Before the name of a statistic at temperature 1.
 UNSCALED = "unscaled."
@@ -63,6 +64,24 @@ def derived(function: Callable[[Any], Tensor]) -> Statistic:
 def statistic(needs: Needs) -> Callable[[Callable[[Any], Tensor]], Statistic]:
     """A public statistic, made of these groups of raw ones."""
     return lambda function: Statistic(function, needs)
+
+
+def read_at(name: str, has_temperature: bool, view: int = 0) -> tuple[int, str]:
+    """At which of the two temperatures a name, ``unscaled.`` or not, is read if others are at ``view``; and
+    the name there."""
+    own = name.removeprefix(UNSCALED)
+    return int(has_temperature and (own != name or view == 1)), own
+
+
+def groups_of(
+    names: Iterable[str], statistics: Mapping[str, Statistic], has_temperature: bool, view: int = 0
+) -> AskedFor:
+    """The groups, of each temperature, that the named statistics are made of."""
+    found: list[Needs | None] = [None, None]
+    for name in names:
+        at, own = read_at(name, has_temperature, view)
+        found[at] = (found[at] or Needs.CORE) | statistics[own].needs
+    return found[0], found[1]
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,17 @@ from torch import Tensor
 from lossmith.engine.statistics.logarithms import logaddexp, softplus
 from lossmith.engine.statistics.raw import Needs
 from lossmith.engine.statistics.raw_stats import AskedFor, ByView, RawStats
-from lossmith.engine.statistics.statistic import UNSCALED, Columns, Declared, Statistic, derived, statistic
-from lossmith.engine.statistics.together import derived_together
+from lossmith.engine.statistics.statistic import (
+    Columns,
+    Declared,
+    Statistic,
+    derived,
+    groups_of,
+    read_at,
+    statistic,
+)
+from lossmith.engine.statistics.together import derived_together, family_together
+from lossmith.engine.tokens.family import CrossEntropyFamily
 
 # What costs this much has probability 0, in any dtype; inf would make 0 * inf.
 _WIDE = 1e4
@@ -84,7 +93,6 @@ class TokenStats:
         self._declared = declared
         self._unscaled: TokenStats | None = None
         self._attached: TokenStats | None = None  # what these are without gradients
-        self._targets = raw.sweep.targets.reshape(self._shape)
         self._without_gradient: dict[str, Tensor] = {}
 
     def compute(self, *names: str) -> TokenStats:
@@ -102,27 +110,20 @@ class TokenStats:
     def announce(self, names: Iterable[str]) -> None:
         """Say which statistics are going to be read: they are derived together."""
         for name in names:
-            self._raw.announced[self._view_of(name)].add(name.removeprefix(UNSCALED))
+            view, own = read_at(name, self._raw.has_temperature, self._view)
+            self._raw.announced[view].add(own)
 
     def groups_of(self, names: Iterable[str] | None, *, has_candidates: bool = False) -> AskedFor:
-        """The groups, of each temperature, that the named statistics are made of; without names those of all.
-
-        Args:
-            names: of statistics, or None.
-            has_candidates: whether without names the candidates' are among them.
-        """
+        """The groups, of each temperature, that the named statistics are made of; without names those of all,
+        with the candidates' if it ``has_candidates``."""
         if names is None:
             everything = ALL_BUT_CANDIDATES | Needs.CANDIDATES if has_candidates else ALL_BUT_CANDIDATES
             return everything, everything if self._raw.has_temperature else None
-        found: list[Needs | None] = [None, None]
-        for name in names:
-            view = self._view_of(name)
-            found[view] = (found[view] or Needs.CORE) | STATISTICS[name.removeprefix(UNSCALED)].needs
-        return found[0], found[1]
+        return groups_of(names, STATISTICS, self._raw.has_temperature, self._view)
 
-    def _view_of(self, name: str) -> int:
-        """At which of the two temperatures a name, ``unscaled.`` or not, is read."""
-        return int(self._raw.has_temperature and (name.startswith(UNSCALED) or self._view == 1))
+    def terms_of(self, family: CrossEntropyFamily, target_weight: Tensor | None) -> Tensor | None:
+        """[K, N] a family's terms, with the class weights of the targets; None where it takes formulas."""
+        return family_together(self._raw, family, target_weight, is_detached=self._detached)
 
     def add(self, asked: AskedFor) -> None:
         """Compute these groups in one pass, as far as they are not here."""
@@ -168,7 +169,7 @@ class TokenStats:
 
     def flat(self) -> TokenStats:
         """The same statistics [N], as they go with a :class:`lossmith.TokenBatch`."""
-        return self._also(shape=torch.Size([self._targets.numel()]))
+        return self._also(shape=torch.Size([self._raw.sweep.targets.numel()]))
 
     def restrict(self, targets: Tensor, ignore_index: int, *, keeps_candidates: bool = True) -> TokenStats:
         """The same statistics, flat, as if only these ``targets`` [N] had been given: where one is
@@ -183,16 +184,17 @@ class TokenStats:
     @property
     def targets(self) -> Tensor:
         """The ids that the statistics are of."""
-        return self._targets
+        targets = self._raw.sweep.targets
+        return targets if len(self._shape) == 1 else targets.reshape(self._shape)
 
     @property
     def is_valid(self) -> Tensor:
         """Whether a position has a target (bool)."""
-        return self._targets != self._raw.sweep.ignore_index
+        return self.targets != self._raw.sweep.ignore_index
 
     @property
     def _is_ignored(self) -> Tensor:
-        return self._targets == self._raw.sweep.ignore_index
+        return self.targets == self._raw.sweep.ignore_index
 
     def _also(self, **changes: Any) -> TokenStats:
         now = {"view": self._view, "detached": self._detached, "shape": self._shape}
@@ -232,7 +234,6 @@ class TokenStats:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._targets = self._raw.sweep.targets.reshape(self._shape)
         self._unscaled, self._attached, self._without_gradient = None, None, {}
 
     @derived
@@ -347,7 +348,7 @@ class TokenStats:
 
     @statistic(Needs.TOP)
     def predicted(self) -> Tensor:
-        return torch.where(self._target_wins, self._targets, self._constant("top_wrong_id"))
+        return torch.where(self._target_wins, self.targets, self._constant("top_wrong_id"))
 
     @statistic(Needs.CANDIDATES)
     def candidate_logits(self) -> Tensor:
@@ -361,7 +362,7 @@ class TokenStats:
         log_p = self.candidate_logits - self._constant("reference").unsqueeze(-1) - total
         # Above 1/2 log(1 - p) is the rest, summed without the class, less the sum of all. Only the
         # most likely class can be there: the target or the top wrong answer.
-        is_target = ids == self._targets.unsqueeze(-1)
+        is_target = ids == self.targets.unsqueeze(-1)
         is_large = (log_p > -math.log(2)) & ~is_target
         small = torch.where(is_target | is_large, float("-inf"), log_p)
         without_top = logaddexp(self._read("rest_log_sum"), self._gap).unsqueeze(-1) - total
@@ -390,7 +391,7 @@ def check_names(names: Iterable[str]) -> None:
         AttributeError: a name is not that of a statistic.
     """
     for name in names:
-        if name.removeprefix(UNSCALED) not in STATISTICS:
+        if read_at(name, False)[1] not in STATISTICS:
             raise AttributeError(unknown_statistic(name))
 
 

@@ -9,6 +9,28 @@ from torch import Tensor
 from lossmith.engine.statistics.raw_stats import RawStats
 from lossmith.engine.tokens.arithmetic import is_one_step
 from lossmith.engine.tokens.derivation import DERIVED, Derivation
+from lossmith.engine.tokens.family import CrossEntropyFamily, FamilyTerms
+
+
+def family_together(
+    raw: RawStats, family: CrossEntropyFamily, target_weight: Tensor | None, *, is_detached: bool
+) -> Tensor | None:
+    """The terms [K, N] of a family; None where they are not made in one step.
+
+    Args:
+        raw: what they are made of.
+        family: which terms.
+        target_weight: [N] class weights of the targets, or None.
+        is_detached: they have no gradients.
+    """
+    sweep = raw.sweep
+    if not is_one_step(raw.read(0, "reference"), sweep.backend):
+        return None
+    terms = FamilyTerms(
+        family, sweep.targets, target_weight, sweep.ignore_index, raw.has_temperature, sweep.backend
+    )
+    values = [raw.read(view, name) for view, names in enumerate(terms.made_of) for name in names]
+    return terms.of([value.detach() for value in values] if is_detached else values)
 
 
 def derived_together(

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lossmith.engine.eager import is_eager, is_watched
 from lossmith.engine.tokens import native_tokens, triton_tokens
+from lossmith.engine.watched import is_eager, is_watched
 
 
 class TokenArithmetic(Protocol):
@@ -32,6 +32,21 @@ class TokenArithmetic(Protocol):
         /,
     ) -> None:
         """Fill in the gradients of raw statistics that are not None from those of the derived ones."""
+        ...
+
+    def family(self, of: Any, raw: Sequence[Tensor], values: Tensor, /) -> None:
+        """Fill in the terms [K, N] of the cross-entropy family."""
+        ...
+
+    def family_back(
+        self,
+        of: Any,
+        raw: Sequence[Tensor],
+        upstream: Tensor,
+        gradient: Sequence[Tensor | None],
+        /,
+    ) -> None:
+        """Fill in the gradients of raw statistics that are not None from those of the terms [K, N]."""
         ...
 
     def weigh(

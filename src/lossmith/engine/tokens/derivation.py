@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lossmith.engine.checks import refuse_batched
 from lossmith.engine.differentiable_once import once
-from lossmith.engine.eager import is_watched
 from lossmith.engine.statistics.raw import CONSTANTS, CORE_NAMES, Needs, raw_names
 from lossmith.engine.sweep import Maybe
 from lossmith.engine.tokens.arithmetic import arithmetic_for
+from lossmith.engine.watched import is_watched
 
 # In the order in which the arithmetics have them.
 RAW = raw_names(Needs(31))

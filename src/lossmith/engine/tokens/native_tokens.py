@@ -16,6 +16,7 @@ from lossmith.engine.sweep import Maybe
 
 if TYPE_CHECKING:
     from lossmith.engine.tokens.derivation import Derivation
+    from lossmith.engine.tokens.family import CrossEntropyFamily, FamilyTerms
 
 RAW = raw_names(Needs(31))
 DERIVED = (
@@ -23,6 +24,19 @@ DERIVED = (
     "normalized_wrong_entropy", "mean_logit", "total_nll", "top_prob", "candidate_log1m_prob",
 )  # fmt: skip
 OF_CANDIDATES = ("candidate_logits", "candidate_log1m_prob")
+
+
+# How a family is told.
+FAMILY_FIELDS = [
+    ("excludes_target", ctypes.c_int64),
+    *((name, ctypes.c_double) for name in ("label_smoothing", "focal_gamma", "z_loss", "confidence_penalty")),
+]
+
+
+def family_values(family: CrossEntropyFamily) -> tuple[float, ...]:
+    """The values of ``FAMILY_FIELDS``."""
+    numbers = family.label_smoothing, family.focal_gamma, family.z_loss, family.confidence_penalty
+    return family.excludes_target, *numbers
 
 
 class _Tokens(ctypes.Structure):
@@ -59,25 +73,71 @@ def takes(like: Tensor, is_asked_for: bool = False) -> bool:
 
 def derive(of: Derivation, raw: Sequence[Tensor], derived: Sequence[Tensor]) -> None:
     """Fill in the derived statistics."""
-    call = _Call(of, raw)
+    call = _Call(of, of.made_of, raw)
     call.give("", of.names, derived, is_output=True)
     _library().lossmith_derive(ctypes.byref(call.tokens))
 
 
 def derive_back(of: Derivation, raw: Sequence[Tensor], upstream: Maybe, gradient: Maybe) -> None:
     """Fill in the gradients of the raw statistics."""
-    call = _Call(of, raw)
+    call = _Call(of, of.made_of, raw)
     call.give("g_", of.names, upstream)
     call.give("g_", of.made_of, gradient, is_output=True)
     _library().lossmith_derive_back(ctypes.byref(call.tokens))
 
 
+def family(of: FamilyTerms, raw: Sequence[Tensor], values: Tensor) -> None:
+    """Fill in the terms [K, N]."""
+    call = _FamilyCall(of, raw, None)
+    call.give("values", values, values.numel(), is_output=True)
+    _library().lossmith_family(ctypes.byref(call.terms))
+
+
+def family_back(of: FamilyTerms, raw: Sequence[Tensor], upstream: Tensor, gradient: Maybe) -> None:
+    """Fill in the gradients of the raw statistics."""
+    call = _FamilyCall(of, raw, gradient)
+    call.give("upstream", upstream, len(of.family.names) * of.targets.numel())
+    _library().lossmith_family_back(ctypes.byref(call.terms))
+
+
+class _FamilyTerms(ctypes.Structure):
+    _fields_ = [
+        ("views", ctypes.POINTER(_Tokens)),
+        ("num_views", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("target_weight", "values", "upstream")),
+        *FAMILY_FIELDS,
+    ]
+
+
+class _FamilyCall:
+    """What a call about the cross-entropy family is given, which lives as long."""
+
+    def __init__(self, of: FamilyTerms, raw: Sequence[Tensor], gradient: Maybe | None) -> None:
+        self.memory, self.dtype = Memory(), raw[0].dtype
+        first = len(of.made_of[0])
+        self._calls = []
+        for names, start in zip(of.made_of, (0, first), strict=True):
+            if names:
+                call = _Call(of, names, raw[start : start + len(names)])
+                if gradient is not None:
+                    call.give("g_", names, gradient[start : start + len(names)], is_output=True)
+                self._calls.append(call)
+        views = (_Tokens * len(self._calls))(*(call.tokens for call in self._calls))
+        self.terms = _FamilyTerms(views, len(views), None, None, None, *family_values(of.family))
+        if of.target_weight is not None:
+            self.give("target_weight", of.target_weight, of.targets.numel())
+
+    def give(self, name: str, value: Tensor, numel: int, *, is_output: bool = False) -> None:
+        setattr(self.terms, name, self.memory.of(name, value, self.dtype, numel, is_output=is_output))
+
+
 class _Call:
     """What a call is given, which lives as long."""
 
-    def __init__(self, of: Derivation, raw: Sequence[Tensor]) -> None:
+    def __init__(self, of: Derivation | FamilyTerms, made_of: Sequence[str], raw: Sequence[Tensor]) -> None:
         self.memory, self.dtype, self.num_rows = Memory(), raw[0].dtype, of.targets.numel()
-        self.num_candidates = 0 if of.candidates is None else of.candidates.shape[-1]
+        candidates = getattr(of, "candidates", None)
+        self.num_candidates = 0 if candidates is None else candidates.shape[-1]
         num_ids = self.num_rows * self.num_candidates
         self.tokens = _Tokens(
             self.dtype == torch.float64,
@@ -86,9 +146,9 @@ class _Call:
             torch.get_num_threads(),
             self.memory.of("targets", of.targets, torch.int64, self.num_rows),
             of.ignore_index,
-            self.memory.of("candidates", of.candidates, torch.int64, num_ids),
+            self.memory.of("candidates", candidates, torch.int64, num_ids),
         )
-        self.give("", of.made_of, raw)
+        self.give("", made_of, raw)
 
     def give(self, prefix: str, names: Sequence[str], values: Maybe, *, is_output: bool = False) -> None:
         for name, value in zip(names, values, strict=True):
@@ -102,17 +162,18 @@ def weigh(
     values: Sequence[Tensor], scale: Tensor, weight: Tensor | None, shares: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Fill in the shares [K, N]; their sums [K], and the sum of all."""
-    memory, num_rows, dtype = Memory(), scale.numel(), scale.dtype
-    sums, total = scale.new_empty(len(values)), scale.new_empty(())
-    places = (memory.of("values", value, dtype, num_rows) for value in values)
+    memory, num_rows, dtype, num_terms = Memory(), scale.numel(), scale.dtype, len(shares)
+    sums, total = scale.new_empty(num_terms), scale.new_empty(())
+    each = values[0].unbind() if values[0].dim() > 1 else values
+    places = (memory.of("values", value, dtype, num_rows) for value in each)
     terms = _Terms(
         is_double=dtype == torch.float64,
-        num_terms=len(values),
+        num_terms=num_terms,
         num_rows=num_rows,
-        values=(ctypes.c_void_p * len(values))(*places),
+        values=(ctypes.c_void_p * num_terms)(*places),
         scale=memory.of("scale", scale, dtype, num_rows),
         weight=memory.of("weight", weight, dtype, num_rows),
-        shares=memory.of("shares", shares, dtype, len(values) * num_rows, is_output=True),
+        shares=memory.of("shares", shares, dtype, num_terms * num_rows, is_output=True),
         sums=sums.data_ptr(),
         total=total.data_ptr(),
     )

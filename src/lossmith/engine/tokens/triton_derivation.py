@@ -141,6 +141,14 @@ def _back_from_candidates(
 
 
 @triton.jit
+def _back_from_entropy(given, of_wrong, cost, wrong_cost, p, q):
+    """The gradients of the odds against the target, and of the wrong answers' entropy, from the entropy's."""
+    apart = _below(wrong_cost, WIDE) - _below(cost, WIDE) + of_wrong
+    apart += (cost <= WIDE).to(tl.float64) - (wrong_cost <= WIDE).to(tl.float64)
+    return given * p * q * apart, given * q
+
+
+@triton.jit
 def _back_from_entropies(
     row, mask, wrong_entropy, num_wrong, g_entropy, g_normalized_wrong_entropy, cost, wrong_cost, p, q
 ):
@@ -148,10 +156,9 @@ def _back_from_entropies(
     of_against, of_wrong_entropy = tl.zeros(row.shape, tl.float64), tl.zeros(row.shape, tl.float64)
     if g_entropy is not None:
         given = _read(g_entropy, row, mask)
-        apart = _below(wrong_cost, WIDE) - _below(cost, WIDE) + _read(wrong_entropy, row, mask)
-        apart += (cost <= WIDE).to(tl.float64) - (wrong_cost <= WIDE).to(tl.float64)
-        of_against += given * p * q * apart
-        of_wrong_entropy += given * q
+        of_odds, of_wrong = _back_from_entropy(given, _read(wrong_entropy, row, mask), cost, wrong_cost, p, q)
+        of_against += of_odds
+        of_wrong_entropy += of_wrong
     if g_normalized_wrong_entropy is not None:
         is_sure, most = _most_entropy(row, mask, num_wrong)
         part = _read(wrong_entropy, row, mask) / most

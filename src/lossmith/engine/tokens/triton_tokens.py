@@ -14,9 +14,11 @@ from lossmith.engine.sweep import Maybe
 
 if TYPE_CHECKING:
     from lossmith.engine.tokens.derivation import Derivation
+    from lossmith.engine.tokens.family import FamilyTerms
 
 # How many tokens a program has at a time, and its warps.
 TOKENS, WARPS = 128, 4
+NUMBERS_OF_A_FAMILY = ("label_smoothing", "focal_gamma", "z_loss", "confidence_penalty")
 TOKENS_OF_A_SUM, WARPS_OF_A_SUM = 2048, 8
 
 
@@ -56,15 +58,68 @@ def _launch(kernel: Any, of: Derivation, raw: Sequence[Tensor], given: dict[str,
     launch(kernel, -(-num_rows // TOKENS), raw[0], arguments, WARPS)
 
 
+def family(of: FamilyTerms, raw: Sequence[Tensor], values: Tensor) -> None:
+    """Fill in the terms [K, N]."""
+    from lossmith.engine.tokens.triton_family import family as kernel
+
+    _launch_family(kernel, of, raw, {"values": values})
+
+
+def family_back(of: FamilyTerms, raw: Sequence[Tensor], upstream: Tensor, gradient: Maybe) -> None:
+    """Fill in the gradients of the raw statistics."""
+    from lossmith.engine.tokens.triton_family import family_back as kernel
+
+    names = suffixed(of)
+    given = {f"g_{name}": one for name, one in zip(names, gradient, strict=True) if one is not None}
+    _launch_family(kernel, of, raw, {"upstream": in_a_row(upstream), **given})
+
+
+def suffixed(of: FamilyTerms) -> list[str]:
+    """The raw statistics as the kernels call them."""
+    first, second = of.made_of
+    return [*first, *(f"{name}_2" for name in second)]
+
+
+def switches_of(of: FamilyTerms) -> dict[str, bool]:
+    """What the kernels are compiled for; numbers are not among it."""
+    family = of.family
+    return {
+        "HAS_SMOOTHING": family.label_smoothing != 0,
+        "EXCLUDES_TARGET": family.excludes_target,
+        "HAS_FOCAL": family.focal_gamma != 0,
+        "HAS_Z": family.z_loss != 0,
+        "HAS_PENALTY": family.confidence_penalty != 0,
+        "HAS_SECOND": bool(of.made_of[1]),
+    }
+
+
+def _launch_family(kernel: Any, of: FamilyTerms, raw: Sequence[Tensor], given: dict[str, Any]) -> None:
+    family, num_rows = of.family, of.targets.numel()
+    numbers = {name: getattr(family, name) for name in NUMBERS_OF_A_FAMILY}
+    arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names)
+    arguments |= {name: in_a_row(value) for name, value in zip(suffixed(of), raw, strict=True)}
+    arguments |= {
+        "num_rows": num_rows,
+        "targets": of.targets.contiguous(),
+        "ignore_index": of.ignore_index,
+        "target_class_weight": in_a_row(of.target_weight),
+        **{name: float(value) for name, value in numbers.items()},
+        **given,
+        **switches_of(of),
+        "SIZE": TOKENS,
+    }
+    launch(kernel, -(-num_rows // TOKENS), raw[0], arguments, WARPS)
+
+
 def weigh(
     values: Sequence[Tensor], scale: Tensor, weight: Tensor | None, shares: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Fill in the shares [K, N]; their sums [K], and the sum of all."""
     from lossmith.engine.tokens.triton_weighing import weigh as kernel
 
-    is_one = len(values) == 1
-    together = values[0] if is_one else torch.stack(list(values))
-    sums, total = scale.new_empty(len(values)), scale.new_empty(())
+    num_terms = len(shares)
+    is_one, together = num_terms == 1, values[0] if len(values) == 1 else torch.stack(list(values))
+    sums, total = scale.new_empty(num_terms), scale.new_empty(())
     arguments = {
         "values": in_a_row(together),
         "scale": in_a_row(scale),
@@ -75,7 +130,7 @@ def weigh(
         "num_rows": scale.numel(),
         "SIZE": TOKENS_OF_A_SUM,
     }
-    launch(kernel, len(values), scale, arguments, WARPS_OF_A_SUM)
+    launch(kernel, num_terms, scale, arguments, WARPS_OF_A_SUM)
     return sums, total if is_one else sums.sum()
 
 

@@ -1,0 +1,75 @@
+"""The cross-entropy family of given logits in one step: statistics, loss and parts on the way there, and the
+gradient of the logits on the way back. Where no arithmetic has it, the same is made of terms, step by step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lossmith.engine.checks import refuse_batched
+from lossmith.engine.differentiable_once import once
+from lossmith.engine.rows import native_cross_entropy
+from lossmith.engine.statistics.raw import Needs
+from lossmith.engine.tokens.family import CrossEntropyFamily
+
+if TYPE_CHECKING:
+    from lossmith.engine.sweep import Sweep
+
+
+# The groups of statistics that the step may be asked for.
+KNOWN = Needs.ENTROPY | Needs.SUM
+
+
+class CrossEntropy:
+    """The family at the tokens of a batch.
+
+    Args:
+        family: which terms.
+        sweep: the tokens, and the groups of statistics that the terms are made of.
+        scale: [N] what a token's value is multiplied by.
+        target_weight: [N] class weights of the targets, or None.
+
+    Attributes:
+        raw: [R, N] the raw statistics in the engine's order, once :meth:`of_logits` has been there.
+        shares: [K, N] what each token adds to each term, likewise.
+    """
+
+    def __init__(
+        self, family: CrossEntropyFamily, sweep: Sweep, scale: Tensor, target_weight: Tensor | None
+    ) -> None:
+        self.family, self.sweep, self.scale, self.target_weight = family, sweep, scale, target_weight
+        num_rows = scale.numel()
+        self.raw = scale.new_empty((len(sweep.names), num_rows))
+        self.shares = scale.new_empty((len(family.names), num_rows))
+
+    def of_logits(self, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of logits [..., V], such as the arithmetic takes, and its terms; differentiable."""
+        total, *parts = _CrossEntropy.apply(self, logits)
+        return total, dict(zip(self.family.names, parts or [total], strict=True))
+
+    @property
+    def read(self) -> list[Tensor]:
+        """What comes from others, and is read on the way back."""
+        sweep = self.sweep
+        read = self.scale, self.target_weight, sweep.targets, sweep.class_weight, sweep.temperature
+        return [one for one in read if one is not None]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, of: CrossEntropy, logits: Tensor) -> tuple[Tensor, ...]:
+        ctx.of = of
+        # all that the way back reads, so that autograd sees when it is written over before
+        ctx.save_for_backward(logits, *of.read)
+        ctx.set_materialize_grads(False)
+        return tuple(native_cross_entropy.forward(of, logits))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_batched(*upstream)
+        (logits, *_) = ctx.saved_tensors
+        gradient = native_cross_entropy.backward(ctx.of, logits, upstream)
+        return (None, *once([gradient], (logits, *upstream)))
