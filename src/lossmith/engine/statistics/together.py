@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 from torch import Tensor
 
@@ -29,8 +29,7 @@ def family_together(
     terms = FamilyTerms(
         family, sweep.targets, target_weight, sweep.ignore_index, raw.has_temperature, sweep.backend
     )
-    values = [raw.read(view, name) for view, names in enumerate(terms.made_of) for name in names]
-    return terms.of([value.detach() for value in values] if is_detached else values)
+    return terms.of(_read(raw, terms.made_of, is_detached))
 
 
 def derived_together(
@@ -58,5 +57,11 @@ def derived_together(
     )
     candidates = sweep.candidates if "candidate_log1m_prob" in names else None
     derivation = Derivation(names, sweep.targets, candidates, sweep.ignore_index, sweep.backend)
-    values = [raw.read(view, of) for of in derivation.made_of]
-    return derivation.of([value.detach() for value in values] if is_detached else values)
+    made_of = ((), derivation.made_of) if view else (derivation.made_of,)
+    return derivation.of(_read(raw, made_of, is_detached))
+
+
+def _read(raw: RawStats, names: Sequence[Sequence[str]], is_detached: bool) -> list[Tensor]:
+    """The named raw statistics, of one temperature after the other."""
+    values = [raw.read(view, name) for view, own in enumerate(names) for name in own]
+    return [value.detach() for value in values] if is_detached else values
