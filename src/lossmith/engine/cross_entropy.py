@@ -71,5 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         refuse_batched(*upstream)
         (logits, *_) = ctx.saved_tensors
+        if all(one is None for one in upstream):
+            return None, None
         gradient = native_cross_entropy.backward(ctx.of, logits, upstream)
         return (None, *once([gradient], (logits, *upstream)))

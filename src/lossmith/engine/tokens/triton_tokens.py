@@ -118,7 +118,7 @@ def weigh(
     from lossmith.engine.tokens.triton_weighing import weigh as kernel
 
     num_terms = len(shares)
-    is_one, together = num_terms == 1, values[0] if len(values) == 1 else torch.stack(list(values))
+    together = values[0] if len(values) == 1 else torch.stack(list(values))
     sums, total = scale.new_empty(num_terms), scale.new_empty(())
     arguments = {
         "values": in_a_row(together),
@@ -126,12 +126,13 @@ def weigh(
         "weight": in_a_row(weight),
         "shares": shares,
         "sums": sums,
-        "total": total if is_one else None,
+        "total": total,
+        "num_terms": num_terms,
         "num_rows": scale.numel(),
         "SIZE": TOKENS_OF_A_SUM,
     }
-    launch(kernel, num_terms, scale, arguments, WARPS_OF_A_SUM)
-    return sums, total if is_one else sums.sum()
+    launch(kernel, num_terms + (num_terms > 1), scale, arguments, WARPS_OF_A_SUM)
+    return sums, total
 
 
 def weigh_back(
