@@ -276,6 +276,7 @@ def test_detached_statistics_have_the_same_values_and_no_gradient(rng):
         assert getattr(stats, name).requires_grad, name
         assert not getattr(stats.detach(), name).requires_grad, name
         assert torch.equal(getattr(stats, name), getattr(stats.detach(), name))
+        assert not getattr(stats.detach().flat(), name).requires_grad, name
 
 
 def test_a_statistic_that_was_looked_at_without_gradients_has_one_all_the_same(rng):
