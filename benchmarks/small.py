@@ -20,7 +20,6 @@ CRITERIA = {
     "all four, temperature": lossmith.CrossEntropyLoss(temperature=0.9, **ALL_FOUR),
     "cross_entropy, the function": lossmith.cross_entropy,
     "NVAMPLoss": lossmith.NVAMPLoss(),
-    "all four, without a C++ compiler": lossmith.CrossEntropyLoss(backend="torch", **ALL_FOUR),
 }
 
 

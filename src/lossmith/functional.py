@@ -227,7 +227,10 @@ def cross_entropy(  # pyright: ignore[reportInconsistentOverload]  (they take th
         >>> loss = lossmith.cross_entropy(logits, labels, shift=True, label_smoothing=0.1, z_loss=1e-4)
         >>> loss.backward()
     """
-    output = CrossEntropyLoss(**options).evaluate(
+    criterion = CrossEntropyLoss(**options)
+    if not return_stats and mask is None and token_weight is None and denominator is None:
+        return criterion(logits, targets)
+    output = criterion.evaluate(
         logits, targets, mask=mask, token_weight=token_weight, denominator=denominator
     )
     return _with_stats(output) if return_stats else output.total

@@ -2,6 +2,7 @@
 where it cannot be had."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lossmith.engine.native.build import library
 from lossmith.engine.rows import native_cross_entropy, native_rows
 from lossmith.engine.tokens import native_targets
 from lossmith.equation.reduction import supervised, token_scale
+from lossmith.objectives.temperature import AdaptiveTemperature
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler")
 IGNORE = -100
@@ -100,8 +102,82 @@ def test_it_is_its_terms(options, weighed, dtype, is_strided, seed):
 
 def test_the_library_is_entered_once_each_way(calls):
     logits, targets = torch.randn(3, 5, 9), torch.randint(9, (3, 5))
-    of(lossmith.CrossEntropyLoss(**EVERYTHING), logits, targets, (1.0, 0.5, 0.25, 0.1))
+    criterion = lossmith.CrossEntropyLoss(**EVERYTHING)
+    of(criterion, logits, targets, (1.0, 0.5, 0.25, 0.1))
     assert calls == ["_run", "_run"]
+    criterion(logits.requires_grad_(), targets).backward()
+    assert calls == ["_run"] * 4
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sequence_mean", "sum", "none"])
+@pytest.mark.parametrize("empty", ["zero", "nan"])
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
+def test_the_loss_alone_has_the_bits_of_the_output(shape, reduction, empty, ignored):
+    rng = torch.Generator().manual_seed(len(shape))
+    logits, targets = torch.randn(*shape, 9, generator=rng), torch.randint(9, shape, generator=rng)
+    targets = targets.masked_fill(torch.rand(shape, generator=rng) < ignored, IGNORE)
+    for dtype, options in itertools.product((torch.float32, torch.bfloat16), ({}, EVERYTHING)):
+        criterion = lossmith.CrossEntropyLoss(reduction=reduction, empty=empty, **options)
+        found = []
+        for call in (criterion, lambda z, y: criterion.evaluate(z, y).total):  # noqa: B023
+            leaf = logits.to(dtype, copy=True).requires_grad_()
+            value = call(leaf, targets)
+            value.backward(torch.full_like(value, 1.7))
+            found.append((value.detach(), leaf.grad))
+        assert_close(*found, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_loss_alone_of_what_is_not_plain_is_that_of_the_output():
+    logits, targets = torch.randn(3, 4, 9), torch.randint(9, (3, 4))
+    for options in (
+        {"shift": True},
+        {"class_weight": torch.rand(9)},
+        {"label_smoothing": 0.1, "special_tokens": (2,)},
+        {"temperature": AdaptiveTemperature(0.9)},
+        {"temperature": torch.tensor(0.9)},
+        {"softcap": 3.0},
+        {"ignore_index": 4},
+    ):
+        criterion = lossmith.CrossEntropyLoss(**options)
+        assert torch.equal(criterion(logits, targets), criterion.evaluate(logits, targets).total)
+    padded = lossmith.CrossEntropyLoss()
+    padded.pad_token_id = 4
+    assert torch.equal(padded(logits, targets), padded.evaluate(logits, targets).total)
+    assert not torch.equal(padded(logits, targets), lossmith.CrossEntropyLoss()(logits, targets))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (torch.zeros(3, 9), torch.tensor([0, 9, 1])),
+        (torch.zeros(3, 9), torch.zeros(3)),
+        (torch.zeros(3, 9), torch.zeros(4).long()),
+        (torch.zeros(0, 9), torch.zeros(0).long()),
+        (torch.zeros(3, 9).long(), torch.zeros(3).long()),
+        (None, torch.zeros(3).long()),
+        (torch.zeros(3, 9), None),
+        ([[0.0]], [0]),
+    ],
+)
+def test_the_loss_alone_refuses_what_the_output_refuses(given):
+    criterion = lossmith.CrossEntropyLoss()
+    with pytest.raises((TypeError, ValueError)) as ours:
+        criterion(*given)
+    with pytest.raises(ours.type) as expected:
+        criterion.evaluate(*given)
+    assert str(ours.value) == str(expected.value)
+
+
+def test_the_loss_alone_sees_what_is_written_over():
+    criterion = lossmith.CrossEntropyLoss(reduction="sum")
+    logits, targets = torch.randn(4, 9, requires_grad=True), torch.randint(9, (4,))
+    for one in (logits, targets):
+        loss = criterion(logits, targets)
+        with torch.no_grad():
+            one.mul_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 @pytest.mark.parametrize(

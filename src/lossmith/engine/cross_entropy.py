@@ -29,26 +29,49 @@ class CrossEntropy:
     Args:
         family: which terms.
         sweep: the tokens, and the groups of statistics that the terms are made of.
-        scale: [N] what a token's value is multiplied by.
+        scale: [N] what a token's value is multiplied by; None where ``settling`` says what to make it of, and
+            nothing but the loss is wanted.
         target_weight: [N] class weights of the targets, or None.
+        settling: how the shares of targets without weights are made on the way there: the reduction, how many
+            positions a sample has, and whether the loss of an empty batch is NaN.
 
     Attributes:
-        raw: [R, N] the raw statistics in the engine's order, once :meth:`of_logits` has been there.
-        shares: [K, N] what each token adds to each term, likewise.
+        room: [R + K, N] the raw statistics in the engine's order, and what each token adds to each term, once
+            :meth:`of_logits` has been there; with a row more for a scale that is made.
     """
 
     def __init__(
-        self, family: CrossEntropyFamily, sweep: Sweep, scale: Tensor, target_weight: Tensor | None
+        self,
+        family: CrossEntropyFamily,
+        sweep: Sweep,
+        scale: Tensor | None = None,
+        target_weight: Tensor | None = None,
+        *,
+        settling: tuple[str, int, bool] | None = None,
     ) -> None:
         self.family, self.sweep, self.scale, self.target_weight = family, sweep, scale, target_weight
-        num_rows = scale.numel()
-        self.raw = scale.new_empty((len(sweep.names), num_rows))
-        self.shares = scale.new_empty((len(family.names), num_rows))
+        self.settling, self.num_raw = settling, len(sweep.names)
+        num_rows = self.num_raw + len(family.names) + (scale is None)
+        self.room = sweep.targets.new_empty((num_rows, sweep.targets.numel()), dtype=torch.float32)
+
+    @property
+    def raw(self) -> Tensor:
+        """[R, N] the raw statistics."""
+        return self.room[: self.num_raw]
+
+    @property
+    def shares(self) -> Tensor:
+        """[K, N] what each token adds to each term."""
+        return self.room[self.num_raw : self.num_raw + len(self.family.names)]
 
     def of_logits(self, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of logits [..., V], such as the arithmetic takes, and its terms; differentiable."""
         total, *parts = _CrossEntropy.apply(self, logits)
         return total, dict(zip(self.family.names, parts or [total], strict=True))
+
+    def total_of_logits(self, logits: Tensor) -> Tensor:
+        """The loss alone."""
+        return _CrossEntropy.apply(self, logits)[0]
 
     @property
     def read(self) -> list[Tensor]:

@@ -126,6 +126,10 @@ class Predictions(ABC):
         known."""
         raise NotImplementedError
 
+    def total_of_cross_entropy(self, of: CrossEntropy) -> Tensor:
+        """The loss alone."""
+        raise NotImplementedError
+
     def plan(self, targets: Tensor, ignore_index: int, unless: str | None) -> Plan:
         """How they are going to be swept at ``targets`` [...], for those that are made chunk by chunk."""
         raise TypeError("only a linear head is swept by a plan; pass hidden_states and lm_head_weight")
@@ -190,6 +194,9 @@ class Logits(Predictions):
     def has_cross_entropy(self, backend: str | None, softcap: float | None) -> bool:
         is_there = is_eager(self.values) and backend in (None, "native")
         return is_there and native_rows.takes(self.values, softcap)
+
+    def total_of_cross_entropy(self, of: CrossEntropy) -> Tensor:
+        return of.total_of_logits(self.values)
 
     def cross_entropy(self, of: CrossEntropy) -> tuple[Tensor, dict[str, Tensor], TokenStats]:
         total, parts = of.of_logits(self.values)

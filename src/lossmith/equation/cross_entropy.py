@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 
+from torch import Tensor
+
 from lossmith.engine.cross_entropy import KNOWN, CrossEntropy
 from lossmith.engine.predictions import Predictions
 from lossmith.engine.statistics.raw import Needs
@@ -16,6 +18,7 @@ from lossmith.engine.watched import is_eager
 from lossmith.equation.batch import TokenBatch
 from lossmith.equation.evaluation import metrics_of
 from lossmith.equation.output import LossOutput
+from lossmith.equation.reduction import Empty, Reduction, check_reduction
 from lossmith.equation.term import Reads, joined
 
 
@@ -27,6 +30,35 @@ def _asked(names: tuple[str, ...], has_temperature: bool) -> tuple[int, int] | N
     if ((needs or Needs.CORE) | (needs_unscaled or Needs.CORE)) & ~KNOWN:
         return None
     return int(needs or 0), -1 if needs_unscaled is None else int(needs_unscaled)
+
+
+def total_of_cross_entropy(
+    family: CrossEntropyFamily,
+    predictions: Predictions,
+    targets: Tensor,
+    options: SweepOptions,
+    *,
+    ignore_index: int,
+    reduction: Reduction,
+    empty: Empty,
+) -> Tensor | None:
+    """The loss alone of targets [..., T] that are aligned and without weights; None where it takes the long
+    way.
+
+    Args:
+        family: which terms.
+        predictions: that have it in one step.
+        targets: [..., T].
+        options, ignore_index, reduction, empty: as for an objective.
+    """
+    asked = _asked(family.reads, options.has_temperature)
+    if asked is None or options.class_weight is not None or not is_eager(targets):
+        return None
+    check_reduction(reduction, empty)
+    sweep = options.sweep(predictions, targets, ignore_index=ignore_index, asked=asked)
+    num_positions = targets.shape[-1] if targets.dim() else 1
+    settling = reduction, num_positions, empty == "nan"
+    return predictions.total_of_cross_entropy(CrossEntropy(family, sweep, settling=settling))
 
 
 def evaluate_cross_entropy(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from lossmith.engine.predictions import Logits
 from lossmith.engine.rows.backends import BackendName
 from lossmith.engine.statistics.stats import TokenStats
 from lossmith.engine.tokens.family import CrossEntropyFamily
+from lossmith.engine.watched import is_eager
 from lossmith.equation.batch import TokenBatch
+from lossmith.equation.cross_entropy import total_of_cross_entropy
 from lossmith.equation.reduction import Empty, Reduction
 from lossmith.equation.term import Reads, Term, TokenLoss, joined
 from lossmith.objectives.objective import Objective
@@ -34,6 +38,7 @@ from lossmith.terms.focal import focal
 from lossmith.terms.z_loss import z_loss as squared_logsumexp
 
 _family = functools.lru_cache(CrossEntropyFamily)
+_NUMBERS = (int, float)
 
 
 class CrossEntropyOptions(TypedDict, total=False):
@@ -156,10 +161,33 @@ class CrossEntropyLoss(Objective):
         is_own = kind.terms is own.terms and kind.token_loss is own.token_loss and kind.weigh is own.weigh
         excludes_target = self.smoothing_mode == "exclude_target"
         numbers = self.label_smoothing, self.focal_gamma, self.z_loss, self.confidence_penalty
-        if not is_own or self.special_tokens or not all(isinstance(one, int | float) for one in numbers):
+        if not is_own or self.special_tokens or not all(type(one) in _NUMBERS for one in numbers):
             return None
         smoothing, *others = numbers
         return _family(smoothing, excludes_target, *others)
+
+    def forward(self, *args: Any, return_detailed: bool = False, **inputs: Any) -> Tensor | dict[str, Tensor]:
+        """The loss; see :class:`lossmith.Objective`."""
+        if len(args) == 2 and not inputs and not return_detailed and type(self) is CrossEntropyLoss:
+            total = self._total(*args)
+            if total is not None:
+                return total
+        return super().forward(*args, return_detailed=return_detailed, **inputs)
+
+    def _total(self, logits: Any, targets: Any) -> Tensor | None:
+        """The loss alone of logits and targets alone; None where it takes the long way, which has the
+        messages for what is no tensor."""
+        is_plain = not self.shift and self.reduction != "none" and self.pad_token_id is None
+        if not is_plain or type(self.ignore_index) is not int or not is_eager(logits, targets):
+            return None
+        if logits is None or targets is None or isinstance(self.temperature, AdaptiveTemperature):
+            return None
+        predictions, family = Logits(logits), self.family
+        predictions.check(targets)
+        if family is None or not predictions.has_cross_entropy(self.backend, self.softcap):
+            return None
+        how = {"ignore_index": self.ignore_index, "reduction": self.reduction, "empty": self.empty}
+        return total_of_cross_entropy(family, predictions, targets, self.sweep_options, **how)
 
     @property
     def token_loss_reads(self) -> Reads:

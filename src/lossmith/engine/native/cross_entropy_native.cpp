@@ -22,9 +22,11 @@ struct WholeLoss {
     int64_t needs, needs_unscaled;  // groups of statistics of the two views; -1 where there is one alone
     const float* temperature;
     float* raw;  // [R, N] the statistics of the two views, in the engine's order: written there, read back
-    const float *scale, *target_weight;  // [N] a token's share of the loss; and its class weight, or null
+    float* scale;                // [N] a token's share of the loss, which is written if there is a reduction
+    const float* target_weight;  // [N] its class weight, or null
     float *shares, *total, *parts[MOST_TERMS];          // [K, N], [] and K times [], written there
     const float *g_total, *g_parts[MOST_TERMS];         // read back; any may be null
+    int64_t reduction, num_positions, is_nan_if_empty;  // as in Targets; -1 where the shares are there already
     Family family;
 };
 }
@@ -64,6 +66,12 @@ struct Views {
     }
 };
 
+void settle(const Batch& b, const WholeLoss& f) {
+    const Targets targets{0, b.num_rows, f.num_positions, b.num_classes, b.ignore_index, f.reduction,
+                          f.is_nan_if_empty, b.targets, nullptr, f.scale, nullptr};
+    lossmith_settle(&targets);
+}
+
 void forward(const Batch& b, const WholeLoss& f, const Views& views) {
     const int64_t n = b.num_rows;
 #pragma omp parallel for if (n >= MANY && b.num_threads > 1) num_threads((int)b.num_threads)
@@ -78,7 +86,7 @@ void forward(const Batch& b, const WholeLoss& f, const Views& views) {
     for (int k = 0; k < num_terms(f.family); ++k) {  // in one order, whatever the threads did
         double sum = 0;
         for (int64_t row = 0; row < n; ++row) sum += f.shares[k * n + row];
-        *f.parts[k] = (float)sum;
+        if (f.parts[k]) *f.parts[k] = (float)sum;
         all += sum;
     }
     *f.total = (float)all;
@@ -112,6 +120,7 @@ extern "C" int64_t lossmith_cross_entropy(Batch* batch, const WholeLoss* loss) {
         g_raw.reset(new (std::nothrow) float[MOST_GRADIENTS * batch->num_rows]);
         if (!g_raw) return NO_MEMORY;
     }
+    if (loss->reduction >= 0 && !batch->gradient) settle(*batch, *loss);
     Views views(*batch, *loss, g_raw.get());
     batch->views = views.of_rows, batch->num_views = views.num;
     if (batch->gradient) backward(*batch, *loss, views);

@@ -22,15 +22,6 @@ struct Ids {
     int64_t num, num_classes, exempt;
 };
 
-// Targets [N], rows of num_positions, and what is made of them.
-struct Targets {
-    int64_t is_double, num_rows, num_positions, num_classes, ignore_index, reduction, is_nan_if_empty;
-    const int64_t* targets;
-    bool* valid;   // [N]
-    void* scale;   // [N]
-    void* count;   // []
-};
-
 struct FamilyTerms {
     const Tokens* views;  // at the loss's temperature, and at 1 if that is another and read
     int64_t num_views;
@@ -122,17 +113,20 @@ template <class T>
 void settle(const Targets& t) {
     const int64_t length = t.num_positions > 0 ? t.num_positions : 1;
     const bool by_row = t.reduction == SEQUENCE_MEAN;
+    const auto is_valid = [&](int64_t n) { return t.targets[n] != t.ignore_index; };
     T* scale = (T*)t.scale;
     int64_t own = 0;
     for (int64_t row = 0; row < t.num_rows; row += length) {
         int64_t here = 0;
-        for (int64_t n = row; n < row + length; ++n) here += t.valid[n] = t.targets[n] != t.ignore_index;
-        for (int64_t n = row; by_row && n < row + length; ++n) scale[n] = t.valid[n] ? T(1) / (T)here : T(0);
+        for (int64_t n = row; n < row + length; ++n) here += is_valid(n);
+        const T factor = by_row && here ? T(1) / (T)here : T(1);
+        for (int64_t n = row; n < row + length; ++n) scale[n] = is_valid(n) ? factor : T(0);
         own += by_row ? here > 0 : here;
     }
-    *(T*)t.count = (T)own;
     const T divisor = t.reduction == SUM ? T(1) : own > 0 ? (T)own : t.is_nan_if_empty ? (T)NOT_A_NUMBER : T(1);
-    for (int64_t n = 0; n < t.num_rows; ++n) scale[n] = (by_row ? scale[n] : (T)t.valid[n]) / divisor;
+    for (int64_t n = 0; n < t.num_rows; ++n) scale[n] /= divisor;
+    for (int64_t n = 0; t.valid && n < t.num_rows; ++n) t.valid[n] = is_valid(n);
+    if (t.count) *(T*)t.count = (T)own;
 }
 
 template <class T>
@@ -220,7 +214,6 @@ int64_t lossmith_is_outside(const Ids* given) {
         found |= (uint64_t)given->ids[n] >= (uint64_t)given->num_classes && given->ids[n] != given->exempt;
     return found;
 }
-// Likewise.
 int64_t lossmith_settle(const Targets* t) {
     t->is_double ? settle<double>(*t) : settle<float>(*t);
     const Ids ids{t->targets, t->num_rows, t->num_classes, t->ignore_index};

@@ -41,6 +41,18 @@ struct Tokens {
     const void* upstream[NUM_DERIVED]; // read on the way back,
     void* gradient[NUM_RAW];           // on which these are written
 };
+
+// Targets [N], rows of num_positions, and what is made of them.
+struct Targets {
+    int64_t is_double, num_rows, num_positions, num_classes, ignore_index, reduction, is_nan_if_empty;
+    const int64_t* targets;
+    bool* valid;  // [N], or null
+    void* scale;  // [N]
+    void* count;  // [], or null
+};
+
+// Fills them in; whether one of the targets is no class and not the ignored one.
+int64_t lossmith_settle(const Targets* t);
 }
 
 namespace {

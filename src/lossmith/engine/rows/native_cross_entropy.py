@@ -13,6 +13,7 @@ from lossmith.engine.memory import fresh
 from lossmith.engine.native.build import library
 from lossmith.engine.native.memory import Memory
 from lossmith.engine.rows import native_rows
+from lossmith.engine.tokens.native_targets import REDUCTIONS
 from lossmith.engine.tokens.native_tokens import FAMILY_FIELDS, family_values
 
 if TYPE_CHECKING:
@@ -29,26 +30,28 @@ class _Family(ctypes.Structure):
         ("needs_unscaled", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("temperature", "raw", "scale", "target_weight")),
         *((name, ctypes.c_void_p) for name in ("shares", "total", *_PARTS, "g_total", *_OF_PARTS)),
+        *((name, ctypes.c_int64) for name in ("reduction", "num_positions", "is_nan_if_empty")),
         *FAMILY_FIELDS,
     ]
 
 
-_NO_RESULTS, _NO_GRADIENTS = (None,) * (2 + _MOST_TERMS), (None,) * (1 + _MOST_TERMS)
+_NO_RESULTS, _NO_GRADIENTS = (None,) * (1 + _MOST_TERMS), (None,) * (1 + _MOST_TERMS)
+_SETTLED = (-1, 1, False)
 
 
 def forward(of: CrossEntropy, logits: Tensor) -> list[Tensor]:
-    """Fill in its statistics and shares; returns the loss and, where there are several, its terms.
+    """Fill in its statistics and shares; returns the loss and its terms, if there are several and they are
+    wanted.
 
     Raises:
         ValueError: an id is out of range, or a tensor is not what the library takes it for.
     """
     num_terms = len(of.family.names)
-    parts = [of.scale.new_empty(()) for _ in range(num_terms)]
-    total = of.scale.new_empty(()) if num_terms > 1 else parts[0]
-    none = _NO_GRADIENTS[1 + num_terms :]
-    results = of.shares.data_ptr(), total.data_ptr(), *(part.data_ptr() for part in parts), *none
-    _run(of, logits, results, _NO_GRADIENTS, None)
-    return [total, *parts] if num_terms > 1 else parts
+    is_alone = of.scale is None or num_terms == 1
+    numbers = [of.room.new_empty(()) for _ in range(1 if is_alone else 1 + num_terms)]
+    places = [number.data_ptr() for number in numbers]
+    _run(of, logits, (*places, *_NO_RESULTS[len(places) :]), _NO_GRADIENTS, None)
+    return numbers
 
 
 def backward(of: CrossEntropy, logits: Tensor, upstream: Maybe) -> Tensor:
@@ -69,7 +72,7 @@ def _run(
 ) -> None:
     """
     Args:
-        results: where shares, the loss and its terms are to be, on the way there.
+        results: where the loss and its terms are to be, on the way there.
         given: where the gradients of the loss and of its terms are.
         gradient: [..., V] to be filled in, on the way back.
     """
@@ -77,15 +80,23 @@ def _run(
     num_rows, temperature = sweep.targets.numel(), sweep.temperature
     if temperature is not None:
         temperature = memory.of("temperature", temperature.float(), torch.float32, 1)
+    raw = of.room.data_ptr()
+    shares = raw + 4 * num_rows * of.num_raw
+    if of.scale is None:
+        scale = shares + 4 * num_rows * len(of.family.names)
+    else:
+        scale = memory.of("scale", of.scale, torch.float32, num_rows)
     of_family = _Family(
         sweep.needs,
         sweep.needs_unscaled,
         temperature,
-        memory.of("statistics", of.raw, torch.float32, len(sweep.names) * num_rows, is_output=True),
-        memory.of("scale", of.scale, torch.float32, num_rows),
+        raw,
+        scale,
         None if weight is None else memory.of("target_weight", weight, torch.float32, num_rows),
+        shares,
         *results,
         *given,
+        *_settling(of),
         *family_values(of.family),
     )
     batch = native_rows.batch_of(memory, logits, sweep, gradient)
@@ -93,3 +104,11 @@ def _run(
     assert compiled is not None
     problem = compiled.lossmith_cross_entropy(ctypes.byref(batch), ctypes.byref(of_family))
     native_rows.explain(problem, batch, logits, sweep)
+
+
+def _settling(of: CrossEntropy) -> tuple[int, int, bool]:
+    """How the library is to make the shares; -1 where they are there."""
+    if of.settling is None:
+        return _SETTLED
+    reduction, num_positions, is_nan_if_empty = of.settling
+    return REDUCTIONS[reduction], num_positions, is_nan_if_empty

@@ -20,7 +20,9 @@ class _Ids(ctypes.Structure):
     ]
 
 
-class _Targets(ctypes.Structure):
+class Targets(ctypes.Structure):
+    """Targets, and what is made of them, as the library takes them."""
+
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("is_double", "num_rows", "num_positions", "num_classes")),
         *((name, ctypes.c_int64) for name in ("ignore_index", "reduction", "is_nan_if_empty")),
@@ -29,7 +31,7 @@ class _Targets(ctypes.Structure):
 
 
 # As the library has them.
-_REDUCTIONS = {"mean": 0, "token_mean": 0, "sequence_mean": 1, "sum": 2, "none": 2}
+REDUCTIONS = {"mean": 0, "token_mean": 0, "sequence_mean": 1, "sum": 2, "none": 2}
 
 
 def takes(ids: Tensor) -> bool:
@@ -57,13 +59,13 @@ def settle(
     memory, num = Memory(), targets.numel()
     valid = targets.new_empty(targets.shape, dtype=torch.bool)
     scale, count = targets.new_empty(targets.shape, dtype=dtype), targets.new_empty((), dtype=dtype)
-    given = _Targets(
+    given = Targets(
         dtype == torch.float64,
         num,
         targets.shape[-1] if targets.dim() else 1,
         num_classes,
         ignore_index,
-        _REDUCTIONS[reduction],
+        REDUCTIONS[reduction],
         empty == "nan",
         memory.of("targets", targets, torch.int64, num),
         valid.data_ptr(),
