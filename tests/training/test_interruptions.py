@@ -199,7 +199,6 @@ def die_before(what: str, flags: list[str]) -> None:
     cli.main(["train", *flags])
 
 
-@pytest.mark.slow
 def test_a_run_killed_after_its_last_checkpoint_is_finished(tiny: list[str], out: Path, tmp_path: Path):
     straight = tmp_path / "straight"
     go([*tiny, f"--out_dir={straight}"])
@@ -218,11 +217,9 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished(tiny: list[str], out
     "moment",
     [
         "lossmith.training.run.trainer:.seal",  # everything but the manifest is there
-        pytest.param(  # the manifest, too
-            "lossmith.training.run.folder:RunFolder.keep_checkpoints", marks=pytest.mark.slow
-        ),
-        pytest.param("lossmith.training.run.folder:RunFolder._delete", marks=pytest.mark.slow),
-        pytest.param("transformers.trainer:Trainer._save_optimizer_and_scheduler", marks=pytest.mark.slow),
+        "lossmith.training.run.folder:RunFolder.keep_checkpoints",  # the manifest, too
+        "lossmith.training.run.folder:RunFolder._delete",
+        "transformers.trainer:Trainer._save_optimizer_and_scheduler",
     ],
 )
 def test_a_run_killed_around_a_checkpoint_leaves_nothing_behind(
