@@ -2,6 +2,7 @@
 HYPOTHESIS_PROFILE=random five times as many that nobody has seen."""
 
 import collections
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         num = dict(report.user_properties).get("fuzz_cases")
         if num is not None:
             terminalreporter.write_line(f"{report.nodeid}: {num:,} cases")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_loaded_stays() -> None:
+    """A collection of garbage, which ends every training run, need not look at what is loaded again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

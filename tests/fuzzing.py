@@ -1,23 +1,27 @@
 """Batches and options at random, and what every objective promises of them: a result, or a clear error.
 
-Hypothesis draws shapes, values and dtypes, and seeds for the rest: a case costs a few milliseconds and still
-shrinks to a small batch.
+A case is a string of bytes, one for each choice, and zero is the simplest of each: hypothesis draws the
+bytes of several cases at once, which costs it little, and shrinks them to one case with few options and a
+small batch.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from hypothesis import settings
+from hypothesis import given, note, settings
 
 # What tests of it are given; the profile `random` has five times as many.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 5000 if settings.default.derandomize else 25000))
+CASES = 10  # are drawn at once
+BYTES = 96  # are enough for the choices of a case
 
 INF = float("inf")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -49,36 +53,93 @@ class Batch:
     is_spoilt: bool
 
 
+class Choices:
+    """The choices of a case, in the order in which they are made."""
+
+    def __init__(self, drawn: bytes) -> None:
+        self._drawn = iter(drawn)
+
+    def share(self) -> float:
+        """From 0 to 1."""
+        return next(self._drawn) / 255
+
+    def of(self, given: Sequence[Any]) -> Any:
+        """One of them."""
+        return given[next(self._drawn) % len(given)]
+
+    def happens(self, share: float) -> bool:
+        """Whether what happens this often does."""
+        return next(self._drawn) >= 256 * (1 - share)
+
+    def seed(self) -> int:
+        """For what is not chosen one by one."""
+        return next(self._drawn) << 16 | next(self._drawn) << 8 | next(self._drawn)
+
+
+# Makes an argument of a test.
+Chosen = Callable[[Choices], Any]
+
+
+def fuzz(share: int = 1, **arguments: Chosen) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test on this part of ``EXAMPLES``, with these arguments; the others are fixtures."""
+
+    def run_on_cases(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(drawn: bytes, **fixtures: Any) -> None:
+            for start in range(0, len(drawn), BYTES):
+                choices = Choices(drawn[start : start + BYTES])
+                case = {name: choose(choices) for name, choose in arguments.items()}
+                try:
+                    test(**fixtures, **case)
+                except BaseException:
+                    note(f"the case: {case}")
+                    raise
+
+        fixtures = [name for name in inspect.signature(test).parameters if name not in arguments]
+        only = inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter(name, only) for name in (*fixtures, "drawn")]
+        run.__signature__ = inspect.Signature(parameters)
+        cases = st.binary(min_size=BYTES * CASES, max_size=BYTES * CASES)
+        return settings(max_examples=-(-EXAMPLES // share // CASES))(given(drawn=cases)(run))
+
+    return run_on_cases
+
+
+def one_of(*given: Any) -> Chosen:
+    """One of these."""
+    return lambda choices: choices.of(given)
+
+
 SIZES = (1, 2, 3, 7, 40)
-SHAPES = st.sampled_from([(1, 1), (1, 4), (3, 1), (2, 5), (4, 3), (7,), (1,), (2, 1, 3)])
+SHAPES = ((1, 1), (1, 4), (3, 1), (2, 5), (4, 3), (7,), (1,), (2, 1, 3))
 
 
-# Drawn by hypothesis as one number; numbers of more bits it draws small for the most part.
-SEEDS = st.integers(0, 2**24 - 1)
-
-
-@st.composite
-def batches(draw: Any, shapes: Any = SHAPES, sizes: Any = SIZES, kinds: Any = VALUES + SPOILT) -> Batch:
+def batches(
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    sizes: Sequence[int] = SIZES,
+    kinds: Sequence[str] = VALUES + SPOILT,
+) -> Chosen:
     """Batches [..., C] of some kinds of values."""
-    shape, size = draw(shapes), draw(st.sampled_from(sizes))
-    kind, dtype = draw(st.sampled_from(kinds)), draw(st.sampled_from(DTYPES))
-    chosen = random.Random(draw(SEEDS))
-    rng = torch.Generator().manual_seed(chosen.getrandbits(32))
-    ids, shift = chosen.choice(IDS), chosen.choice([0, 0, 1, 2])
-    ignored = chosen.choice([-100, -1, 0, size - 1, 255])
+    return lambda choices: _batch(choices, choices.of(shapes), choices.of(sizes), choices.of(kinds))
+
+
+def _batch(choices: Choices, shape: tuple[int, ...], size: int, kind: str) -> Batch:
+    dtype, rng = choices.of(DTYPES), torch.Generator().manual_seed(choices.seed())
+    ids, shift = choices.of(IDS), choices.of([0, 0, 1, 2])
+    ignored = choices.of([-100, -1, 0, size - 1, 255])
     ignored = 255 if ids == torch.uint8 and ignored < 0 else ignored
     targets = torch.randint(size, shape, generator=rng)
-    targets = targets.masked_fill(_masked(chosen.choice(MASKS), shape, rng), ignored).to(ids)
+    targets = targets.masked_fill(_masked(choices.of(MASKS), shape, rng), ignored).to(ids)
     values = _values(kind, size, predicted(targets.long(), ignored, shift), ignored, rng).to(dtype)
-    leaf, view = _laid_out(chosen.choice(LAYOUTS), values)
-    others = {
-        "mask": torch.rand(shape, generator=rng) < 0.7,
-        "token_weight": torch.rand(shape, generator=rng) * chosen.choice([0.0, 1.0, 30.0]),
-        "input_ids": torch.randint(size, shape, generator=rng),
-        "segment_ids": torch.randint(2, shape, generator=rng).sort(-1).values,
+    leaf, view = _laid_out(choices.of(LAYOUTS), values)
+    further = {
+        "mask": lambda: torch.rand(shape, generator=rng) < 0.7,
+        "token_weight": lambda: torch.rand(shape, generator=rng) * choices.of([0.0, 1.0, 30.0]),
+        "input_ids": lambda: torch.randint(size, shape, generator=rng),
+        "segment_ids": lambda: torch.randint(2, shape, generator=rng).sort(-1).values,
     }
-    given = {name: value for name, value in others.items() if chosen.random() < 0.3}
-    return Batch(leaf, view, targets, {"ignore_index": ignored, "shift": shift}, given, kind in SPOILT)
+    others = {name: make() for name, make in further.items() if choices.happens(0.3)}
+    return Batch(leaf, view, targets, {"ignore_index": ignored, "shift": shift}, others, kind in SPOILT)
 
 
 def predicted(targets: torch.Tensor, ignored: int, shift: int) -> torch.Tensor:
@@ -162,20 +223,19 @@ REFUSED = {
 }
 
 
-def options(**choices: Any) -> Any:
+def options(**given: Sequence[Any]) -> Chosen:
     """Some of the options, each with one of its values; now and then one with a value that is refused."""
+    to_refuse = [name for name in given if name in REFUSED]
 
-    def choose(seed: int) -> dict[str, Any]:
-        chosen = random.Random(seed)
-        share = chosen.random()  # a few of them, or most
-        found = {name: chosen.choice(given) for name, given in choices.items() if chosen.random() < share}
-        names = [name for name in choices if name in REFUSED]
-        if names and chosen.random() < 0.1:
-            name = chosen.choice(names)
-            found[name] = chosen.choice(REFUSED[name])
+    def choose(choices: Choices) -> dict[str, Any]:
+        share = choices.share()  # a few of them, or most
+        found = {name: choices.of(values) for name, values in given.items() if choices.happens(share)}
+        if to_refuse and choices.happens(0.1):
+            name = choices.of(to_refuse)
+            found[name] = choices.of(REFUSED[name])
         return found
 
-    return SEEDS.map(choose)
+    return choose
 
 
 def judged(make: Callable[[], torch.Tensor], batch: Batch, *more: torch.Tensor) -> str:
@@ -195,6 +255,14 @@ def judged(make: Callable[[], torch.Tensor], batch: Batch, *more: torch.Tensor) 
         return "spoilt"
     leaves = [leaf for leaf in (batch.leaf, *more) if leaf.requires_grad]
     found = torch.autograd.grad(result.sum(), leaves, allow_unused=True) if result.requires_grad else ()
-    for gradient in found:
-        assert gradient is None or batch.is_spoilt or gradient.isfinite().all(), f"gradient {gradient}"
+    for leaf, gradient in zip(leaves, found, strict=False):
+        fits = gradient is None or gradient.isfinite().all()
+        assert fits or batch.is_spoilt or _is_beyond_dtype(gradient, leaf, make), f"gradient {gradient}"
     return "finite"
+
+
+def _is_beyond_dtype(gradient: torch.Tensor, leaf: torch.Tensor, make: Callable[[], torch.Tensor]) -> bool:
+    """Whether a gradient is infinite only where its dtype has no such number, as float16 none of 66,000."""
+    smaller = torch.autograd.grad(make().sum() / 1024, leaf)[0].double() * 1024
+    is_beyond = smaller.abs() > 0.99 * torch.finfo(leaf.dtype).max
+    return bool((smaller.isfinite() & (is_beyond | gradient.isfinite())).all())

@@ -14,6 +14,8 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from processes import begin, server
+
 # After this many seconds ranks that wait for each other say where, and end.
 PATIENCE = 300
 
@@ -25,11 +27,22 @@ def on_two_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) ->
 
 def on_ranks(num: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """The same on any number of ranks."""
-    torch.multiprocessing.spawn(_run, (num, function, str(folder), arguments), nprocs=num)
+    server()
+    torch.multiprocessing.start_processes(
+        _run, (num, function, str(folder), arguments, dict(os.environ)), nprocs=num, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(num)]
 
 
-def _run(rank: int, num: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
+def _run(
+    rank: int,
+    num: int,
+    function: Callable[..., Any],
+    folder: str,
+    arguments: tuple[Any, ...],
+    environ: dict[str, str],
+) -> None:
+    begin(environ)
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
     torch.set_num_threads(1)
     meeting_point = f"file://{folder}/meeting-point"

@@ -7,13 +7,11 @@ import collections
 import dataclasses
 import warnings
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
 
 import lossmith
-from fuzzing import EXAMPLES, VALUES, batches, judged, options, predicted
+from fuzzing import VALUES, batches, fuzz, judged, one_of, options, predicted
 from lossmith.engine.statistics.stats import STATISTIC_NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,10 +41,6 @@ def cases(record_property):
     assert found["finite"] > sum(found.values()) / 20, found
 
 
-def fuzz(share=1, **strategies):
-    return lambda test: settings(max_examples=EXAMPLES // share)(given(**strategies)(test))
-
-
 @fuzz(batch=batches(), how=options(**READING, **COUNTING, **FORMULA), also=options(**PER_BATCH))
 def test_cross_entropy(cases, batch, how, also):
     made = {**batch.how, **how}
@@ -64,13 +58,13 @@ def tokens(batch, *names):
 
 @fuzz(
     batch=batches(sizes=(1, 3, 5), kinds=VALUES[:2]),
-    num_classes=st.sampled_from([1, 2, 9, 33]),
+    num_classes=one_of(1, 2, 9, 33),
     how=options(
         **READING, **COUNTING, **FORMULA, strategy=("auto", "one_sweep", "two_sweep"),
         memory_budget=(64, 4096), skip_ignored=(None, True, False), logits_dtype=("wide", "input"),
         skip_small_gradients=(0.0, 0.02, 0.4),
     ),
-    has_bias=st.booleans(),
+    has_bias=one_of(False, True),
 )  # fmt: skip
 def test_linear_cross_entropy(cases, batch, num_classes, how, has_bias):
     weight, bias = head_of(batch, num_classes)
@@ -101,8 +95,8 @@ def of_classes(batch, num_classes):
 @fuzz(
     batch=batches(),
     how=options(**READING),
-    name=st.sampled_from(sorted(STATISTIC_NAMES)),
-    of_unscaled=st.booleans(),
+    name=one_of(*sorted(STATISTIC_NAMES)),
+    of_unscaled=one_of(False, True),
 )
 def test_token_stats(cases, batch, how, name, of_unscaled):
     def read():
@@ -157,7 +151,7 @@ UNIFIED = {
 }
 
 
-@fuzz(batch=batches(), how=options(**UNIFIED, **COUNTING), seed=st.integers(0, 9))
+@fuzz(batch=batches(), how=options(**UNIFIED, **COUNTING), seed=one_of(*range(10)))
 def test_unified(cases, batch, how, seed):
     rng, shape = torch.Generator().manual_seed(seed), tuple(batch.targets.shape)
     heads = torch.randn(how.get("num_future_tokens", 3), *batch.values.shape, generator=rng)
@@ -217,12 +211,12 @@ def test_pipelines_from_keys(cases, batch, keys, how):
 
 
 @fuzz(
-    batch=batches(st.sampled_from([(1,), (2,), (5,)]), sizes=(1,), kinds=VALUES[:4]),
+    batch=batches([(1,), (2,), (5,)], sizes=(1,), kinds=VALUES[:4]),
     keys=options(
         sequence_variance_enabled=(True, False), sequence_variance_scale=(1.0, 2.0),
         sequence_correlation_enabled=(True, False), sequence_correlation_alpha=(1.0, 4.0),
     ),
-    seed=st.integers(0, 99),
+    seed=one_of(*range(100)),
 )  # fmt: skip
 def test_sequence_scorers(cases, batch, keys, seed):
     targets = torch.rand(batch.targets.shape, generator=torch.Generator().manual_seed(seed))
@@ -259,8 +253,8 @@ COMPONENTS = {
 
 
 @fuzz(
-    batch=batches(st.sampled_from([(1, 1), (2, 3), (3, 1), (4,), (1, 2)]), sizes=(1, 2, 3), kinds=VALUES[:4]),
-    name=st.sampled_from(sorted(COMPONENTS)),
+    batch=batches([(1, 1), (2, 3), (3, 1), (4,), (1, 2)], sizes=(1, 2, 3), kinds=VALUES[:4]),
+    name=one_of(*sorted(COMPONENTS)),
 )
 def test_components(cases, batch, name):
     make, given_as = COMPONENTS[name]
@@ -280,7 +274,7 @@ def test_components(cases, batch, name):
     share=10,
     batch=batches(),
     how=options(**COUNTING),
-    wrong=st.sampled_from(["targets", "mask", "logits", "weight", "ids"]),
+    wrong=one_of("targets", "mask", "logits", "weight", "ids"),
 )
 def test_what_does_not_fit_is_refused(record_property, batch, how, wrong):
     values, targets, more = batch.values.detach(), batch.targets, {}

@@ -3,6 +3,7 @@
 ``python tests/engine/test_linear_precision.py`` prints the table of docs/linear.md.
 """
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,8 @@ from slow_but import slow_but
 SHAPES = [(2048, 2000, 64), (252, 507, 123)]  # N, V, D
 HALF = torch.bfloat16
 Errors = tuple[float, ...]
+Values = list[Tensor]
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def case(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
@@ -30,31 +33,35 @@ def case(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, seed: int =
     return (hidden / size**0.5).to(dtype), weight.to(dtype), targets
 
 
-def run(loss_of: Callable[..., Tensor], hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def run(loss_of: Way, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Values:
     """Loss and gradients, in fp64."""
     h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
-    loss = loss_of(h, w)
+    loss = loss_of(h, w, targets)
     return [x.double() for x in (loss.detach(), *torch.autograd.grad(loss, (h, w)))]
 
 
-def errors(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, *ways: Callable) -> list[Errors]:
-    """Of each way: relative errors of the loss and of both gradients (of their norms)."""
-    hidden, weight, targets = case(kind, shape, dtype)
-
-    def naive(h: Tensor, w: Tensor) -> Tensor:
-        return functional.cross_entropy(h @ w.T, targets)
-
-    exact = run(naive, hidden, weight, torch.float64)
-    found = []
-    for way in (naive, *ways):
-        values = run(
-            lambda h, w, way=way: way(h, w, targets) if way is not naive else way(h, w), hidden, weight, dtype
-        )
-        found.append(tuple(float((x - e).norm() / e.norm()) for x, e in zip(values, exact, strict=True)))
-    return found
+def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(hidden @ weight.T, targets)
 
 
-def fused(num_chunks: int, strategy: str, logits_dtype: str = "wide") -> Callable[..., Tensor]:
+@functools.cache
+def naive_run(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, computed_in: torch.dtype) -> Values:
+    """Of the naive way, in some precision: what many ways are compared with."""
+    return run(naive, *case(kind, shape, dtype), computed_in)
+
+
+def errors(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, *ways: Way) -> list[Errors]:
+    """Of the naive way and of each of these: relative errors of the loss and of both gradients (of norms)."""
+    exact = naive_run(kind, shape, dtype, torch.float64)
+    found = [naive_run(kind, shape, dtype, dtype)]
+    found += [run(way, *case(kind, shape, dtype), dtype) for way in ways]
+    return [
+        tuple(float((x - e).norm() / e.norm()) for x, e in zip(values, exact, strict=True))
+        for values in found
+    ]
+
+
+def fused(num_chunks: int, strategy: str, logits_dtype: str = "wide") -> Way:
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         rows = -(-len(hidden) // num_chunks)
         budget = rows * len(weight) * hidden.element_size()

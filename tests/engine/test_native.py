@@ -26,8 +26,30 @@ def fresh_library():
     build.library.cache_clear()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def a_compiler_that_remembers(tmp_path_factory):
+    """What it makes of the same source and flags it makes once, for these tests are of where that is kept."""
+    folder, run = tmp_path_factory.mktemp("objects"), subprocess.run
+    kept: dict[tuple[str, ...], Path] = {}
+
+    def remembering(command, **options):
+        if "-c" not in command or "-o" not in command:
+            return run(command, **options)
+        *what, path = command
+        if tuple(what) in kept:
+            shutil.copyfile(kept[tuple(what)], path)
+            return subprocess.CompletedProcess(command, 0, b"", b"")
+        done = run(command, **options)
+        kept[tuple(what)] = Path(shutil.copyfile(path, folder / f"{len(kept)}.o"))
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build.subprocess, "run", remembering)
+        yield
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
+def built(tmp_path_factory, a_compiler_that_remembers) -> Path:
     """A cache with a build in it, which takes the compiler less time than a fast one."""
     home = tmp_path_factory.mktemp("cache")
     build.library.cache_clear()

@@ -148,7 +148,7 @@ def check(z, sweep):
 # ── against the truth ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("num_classes", slow_but([1, 17, 507], SIZES))
+@pytest.mark.parametrize("num_classes", slow_but([1, 507], SIZES))
 @pytest.mark.parametrize("reading", READINGS)
 def test_statistics_and_gradient(reading, num_classes):
     dtype = DTYPES[(SIZES.index(num_classes) + list(READINGS).index(reading)) % 3]

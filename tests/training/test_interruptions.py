@@ -1,17 +1,21 @@
 """Killed at any point and resumed, a run ends with the same weights; a damaged checkpoint is passed over."""
 
+import importlib
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from processes import started, started_script
 from slow_but import slow_but
 
 pytest.importorskip("transformers")
@@ -19,6 +23,7 @@ pytest.importorskip("transformers")
 from running import go, reseal, rows, weights
 
 from lossmith.report.reading import ANALYSIS_FILE
+from lossmith.training import cli
 from lossmith.training.errors import UserError
 from lossmith.training.run import manifest
 from lossmith.training.run.manifest import MANIFEST, require_whole
@@ -178,24 +183,22 @@ def test_another_number_of_processes_is_said(tiny: list[str], out: Path):
 
 def killed_before(out: Path, what: str, flags: list[str]) -> None:
     """A run in a process of its own that is killed when it is about to call `what`."""
+    process = started(die_before, what, flags)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def die_before(what: str, flags: list[str]) -> None:
+    """Run the trainer until it is about to call `what`."""
     module, _, name = what.rpartition(".")
     owner, _, attribute = module.partition(":")
-    code = f"""
-import importlib, os, signal, sys
-from lossmith.training.cli import main
-owner = importlib.import_module({owner!r})
-for part in {attribute!r}.split("."):
-    owner = getattr(owner, part) if part else owner
-def die(*args, **options):
-    os.kill(os.getpid(), signal.SIGKILL)
-setattr(owner, {name!r}, die)
-main(["train", *sys.argv[1:]])
-"""
-    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, timeout=120)
-    assert done.returncode == -9, done.stderr.decode()
+    holder: Any = importlib.import_module(owner)
+    for part in attribute.split(".") if attribute else ():
+        holder = getattr(holder, part)
+    setattr(holder, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    cli.main(["train", *flags])
 
 
-@pytest.mark.slow
 def test_a_run_killed_after_its_last_checkpoint_is_finished(tiny: list[str], out: Path, tmp_path: Path):
     straight = tmp_path / "straight"
     go([*tiny, f"--out_dir={straight}"])
@@ -214,11 +217,9 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished(tiny: list[str], out
     "moment",
     [
         "lossmith.training.run.trainer:.seal",  # everything but the manifest is there
-        pytest.param(  # the manifest, too
-            "lossmith.training.run.folder:RunFolder.keep_checkpoints", marks=pytest.mark.slow
-        ),
-        pytest.param("lossmith.training.run.folder:RunFolder._delete", marks=pytest.mark.slow),
-        pytest.param("transformers.trainer:Trainer._save_optimizer_and_scheduler", marks=pytest.mark.slow),
+        "lossmith.training.run.folder:RunFolder.keep_checkpoints",  # the manifest, too
+        "lossmith.training.run.folder:RunFolder._delete",
+        "transformers.trainer:Trainer._save_optimizer_and_scheduler",
     ],
 )
 def test_a_run_killed_around_a_checkpoint_leaves_nothing_behind(
@@ -251,14 +252,11 @@ def test_what_a_killed_run_was_writing_in_the_folder_itself_is_cleared_away(tiny
 
 
 def test_kill_and_resume_at_random_points(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, "scripts/interruptions", "--cycles=3", f"--folder={tmp_path}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    shown, complaints = tmp_path / "shown", tmp_path / "complaints"
+    flags = ["--cycles=3", f"--folder={tmp_path / 'runs'}"]
+    process = started_script(ROOT / "scripts" / "interruptions", flags, shown, complaints)
+    process.join(500)
+    assert process.exitcode == 0, shown.read_text() + complaints.read_text()
 
 
 # ── a full disk ───────────────────────────────────────────────────────────────────────────────────

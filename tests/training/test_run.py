@@ -6,8 +6,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from running import go, rows, weights
 from lossmith.training.config.keys import TrainConfig
 from lossmith.training.errors import UserError
 from lossmith.training.run.progress import Display
+from processes import started_script
 from slow_but import slow_but
 
 ROOT = Path(__file__).parents[2]
@@ -225,23 +224,22 @@ def test_wandb_when_it_is_not_installed(tiny: list[str], monkeypatch: pytest.Mon
 
 
 def test_ctrl_c_in_a_process_of_its_own(tiny: list[str], tmp_path: Path):
-    command = [sys.executable, "train.py", *tiny, "--max_iters=100000", "--eval_interval=100000"]
-    log = tmp_path / "run" / "log.jsonl"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    flags = [*tiny, "--max_iters=100000", "--eval_interval=100000"]
+    log, output, errors = tmp_path / "run" / "log.jsonl", tmp_path / "output", tmp_path / "errors"
+    process = started_script(ROOT / "train.py", flags, output, errors)
     try:
         deadline = time.monotonic() + 120
         while not (log.is_file() and log.read_text().count("\n") > 3):
-            assert process.poll() is None, process.communicate()
+            assert process.is_alive(), errors.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        shown, complaints = process.communicate(timeout=60)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == 130, complaints
+    shown, complaints = output.read_text(), errors.read_text()
+    assert process.exitcode == 130, complaints
     assert complaints == ""
     step = int(re.search(r"Stopped after step (\d+) of 100000", shown)[1])  # pyright: ignore[reportOptionalSubscript]
     assert (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").is_file()

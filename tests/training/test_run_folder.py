@@ -1,9 +1,9 @@
 """What is in `out_dir` before a run: an earlier run is kept, and what another wrote is never touched."""
 
 import os
-import subprocess
-import sys
+import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 from running import go, rows, weights
 
 from lossmith.training.errors import UserError
-from lossmith.training.run.folder import held_by_a_file, opened
+from lossmith.training.run.folder import held, held_by_a_file, opened
+from processes import server, started
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -355,28 +356,27 @@ def test_two_runs_at_once_are_refused(tiny: list[str], out: Path, monkeypatch: p
     assert go(tiny)[0] == 0
 
 
+def hold(out: Path, has_flock: bool, is_held: Event) -> None:
+    """Hold a run's folder for good."""
+    with (held if has_flock else held_by_a_file)(out):
+        is_held.set()
+        time.sleep(100)
+
+
 @pytest.mark.parametrize("has_flock", [True, False])
 def test_a_lock_is_seen_by_other_processes_and_ends_with_its_own(
     out: Path, has_flock: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if not has_flock:  # Windows
         monkeypatch.setattr("lossmith.training.run.folder.held", held_by_a_file)
-    code = f"""
-import sys, time
-from pathlib import Path
-from lossmith.training.run import folder
-with folder.{"held" if has_flock else "held_by_a_file"}(Path({str(out)!r})):
-    print("held", flush=True)
-    time.sleep(100)
-"""
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    is_held = server().Event()
+    other = started(hold, out, has_flock, is_held)
     try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+        assert is_held.wait(120)
         with pytest.raises(UserError, match="another run is at work in"), opened(out, is_main=True):
             pass
     finally:
         other.kill()
-        other.communicate()
+        other.join()
     with opened(out, is_main=True) as folder:
         assert folder is not None
