@@ -1,14 +1,14 @@
 """Small logits: what a call costs before there is anything to compute. Forward and backward, fp32, medians.
 
-    python benchmarks/small.py --csv benchmarks/results/small-cpu.csv
+python benchmarks/small.py --csv benchmarks/results/small-cpu.csv
 """
 
 from __future__ import annotations
 
-import harness
 import torch
 from torch.nn import functional
 
+import harness
 import lossmith
 
 SHAPES = ((8, 100), (64, 1000), (256, 1000), (512, 2048))
