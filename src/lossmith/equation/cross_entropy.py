@@ -48,11 +48,11 @@ def total_of_cross_entropy(
     Args:
         family: which terms.
         predictions: that have it in one step.
-        targets: [..., T].
+        targets: [..., T], plain.
         options, ignore_index, reduction, empty: as for an objective.
     """
     asked = _asked(family.reads, options.has_temperature)
-    if asked is None or options.class_weight is not None or not is_eager(targets):
+    if asked is None or options.class_weight is not None:
         return None
     check_reduction(reduction, empty)
     sweep = options.sweep(predictions, targets, ignore_index=ignore_index, asked=asked)
