@@ -34,11 +34,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lossmith"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """How many random cases each public function was given."""
+    """How many random cases each public function was given, and what a test has to show."""
     for report in terminalreporter.getreports(""):  # of what comes before and after tests
-        num = dict(report.user_properties).get("fuzz_cases")
-        if num is not None:
-            terminalreporter.write_line(f"{report.nodeid}: {num:,} cases")
+        known = dict(report.user_properties)
+        if "fuzz_cases" in known:
+            terminalreporter.write_line(f"{report.nodeid}: {known['fuzz_cases']:,} cases")
+        if "shown" in known and report.when == "teardown":
+            terminalreporter.write_line(f"{report.nodeid}:\n{known['shown']}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -150,7 +151,9 @@ def test_nothing_is_specialised_on():
         assert varying <= set(kernel.kwargs["do_not_specialize"])
 
 
-def test_some_kernels_compile_ahead_of_time_without_a_spill():
+def test_some_kernels_compile_ahead_of_time_without_a_spill(record_property):
     script = Path(__file__).parents[2] / "scripts" / "triton_aot"
     found = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, check=False)
+    record_property("shown", found.stdout)
     assert found.returncode == 0, found.stdout + found.stderr
+    assert {"sm_80", "sm_90", "gfx942"} <= set(re.findall(r"^\| (\w+)", found.stdout, re.MULTILINE))
