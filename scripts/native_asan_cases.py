@@ -290,6 +290,7 @@ def families() -> Iterator[None]:
         options = {"label_smoothing": 0.1, "smoothing_mode": ("uniform", "exclude_target")[number % 2]}
         criterion = lossmith.CrossEntropyLoss(
             **(options if number else {}),
+            reduction=("mean", "sequence_mean", "sum")[number % 3],
             z_loss=0.1 * (number > 1),
             focal_gamma=0.5 * (number > 2),
             confidence_penalty=0.1 * (number > 1),
@@ -299,6 +300,7 @@ def families() -> Iterator[None]:
         leaf = z.detach().requires_grad_()
         output = criterion.evaluate(leaf, targets, token_weight=exactly(torch.rand(2, 5, generator=RNG)))
         sum(output.parts.values(), output.total).backward(retain_graph=True)
+        criterion(leaf, targets).backward()  # the loss alone, where there are no class weights
         if ignored == "none":
             array[1, 2] = num_classes
             expect(RuntimeError, output.total.backward)
