@@ -362,3 +362,12 @@ def test_an_id_that_is_no_class_is_seen(wrong):
     assert native_targets.is_outside(ids.t(), 9, IGNORE)
     with pytest.raises(ValueError, match=rf"got {wrong} at position \(1, 1\)"):
         lossmith.CrossEntropyLoss()(torch.randn(2, 3, 9), ids)
+
+
+def test_shares_in_half_precision_are_pytorchs_business():
+    """The library writes single and double precision alone."""
+    targets = torch.tensor([[1, 2, IGNORE]])
+    assert not native_targets.takes(targets, torch.bfloat16)
+    valid, scale, _ = supervised(targets, IGNORE, "mean", dtype=torch.bfloat16)
+    assert scale.dtype == torch.bfloat16
+    assert_close(scale.float(), valid / 2)

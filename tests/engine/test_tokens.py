@@ -119,6 +119,11 @@ def test_compiled_code_refuses_what_does_not_fit():
     derivation = Derivation(("nll",), torch.zeros(4, dtype=torch.long), None, -100, None)
     with pytest.raises(ValueError, match="takes reference as 4"):
         derivation.of(raw)
+    half = [torch.zeros(4, dtype=torch.bfloat16) for _ in range(3)]
+    with pytest.raises(ValueError, match="float32 or float64"):
+        native_tokens.derive(derivation, half, [half[0].clone()])
+    with pytest.raises(ValueError, match="float32 or float64"):
+        native_tokens.weigh(half[:1], half[0], None, half[0].reshape(1, 4))
     with pytest.raises(ValueError, match="takes values as 4"):
         native_tokens.weigh([torch.zeros(3)], torch.zeros(4), None, torch.zeros(1, 4))
 

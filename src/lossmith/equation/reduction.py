@@ -58,7 +58,7 @@ def supervised(
     Raises:
         ValueError: one of them is none of ``num_classes``, if given.
     """
-    if denominator is None and weight is None and native_targets.takes(targets):
+    if denominator is None and weight is None and native_targets.takes(targets, dtype):
         most = torch.iinfo(torch.int64).max if num_classes is None else num_classes
         *found, is_outside = native_targets.settle(targets, most, ignore_index, reduction, empty, dtype)
         if is_outside and num_classes is not None:

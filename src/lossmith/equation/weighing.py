@@ -37,9 +37,11 @@ def weighed_sums(
     Returns:
         The sum of all; the sums [K]; and the shares [K, N], scale times value, without a gradient.
     """
-    each = [values] if isinstance(values, Tensor) else list(values)
-    factors = (*each, *(() if weight is None else (weight,)))
-    is_alike = all(one.dtype == scale.dtype and one.shape[-1:] == scale.shape for one in factors)
+    each, lead = ([values], 1) if isinstance(values, Tensor) else (list(values), 0)
+    kinds = [(one.dtype, one.shape[lead:]) for one in each]
+    if weight is not None:
+        kinds.append((weight.dtype, weight.shape))
+    is_alike = all(kind == (scale.dtype, scale.shape) for kind in kinds)
     if is_alike and is_one_step(scale, backend):
         return _Weighed.apply(backend, scale, weight, *each)
     shares = scaled(together(values), scale)

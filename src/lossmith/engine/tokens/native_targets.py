@@ -34,9 +34,15 @@ class Targets(ctypes.Structure):
 REDUCTIONS = {"mean": 0, "token_mean": 0, "sequence_mean": 1, "sum": 2, "none": 2}
 
 
-def takes(ids: Tensor) -> bool:
-    """Whether ids like these are looked at here."""
-    return ids.is_cpu and ids.dtype == torch.int64 and is_eager(ids) and library() is not None
+def takes(ids: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether ids like these are looked at here, and shares of them made in a dtype."""
+    return (
+        dtype in (torch.float32, torch.float64)
+        and ids.is_cpu
+        and ids.dtype == torch.int64
+        and is_eager(ids)
+        and library() is not None
+    )
 
 
 def is_outside(ids: Tensor, num_classes: int, exempt: int) -> bool:

@@ -23,6 +23,7 @@ DERIVED = (
     "logsumexp", "wrong_logsumexp", "nll", "target_prob", "target_log1m_prob", "entropy",
     "normalized_wrong_entropy", "mean_logit", "total_nll", "top_prob", "candidate_log1m_prob",
 )  # fmt: skip
+FLOATS = (torch.float32, torch.float64)
 OF_CANDIDATES = ("candidate_logits", "candidate_log1m_prob")
 
 
@@ -67,7 +68,7 @@ class _Terms(ctypes.Structure):
 
 def takes(like: Tensor, is_asked_for: bool = False) -> bool:
     """Whether numbers like these are computed here."""
-    is_taken = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
+    is_taken = like.device.type == "cpu" and like.dtype in FLOATS
     return is_taken and library() is not None
 
 
@@ -140,7 +141,7 @@ class _Call:
         self.num_candidates = 0 if candidates is None else candidates.shape[-1]
         num_ids = self.num_rows * self.num_candidates
         self.tokens = _Tokens(
-            self.dtype == torch.float64,
+            _is_double(self.dtype),
             self.num_rows,
             self.num_candidates,
             torch.get_num_threads(),
@@ -167,7 +168,7 @@ def weigh(
     each = values[0].unbind() if values[0].dim() > 1 else values
     places = (memory.of("values", value, dtype, num_rows) for value in each)
     terms = _Terms(
-        is_double=dtype == torch.float64,
+        is_double=_is_double(dtype),
         num_terms=num_terms,
         num_rows=num_rows,
         values=(ctypes.c_void_p * num_terms)(*places),
@@ -187,7 +188,7 @@ def weigh_back(
     """Fill in the gradients [K, N] of the values."""
     memory, num_rows, num_terms, dtype = Memory(), scale.numel(), gradient.shape[0], scale.dtype
     terms = _Terms(
-        is_double=dtype == torch.float64,
+        is_double=_is_double(dtype),
         num_terms=num_terms,
         num_rows=num_rows,
         scale=memory.of("scale", scale, dtype, num_rows),
@@ -197,6 +198,16 @@ def weigh_back(
         gradient=memory.of("gradient", gradient, dtype, num_terms * num_rows, is_output=True),
     )
     _library().lossmith_weigh_back(ctypes.byref(terms))
+
+
+def _is_double(dtype: torch.dtype) -> bool:
+    """
+    Raises:
+        ValueError: neither single nor double precision, which are all that the library reads and writes.
+    """
+    if dtype not in FLOATS:
+        raise ValueError(f"the compiled code takes numbers of tokens in float32 or float64; got {dtype}")
+    return dtype == torch.float64
 
 
 def _library() -> Any:
